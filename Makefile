@@ -1,0 +1,76 @@
+# Variables become flags: make train DATA=geoqa REWARD=frequency ARGS="--temperature 0.8"
+DATA   ?= shapes
+MODEL  ?=
+REWARD ?=
+ADVANTAGE ?=
+STEPS  ?=
+SEED   ?= 0
+OUT    ?=
+GPUS   ?= 1
+ARGS   ?=
+TORCH  ?= torch==2.13.0
+PYTHON ?= python3
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+TINY   := models/tiny
+flag    = $(if $(2),--$(1) '$(2)')
+# The embedded model is warmed up when it is what will be used.
+NEEDS_TINY = $(if $(MODEL),$(filter $(TINY),$(patsubst %/,%,$(MODEL))),$(filter shapes,$(DATA)))
+MODEL_READY = $(if $(NEEDS_TINY),$(TINY)/warmup.json)
+SAMPLING = --data '$(DATA)' $(call flag,model,$(MODEL)) --seed $(SEED)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup warmup train rollout score eval test lint bench clean one-gpu
+
+help:  ## this list
+	@echo "make TARGET [DATA=shapes] [MODEL=] [REWARD=] [ADVANTAGE=] [STEPS=] [SEED=0] [OUT=] [GPUS=1] [ARGS=...]"
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1	/' | expand -t 12
+
+setup: $(READY)  ## virtual environment in .venv with all requirements
+
+$(READY): requirements.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(TINY)/warmup.json: | $(READY)
+	$(PY) warmup.py --out $(TINY) --seed $(SEED)
+
+warmup: $(READY)  ## (re)make the embedded default model in models/tiny
+	$(PY) warmup.py --out $(TINY) --seed $(SEED) $(ARGS)
+
+one-gpu:
+	@test '$(GPUS)' = 1 || { echo "GPUS=$(GPUS): a run uses one process so far; leave GPUS out"; exit 2; }
+
+train: one-gpu $(READY) $(MODEL_READY)  ## label-free training with a before/after table
+	$(PY) train_upt.py $(SAMPLING) $(call flag,reward,$(REWARD)) $(call flag,advantage,$(ADVANTAGE)) \
+	  $(call flag,steps,$(STEPS)) --out '$(or $(OUT),runs/train)' $(ARGS)
+
+rollout: one-gpu $(READY) $(MODEL_READY)  ## sample responses into shards
+	$(PY) rollout.py $(SAMPLING) $(call flag,steps,$(STEPS)) --out '$(or $(OUT),runs/rollouts)' $(ARGS)
+
+score: $(READY)  ## rewards and advantages for the shards in runs/rollouts (ARGS="--rollouts DIR" for others)
+	$(PY) rewards.py --rollouts runs/rollouts --reward '$(or $(REWARD),majority)' \
+	  --advantage '$(or $(ADVANTAGE),group-norm)' --out '$(or $(OUT),runs/scored)' $(ARGS)
+
+eval: one-gpu $(READY) $(MODEL_READY)  ## held-out accuracy of a model (ARGS="--adapter DIR" with an adapter)
+	$(PY) -m eval.heldout $(SAMPLING) $(call flag,out,$(OUT)) $(ARGS)
+
+test: $(READY)  ## all tests
+	$(PY) -m pytest -q $(ARGS)
+
+lint: $(READY)  ## ruff, check and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: $(READY)  ## our loop beside TRL's GRPOTrainer
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(PY) bench/loop.py $(ARGS)
+
+clean:  ## remove the virtual environment, the embedded model and caches; runs stay
+	rm -rf $(VENV) models .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

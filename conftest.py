@@ -1,0 +1,98 @@
+"""Fixtures that several test files share: tiny random models of the three families, in the layout of a hub snapshot."""
+
+import json
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a network
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    import shapes
+    import warmup
+    from policy import Policy
+
+    items = shapes.questions("warmup", 0, 200)
+    texts = [Policy.template(prompt).replace("{question}", i.question) for i in items for prompt in warmup.PROMPTS]
+    return warmup.make_tokenizer(texts + [warmup.demonstrate(item, "think-boxed") for item in items])
+
+
+def _config(family: str, tokenizer):
+    import transformers
+
+    token_id = tokenizer.convert_tokens_to_ids
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]},
+        "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+    }
+    vision = {"depth": 2, "num_heads": 2, "patch_size": 14, "initializer_range": 0.2}
+    if family == "qwen2_vl":
+        config_class = transformers.Qwen2VLConfig
+        vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+    elif family == "qwen2_5_vl":
+        config_class = transformers.Qwen2_5_VLConfig
+        vision |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64, "fullatt_block_indexes": [1]}
+    else:
+        config_class = transformers.Qwen3VLConfig
+        text |= {"head_dim": 16}
+        vision |= {
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "intermediate_size": 64,
+            "deepstack_visual_indexes": [0, 1],
+        }
+        vision |= {"num_position_embeddings": 256}
+    return config_class(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def snapshots(tokenizer, tmp_path_factory) -> dict:
+    """A folder with a random model of each family, {family: path}; treated like the embedded model's defaults."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    found = {}
+    for family in FAMILIES:
+        folder = tmp_path_factory.mktemp(family)
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(_config(family, tokenizer))
+        with torch.no_grad():  # scores that differ, so that a wrong position or mask shows
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=280 * 280).save_pretrained(folder)
+        (folder / "warmup.json").write_text(json.dumps({"clean": {}, "mixed": {}}))
+        found[family] = str(folder)
+    return found
+
+
+@pytest.fixture(scope="session")
+def tiny(snapshots) -> str:
+    """A random Qwen2.5-VL snapshot."""
+    return snapshots["qwen2_5_vl"]

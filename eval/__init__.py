@@ -1,0 +1,1 @@
+"""Evaluation: held-out questions, with intervals."""

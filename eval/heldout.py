@@ -1,0 +1,184 @@
+"""Held-out accuracy of a policy, with 95 % bootstrap intervals over questions.
+
+For each question one greedy response and k samples:
+    greedy   share of greedy responses that are right
+    mean     share of samples that are right
+    maj      share of questions whose most frequent answer among the k is right (tied answers share the vote)
+    pass     share of questions with a right answer among the k
+and, without needing gold: majority_share, abstentions, length (tokens) and entropy (nats) of the samples. A set
+without gold gets these only. `disagreement` is the share of graded responses on which key equality and math_verify
+differ.
+
+    python -m eval.heldout --data shapes --model models/tiny --adapter runs/train/adapter
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import data
+import presets
+import rollout
+from answers import grade, vote_key
+from policy import Policy
+from shards import write_whole
+
+STEP = -1  # the step that keys the sampling noise of evaluation
+QUESTIONS_AT_ONCE = 128
+GOLD_METRICS = ("greedy", "mean", "maj", "pass")
+
+
+@dataclass
+class Config(rollout.Config):
+    split: str = "test"
+    """split of the data to evaluate on"""
+    out: Path | None = None
+    """JSON file to write the scores to; None: print only"""
+    eval_questions: int | None = None
+    """number of questions; None: as the model's defaults say"""
+    eval_samples: int = 8
+    """samples for each question, k"""
+
+
+def interval(values, seed: int = 0, resamples: int = 2000) -> dict[str, float]:
+    """Mean of one value per question with its 95 % percentile bootstrap interval: {"value", "low", "high"}."""
+    values = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5))
+    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def question_scores(question, greedy: list[str], samples: list[str]) -> dict[str, float]:
+    """The gold metrics of one question from the texts of its responses; `disagreement` is over all of them."""
+    grades = [grade(text, question.gold, question.choices) for text in greedy + samples]
+    right = [g.correct for g in grades]
+    votes = Counter(key for text in samples if (key := vote_key(text, question.choices)) is not None)
+    # One response stands for its key: responses of equal keys are graded alike by key, and nearly always otherwise.
+    by_key = {vote_key(text, question.choices): ok for text, ok in zip(samples, right[len(greedy) :], strict=True)}
+    most = max(votes.values(), default=0)
+    tied = [by_key[key] for key, count in votes.items() if count == most]
+    return {
+        "greedy": float(np.mean(right[: len(greedy)])),
+        "mean": float(np.mean(right[len(greedy) :])),
+        "maj": float(np.mean(tied)) if tied else 0.0,
+        "pass": float(any(right[len(greedy) :])),
+        "disagreement": float(np.mean([g.key != g.verifier for g in grades])),
+    }
+
+
+def evaluate(
+    policy: Policy,
+    questions: data.Questions,
+    config: rollout.Config,
+    count: int,
+    samples: int,
+    tick: Callable[[int], None] = lambda n: None,
+) -> dict:
+    """Scores on the first `count` usable questions: {metric: {"value", "low", "high"}, "kinds": …, "questions": n}."""
+    greedy_config = replace(config, temperature=0.0, group_size=1)
+    sample_config = replace(config, group_size=samples)
+    rows, kinds = [], []
+    for start in range(0, min(count, len(questions)), QUESTIONS_AT_ONCE):
+        found = questions.get(range(start, min(start + QUESTIONS_AT_ONCE, count, len(questions))))
+        prompts, too_long = policy.encode(found, policy.template(config.prompt), config.max_prompt_tokens)
+        found = [question for question in found if question.uid not in too_long]
+        greedy = rollout.sample_groups(policy, prompts, STEP, greedy_config, tick)
+        sampled = rollout.sample_groups(policy, prompts, STEP, sample_config, tick)
+        for question, *both in zip(found, greedy, sampled, strict=True):
+            texts = [policy.tokenizer.batch_decode([r.ids for r in part], skip_special_tokens=True) for part in both]
+            keys = [vote_key(text, question.choices) for text in texts[1]]
+            row = {
+                "majority_share": max(Counter(key for key in keys if key is not None).values(), default=0) / samples,
+                "abstentions": keys.count(None) / samples,
+                "length": float(np.mean([len(r.ids) for r in both[1]])),
+                "entropy": float(np.mean([r.entropy for r in both[1]])),
+            }
+            if question.gold is not None:
+                row |= question_scores(question, *texts)
+            rows.append(row)
+            kinds.append(question.kind)
+    if not rows:
+        raise ValueError(
+            f"none of the first {count} questions of {questions.name} can be used; {questions.report_bad()}"
+        )
+    graded = [row for row in rows if "greedy" in row]
+    scores = {name: interval([row[name] for row in graded]) for name in (*GOLD_METRICS, "disagreement") if graded}
+    scores |= {
+        name: interval([row[name] for row in rows]) for name in ("length", "entropy", "majority_share", "abstentions")
+    }
+    scores["kinds"] = {
+        kind: {
+            name: interval([row[name] for row, k in zip(rows, kinds, strict=True) if k == kind and name in row])
+            for name in (*GOLD_METRICS[:2], "length")
+        }
+        for kind in sorted({k for k, row in zip(kinds, rows, strict=True) if k is not None and "greedy" in row})
+    }
+    return scores | {"questions": len(rows), "graded": len(graded)}
+
+
+def table(columns: dict[str, dict]) -> str:
+    """Scores side by side as aligned text; with two columns or more, the difference of the last from the first."""
+    first, last = list(columns.values())[0], list(columns.values())[-1]
+    names = [name for name in (*GOLD_METRICS, "length", "entropy", "majority_share", "abstentions") if name in first]
+    rows = [["", *columns, *(["difference"] if len(columns) > 1 else [])]]
+    for name in names:
+        scale = 1 if name in ("length", "entropy") else 100
+        cells = [_cell(scores[name], scale) for scores in columns.values()]
+        if len(columns) > 1:
+            cells.append(f"{scale * (last[name]['value'] - first[name]['value']):+.1f}")
+        rows.append([name, *cells])
+    for kind in first["kinds"]:
+        for name in GOLD_METRICS[:2]:
+            cells = [_cell(scores["kinds"][kind][name], 100) for scores in columns.values()]
+            if len(columns) > 1:
+                change = last["kinds"][kind][name]["value"] - first["kinds"][kind][name]["value"]
+                cells.append(f"{100 * change:+.1f}")
+            rows.append([f"{kind} {name}", *cells])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _cell(score: dict[str, float], scale: float) -> str:
+    digits = 3 if scale == 1 and score["value"] < 1 else 1
+    return (
+        f"{scale * score['value']:.{digits}f} [{scale * score['low']:.{digits}f}, {scale * score['high']:.{digits}f}]"
+    )
+
+
+def main(config: Config) -> dict:
+    presets.fill(config)
+    questions = data.load(config.data, config.split, config.seed, limit=config.limit)
+    policy = Policy.load(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+    )
+    if config.adapter:
+        policy.load_adapter(config.adapter)
+    if not questions.has_gold:
+        print(f"{questions.name} has no gold answers: label-free metrics only", file=sys.stderr)
+    count = min(config.eval_questions, len(questions))
+    with tqdm(total=count * (1 + config.eval_samples), desc="evaluating", unit="response") as bar:
+        scores = evaluate(policy, questions, config, count, config.eval_samples, bar.update)
+    print(table({config.adapter or config.model: scores}))
+    if bad := questions.report_bad():
+        print(bad, file=sys.stderr)
+    if config.out:
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(config.out, [json.dumps(scores, indent=1).encode()])
+    return scores
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,98 @@
+"""Settings that belong together: defaults for the embedded model and for real ones, and the papers' recipes.
+
+A setting is taken from the first of these that has it: the command line, the preset, the defaults for the model. With
+the embedded tiny model a preset decides what a paper is about (reward, advantage, G, sampling, clip, KL, format);
+image sizes, lengths, learning rate and questions a step stay those of the tiny model.
+"""
+
+from pathlib import Path
+
+TINY_MODEL = "models/tiny"
+REAL_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
+
+COMMON = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "group_size": 8,
+    "reward": "majority",
+    "advantage": "group-norm",
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "dual_clip": 0.0,
+    "kl_coef": 0.0,
+}
+TINY = COMMON | {
+    "steps": 24,
+    "questions_per_step": 32,
+    "minibatches": 1,
+    "prompt": "think-boxed",
+    "max_prompt_tokens": 512,
+    "max_new_tokens": 32,
+    "learning_rate": 2e-4,
+    "warmup_steps": 3,
+    "lora_rank": 32,
+    "lora_alpha": 64,
+    "eval_questions": 512,
+}
+REAL = COMMON | {
+    "steps": 60,
+    "questions_per_step": 512,
+    "minibatches": 4,
+    "prompt": "think-boxed",
+    "max_prompt_tokens": 2048,
+    "max_new_tokens": 2048,
+    "min_pixels": 262144,
+    "max_pixels": 1204224,
+    "learning_rate": 1e-5,
+    "warmup_steps": 3,
+    "lora_rank": 64,
+    "lora_alpha": 128,
+    "eval_questions": 512,
+}
+# arXiv 2505.22453 (mm-upt) and 2603.21289: its equations (self-judge) and its released code (self-judge-code).
+PRESETS = {
+    "mm-upt": {
+        "group_size": 10,
+        "temperature": 0.7,
+        "top_p": 0.99,
+        "reward": "majority",
+        "advantage": "group-norm",
+        "clip_high": 0.3,
+        "dual_clip": 3.0,
+        "kl_coef": 0.01,
+        "prompt": "boxed",
+    },
+    "self-judge": {
+        "reward": "judged(lam_fmt=.5)",
+        "advantage": "energy",
+        "kl_coef": 0.01,
+        "prompt": "think-boxed",
+        "max_prompt_tokens": 1024,
+    },
+    "self-judge-code": {
+        "reward": "judged(base='gated-frequency',lam_fmt=.5,clip=True,unparsed='zero')",
+        "advantage": "energy-centred",
+        "kl_coef": 0.01,
+        "prompt": "think-boxed",
+        "max_prompt_tokens": 1024,
+    },
+}
+KEPT_WITH_TINY = {"max_prompt_tokens"}
+
+
+def is_tiny(model: str) -> bool:
+    """Whether a model is the embedded one: `warmup.py` leaves its scores beside the weights."""
+    return (Path(model) / "warmup.json").is_file()
+
+
+def fill(config) -> None:
+    """Fill every field of a Config that is None. Fields the Config doesn't have are passed over."""
+    if config.model is None:
+        config.model = TINY_MODEL if config.data == "shapes" else REAL_MODEL
+    tiny = is_tiny(config.model)
+    preset = PRESETS[config.preset] if config.preset else {}
+    if tiny:
+        preset = {name: value for name, value in preset.items() if name not in KEPT_WITH_TINY}
+    for name, value in {**(TINY if tiny else REAL), **preset}.items():
+        if getattr(config, name, value) is None:
+            setattr(config, name, value)

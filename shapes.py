@@ -1,0 +1,204 @@
+"""`shapes`: the embedded data set. Small pictures, questions about them, and worked answers.
+
+Six kinds of question, each needing something read from the picture and most needing one step of arithmetic:
+
+    count        how many shapes have a colour
+    sum          how many shapes have one colour or another
+    difference   how many more shapes have one colour than another
+    bars         the sum of two bars of a chart
+    angle        the third angle of a triangle from two that are written in it
+    length       a segment from its two written parts
+
+Everything is drawn from one integer seed. A picture belongs to exactly one split, decided by a hash of what is in it,
+so no picture is shared between `warmup` (70 %), `train`, `validation` and `test` (10 % each) whatever the seeds, and
+no picture occurs twice in one set. The warm-up set is apart from the rest so that label-free training only ever sees
+pictures that no label was given for.
+
+    python -c "import shapes; shapes.questions('test', seed=0, size=8)[0].image.save('x.png')"
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from PIL import Image, ImageDraw, ImageFont
+
+SIDE = 84  # pixels: three by three visual tokens of 28 pixels each
+BACKGROUND = (122, 116, 104)  # close to zero after CLIP normalisation, so that only what is drawn excites the encoder
+WHITE = (255, 255, 255)
+COLOURS = {"red": (230, 30, 30), "blue": (40, 70, 235), "green": (20, 170, 50), "yellow": (245, 215, 20)}
+FORMS = ("circle", "square", "triangle")
+KINDS = ("count", "sum", "difference", "bars", "angle", "length")
+SIZES = {"warmup": 24000, "train": 4096, "validation": 512, "test": 512}
+LIMITS = {"warmup": 40000, "train": 6000, "validation": 6000, "test": 6000}  # distinct pictures run out
+# A picture's hash modulo 10 decides its split.
+SPLIT_OF_BUCKET = ("warmup",) * 7 + ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. `scene` is what is drawn, `facts` what has to be read from it; the picture is drawn on access."""
+
+    uid: str
+    kind: str
+    scene: tuple
+    question: str
+    names: tuple[str, ...]  # the colours asked about, in order
+    facts: tuple[int, ...]  # the numbers to be read, in the order in which `worked` takes them
+
+    choices = None
+
+    @property
+    def gold(self) -> str:
+        return str(worked(self.kind, self.names, self.facts)[1])
+
+    @property
+    def image(self) -> Image.Image:
+        return draw(self.scene)
+
+
+class Items(Sequence):
+    """The questions of one split, in a fixed order. Scenes are made at once, pictures when they are asked for."""
+
+    def __init__(self, split: str, seed: int, size: int):
+        self.items, seen = [], set()
+        rng = random.Random(f"shapes/{split}/{seed}")
+        while len(self.items) < size:
+            kind = rng.choice(KINDS)
+            scene = _scene(kind, rng)
+            digest = blake2b(repr(scene).encode(), digest_size=8).digest()
+            if digest in seen or SPLIT_OF_BUCKET[int.from_bytes(digest, "big") % 10] != split:
+                continue
+            seen.add(digest)
+            self.items.append(Item(f"shapes/{split}/{len(self.items):06d}", kind, scene, *ask(kind, scene, rng)))
+        self.uids = [item.uid for item in self.items]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def questions(split: str = "train", seed: int = 0, size: int | None = None) -> Items:
+    """The questions of a split (`warmup`, `train`, `validation`, `test`), the same for the same seed and size.
+
+    A larger size only appends. Raises ValueError for another split or for more questions than there are pictures for.
+    """
+    if split not in SIZES:
+        raise ValueError(f"shapes has no split {split!r}; choose one of {', '.join(SIZES)}")
+    size = SIZES[split] if size is None else size
+    if not 0 < size <= LIMITS[split]:
+        raise ValueError(f"shapes makes 1 to {LIMITS[split]} questions for {split}, not {size}")
+    return Items(split, seed, size)
+
+
+def _scene(kind: str, rng: random.Random) -> tuple:
+    """A random picture that a question of this kind can be asked about; nothing in it is drawn quite the same twice."""
+    if kind == "angle":
+        return (
+            "triangle",
+            10 * rng.randrange(2, 9),
+            10 * rng.randrange(2, 9),
+            rng.randrange(10, 75),
+            rng.randrange(-3, 4),
+        )
+    if kind == "length":
+        return "segment", rng.randrange(2, 10), rng.randrange(2, 10), rng.randrange(24, 61), rng.randrange(-3, 4)
+    if kind == "bars":
+        colours = rng.sample(sorted(COLOURS), 3)
+        return "bars", *((colour, rng.randrange(1, 7), rng.randrange(-2, 3)) for colour in colours)
+    palette = rng.sample(sorted(COLOURS), 3)
+    return "grid", *((rng.choice(FORMS), rng.choice(palette)) if rng.random() < 0.8 else None for _ in range(9))
+
+
+def ask(kind: str, scene: tuple, rng: random.Random) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
+    """A random question of a kind about a scene that is fit for it: (question, colours asked about, facts to read)."""
+    what, *parts = scene
+    if kind == "angle":
+        return "What is the third angle, in degrees?", (), tuple(parts[:2])
+    if kind == "length":
+        return "How long is the whole segment?", (), tuple(parts[:2])
+    if kind == "bars":
+        (a, height_a, _), (b, height_b, _) = rng.sample(parts, 2)
+        return f"What is the sum of the {a} and {b} bars?", (a, b), (height_a, height_b)
+    number = {name: sum(cell is not None and cell[1] == name for cell in parts) for name in sorted(COLOURS)}
+    present = [name for name in number if number[name]]
+    names = rng.sample(present if len(present) > 1 else sorted(COLOURS), 1 if kind == "count" else 2)
+    if kind == "difference":
+        names.sort(key=number.get, reverse=True)
+    words = {
+        "count": "How many {} shapes are there?",
+        "sum": "How many {} and {} shapes are there?",
+        "difference": "How many more {} than {} shapes are there?",
+    }
+    return words[kind].format(*names), tuple(names), tuple(number[name] for name in names)
+
+
+def worked(kind: str, names: tuple[str, ...], facts: tuple[int, ...]) -> tuple[str, int]:
+    """The reasoning that follows from the facts as read, and its answer."""
+    if kind == "count":
+        return f"{facts[0]} {names[0]}", facts[0]
+    a, b = facts
+    if kind == "angle":
+        return f"180-{a}-{b}={180 - a - b}", 180 - a - b
+    if kind == "length":
+        return f"{a}+{b}={a + b}", a + b
+    sign, answer = ("-", a - b) if kind == "difference" else ("+", a + b)
+    return f"{a} {names[0]} {sign} {b} {names[1]} = {answer}", answer
+
+
+def describe(scene: tuple) -> str:
+    """What is in the picture, in a few words: the cells row by row, the bars from left to right, or the numbers."""
+    what, *parts = scene
+    if what == "grid":
+        return " ".join("none" if cell is None else cell[1] for cell in parts)
+    if what == "bars":
+        return ", ".join(f"{height} {colour}" for colour, height, _ in parts)
+    return f"{parts[0]} and {parts[1]}"
+
+
+def draw(scene: tuple) -> Image.Image:
+    """Render a scene, 84 x 84 RGB."""
+    image = Image.new("RGB", (SIDE, SIDE), BACKGROUND)
+    pen = ImageDraw.Draw(image)
+    what, *parts = scene
+    if what == "grid":
+        for index, cell in enumerate(parts):
+            if cell is not None:
+                _shape(pen, *cell, x=28 * (index % 3) + 14, y=28 * (index // 3) + 14)
+    elif what == "bars":
+        for level in range(7):
+            pen.line((4, 80 - 12 * level, 80, 80 - 12 * level), fill=WHITE)
+        for index, (colour, height, shift) in enumerate(parts):
+            x = 28 * index + 14 + shift
+            pen.rectangle((x - 9, 80 - 12 * height, x + 9, 80), fill=COLOURS[colour])
+    elif what == "triangle":
+        a, b, apex, shift = parts
+        pen.line((2, 52, apex, 8 + shift, 82, 52, 2, 52), fill=WHITE, width=2)
+        _number(pen, a, 14, 70)
+        _number(pen, b, 70, 70)
+    else:
+        a, b, middle, shift = parts
+        y = 66 + shift
+        pen.line((2, y, 82, y), fill=WHITE, width=2)
+        for x in (2, middle, 81):
+            pen.line((x, y - 6, x, y + 6), fill=WHITE, width=2)
+        _number(pen, a, 14, 42)
+        _number(pen, b, 70, 42)
+    return image
+
+
+def _shape(pen: ImageDraw.ImageDraw, form: str, colour: str, x: int, y: int) -> None:
+    box = (x - 9, y - 9, x + 9, y + 9)
+    if form == "circle":
+        pen.ellipse(box, fill=COLOURS[colour])
+    elif form == "square":
+        pen.rectangle(box, fill=COLOURS[colour])
+    else:
+        pen.polygon((x, y - 10, x - 10, y + 9, x + 10, y + 9), fill=COLOURS[colour])
+
+
+def _number(pen: ImageDraw.ImageDraw, number: int, x: int, y: int) -> None:
+    pen.text((x, y), str(number), fill=WHITE, font=ImageFont.load_default(22), anchor="mm")
