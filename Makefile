@@ -67,9 +67,9 @@ lint: $(READY)  ## ruff, check and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: $(READY)  ## our loop beside TRL's GRPOTrainer
+bench: $(READY) $(TINY)/warmup.json  ## our loop beside TRL's GRPOTrainer
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
-	$(PY) bench/loop.py $(ARGS)
+	$(PY) -m bench.loop $(ARGS)
 
 clean:  ## remove the virtual environment, the embedded model and caches; runs stay
 	rm -rf $(VENV) models .pytest_cache .ruff_cache .hypothesis

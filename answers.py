@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 MAX_CHARS = 2000  # a longer answer is not taken apart: its text is its key
 MAX_DEPTH = 30  # nesting of lists, brackets, fractions and roots
-MAX_DIGITS = 1000  # of one number; 1e1000 is the largest power of ten
+MAX_DIGITS = 1000  # of a plain number that is reduced; 1e1000 is the largest power of ten
 MAX_BITS = 4096  # numerator and denominator of every intermediate fraction
 
 # ------------------------------------------------------------------------------------------------ extraction
@@ -79,7 +79,7 @@ def extract_answer(text: str, choices: Sequence[str] | None = None) -> str | Non
     last box is empty, or if `text` is no string. `choices` has no say here: extraction and keying are called alike.
     """
     found = _find_answer(text) if isinstance(text, str) else None
-    return (found.strip() or None) if found is not None else None
+    return (found.strip(" \t\r\n") or None) if found is not None else None
 
 
 def is_well_formed(text: str) -> bool:
@@ -109,8 +109,8 @@ for _i, _c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈�
     _UNICODE[ord(_c)] = f"{'^_'[_i // 10]}{{{_i % 10}}}"
 for _c, _i, _j in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888", strict=True):
     _UNICODE[ord(_c)] = rf"\frac{{{_i}}}{{{_j}}}"
-for _c in ("√sqrt", "πpi", "𝜋pi", "∠angle", "△triangle", "∞infty", "±pm", "∅emptyset", "≈approx", "≤le", "≥ge", "≠ne",
-           "∪cup", "∩cap", "∈in"):  # fmt: skip
+for _c in ("√sqrt", "πpi", "𝜋pi", "∠angle", "△triangle", "∞infty", "±pm", "∅emptyset", "≈approx", "≤le", "≥ge",
+           "≠ne", "∪cup", "∩cap", "∈in"):  # fmt: skip
     _UNICODE[ord(_c[0])] = f"\\{_c[1:]} "
 _ALIASES = {
     r"\times": "*", r"\cdot": "*", r"\div": "/", r"\degree": "°", r"\degrees": "°", r"\circ": "°", r"\%": "%",
@@ -172,11 +172,11 @@ def _tokens(text: str) -> list[str]:
 
 _PI = Decimal("3.141592653589793238462643383279502884197169399375105820974944592307816406286208998628034825")
 _UNIT = (
-    r"(?i:(?:(?:square|sq|cubic|cu) ?)?(?:%|°(?: [cf])?|percent|deg(?:ree)?s?|rad(?:ian)?s?|units?|[mcdk]?m|[mk]?g|[mc]?l|"
-    r"(?:centi|milli|kilo)?met(?:er|re)s?|in(?:ch(?:es)?)?|ft|foot|feet|yd|yards?|mi|miles?|(?:kilo)?grams?|lbs?|pounds?|"
-    r"oz|ounces?|ton(?:ne)?s?|lit(?:er|re)s?|gallons?|s|secs?|seconds?|mins?|minutes?|h|hrs?|hours?|days?|weeks?|months?|"
-    r"years?|ms|mph|km?ph|n|newtons?|j|joules?|k?w|watts?|v|volts?|amps?|ohms?|k?hz|k?pa|mol|dollars?|usd|cents?|euros?|"
-    r"yuan|yen|people|students|ways|times|pieces|sides)(?:(?: \^)? (?:- )?[1-4])?(?: squared| cubed)?)"
+    r"(?i:(?:(?:square|sq|cubic|cu) ?)?(?:%|°(?: [cf])?|percent|deg(?:ree)?s?|rad(?:ian)?s?|units?|[mcdk]?m|[mk]?g|"
+    r"[mc]?l|(?:centi|milli|kilo)?met(?:er|re)s?|in(?:ch(?:es)?)?|ft|foot|feet|yd|yards?|mi|miles?|(?:kilo)?grams?|lbs?|"
+    r"pounds?|oz|ounces?|ton(?:ne)?s?|lit(?:er|re)s?|gallons?|s|secs?|seconds?|mins?|minutes?|h|hrs?|hours?|days?|weeks?|"
+    r"months?|years?|ms|mph|km?ph|n|newtons?|j|joules?|k?w|watts?|v|volts?|amps?|ohms?|k?hz|k?pa|mol|dollars?|usd|cents?|"
+    r"euros?|yuan|yen|people|students|ways|times|pieces|sides)(?:(?: \^)? (?:- )?[1-4])?(?: squared| cubed)?)"
 )
 _UNITS = re.compile(rf"{_UNIT}(?: (?:(?:/|\*|per) )?{_UNIT})*")
 _CONTEXT = Context(prec=90)
@@ -215,7 +215,7 @@ def _apply(operation, a: _Number, b: _Number) -> _Number:
 def _literal(token: str) -> Fraction:
     """Value of 12, 1.5, .5 or 1e3. The exponent is bounded first: Fraction("1e999999999") would build the integer."""
     mantissa, _, exponent = token.lower().partition("e")
-    if len(mantissa) > MAX_DIGITS or len(exponent) > 6 or abs(int(exponent or 0)) > MAX_DIGITS:
+    if abs(int(exponent or 0)) > MAX_DIGITS:
         raise _NotClosedForm
     return _checked(Fraction(mantissa) * Fraction(10) ** int(exponent or 0))
 
@@ -228,14 +228,14 @@ def _power(base: _Number, exponent: _Number) -> _Number:
     if k == 1 or power == 0:
         return power
     sign = -1 if power < 0 else 1
-    if k > 64 or (sign < 0 and k % 2 == 0):
+    if sign < 0 and k % 2 == 0:
         raise _NotClosedForm
     power = _decimal(abs(power))
     return sign * _checked(power.sqrt() if k == 2 else power ** (1 / Decimal(k)))  # the real root
 
 
 class _ClosedForm:
-    """Recursive descent: sums of products of powers of numbers, fractions, roots, π and brackets. Stops at the rest."""
+    """Recursive descent: sums of products of powers of numbers, fractions, roots, π and brackets."""
 
     def __init__(self, tokens: list[str]):
         self.tokens, self.position, self.depth = [*tokens, ""], 0, 0
@@ -281,9 +281,7 @@ class _ClosedForm:
         sign = -1 if self.take("+", "-") == "-" else 1
         base = self.atom()
         if self.take("^"):
-            base = _power(base, self.argument())
-            if self.peek() == "^":  # a^b^c: readers differ
-                raise _NotClosedForm
+            base = _power(base, self.argument())  # of a^b^c a second ^ is left over, and it stays text: readers differ
         return sign * base
 
     def atom(self) -> _Number:
@@ -329,7 +327,9 @@ def _number_key(tokens: list[str]) -> str | None:
 _OPENING, _CLOSING = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
 _RELATIONS = ("=", r"\approx", r"\in")
 _NOT_IN_NAMES = re.compile(r"[0-9+\-*/^<>!]|\\(?:frac|sqrt|pi|pm|le|ge|ne|infty|cup|cap|\{)(?![A-Za-z])")
-_PLAIN_NUMBER = re.compile(r"\s*\$?\s*([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))\s*\$?\s*")
+_PLAIN_NUMBER = re.compile(  # single blanks only: several \s* in a row would backtrack
+    r"\$?\s?([+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*|/[1-9][0-9]*)?|\.[0-9]+))\s?(?:\\?%)?\s?\$?"
+)
 
 
 def _split(tokens: list[str], separators: tuple[str, ...]) -> list[list[str]]:
@@ -399,7 +399,7 @@ def _key(tokens: list[str], depth: int = 0) -> str | None:
 
 
 _LABEL_WORDS = ("the", "option", "options", "choice", "choices", "answer")
-_LABEL_FILLER = (*_LABEL_WORDS, *"()[]{}.:,;/&", "and", "or")
+_LABEL_FILLER = (*_LABEL_WORDS, *"()[]{}.:,;/&", r"\{", r"\}", "and", "or")
 
 
 def _only_letters(tokens: list[str], letters: str) -> str:
@@ -469,11 +469,11 @@ def answer_key(answer: str, choices: Sequence[str] | None = None, multi: bool = 
     if not isinstance(answer, str):
         return None
     options = tuple(map(str, choices)) if isinstance(choices, (list, tuple)) else ()
-    if not options and (plain := _PLAIN_NUMBER.fullmatch(answer)):
-        digits = plain[1]
+    if not options and (plain := _PLAIN_NUMBER.fullmatch(answer.strip())):
+        digits = plain[1].replace(",", "")
         if len(digits) <= MAX_DIGITS:
             return str(Fraction(digits))
-        if "." not in digits:  # exact without int(), which is quadratic in the digits
+        if digits.lstrip("+-").isdecimal():  # exact without int(), which is quadratic in the digits
             return "-" * (digits[0] == "-") + digits.lstrip("+-0") if digits.strip("+-0") else "0"
     found = _find_answer(answer)
     text = _clean(answer if found is None else found)

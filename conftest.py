@@ -17,7 +17,7 @@ def tokenizer():
     from policy import Policy
 
     items = shapes.questions("warmup", 0, 200)
-    texts = [Policy.template(prompt).replace("{question}", i.question) for i in items for prompt in warmup.PROMPTS]
+    texts = [Policy.template(prompt).replace("{question}", i.question) for i in items for prompt in warmup.STYLES]
     return warmup.make_tokenizer(texts + [warmup.demonstrate(item, "think-boxed") for item in items])
 
 

@@ -32,6 +32,7 @@ TINY = COMMON | {
     "warmup_steps": 3,
     "lora_rank": 32,
     "lora_alpha": 64,
+    "update_tokens": 2048,
     "eval_questions": 512,
 }
 REAL = COMMON | {
@@ -47,6 +48,7 @@ REAL = COMMON | {
     "warmup_steps": 3,
     "lora_rank": 64,
     "lora_alpha": 128,
+    "update_tokens": 16384,
     "eval_questions": 512,
 }
 # arXiv 2505.22453 (mm-upt) and 2603.21289: its equations (self-judge) and its released code (self-judge-code).

@@ -305,7 +305,7 @@ def _decode(
         logp = (logits / (config.temperature or 1)).log_softmax(-1)
         ids[open_rows, position] = token
         logprobs[open_rows, position] = logp.gather(1, token[:, None])[:, 0]
-        entropies[open_rows, position] = torch.special.entr(logp.exp()).sum(-1)
+        entropies[open_rows, position] = -(logp.exp() * logp).sum(-1)  # of raw logits, which are finite
         certainties[open_rows, position] = -logp.mean(-1)
         tokens = torch.cat([tokens, token[:, None]], 1)
         done = stopping_criteria(tokens, None)

@@ -177,7 +177,7 @@ def status(row: dict) -> str:
         f"length {row['length']:.1f}",
         f"clipped {row['clip_low'] + row['clip_high']:.3f}",
     ]
-    if row["kl"] is not None:
+    if row.get("kl") is not None:
         parts.append(f"kl {row['kl']:.4f}")
     if row["tokens_per_second"] is not None:
         parts.append(f"{row['tokens_per_second']:.0f} tok/s")

@@ -108,9 +108,9 @@ def _scene(kind: str, rng: random.Random) -> tuple:
         return "segment", rng.randrange(2, 10), rng.randrange(2, 10), rng.randrange(24, 61), rng.randrange(-3, 4)
     if kind == "bars":
         colours = rng.sample(sorted(COLOURS), 3)
-        return "bars", *((colour, rng.randrange(1, 7), rng.randrange(-2, 3)) for colour in colours)
+        return "bars", *((colour, rng.randrange(1, 5), rng.randrange(-2, 3)) for colour in colours)
     palette = rng.sample(sorted(COLOURS), 3)
-    return "grid", *((rng.choice(FORMS), rng.choice(palette)) if rng.random() < 0.8 else None for _ in range(9))
+    return "grid", *((rng.choice(FORMS), rng.choice(palette)) if rng.random() < 0.6 else None for _ in range(9))
 
 
 def ask(kind: str, scene: tuple, rng: random.Random) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
@@ -150,10 +150,11 @@ def worked(kind: str, names: tuple[str, ...], facts: tuple[int, ...]) -> tuple[s
 
 
 def describe(scene: tuple) -> str:
-    """What is in the picture, in a few words: the cells row by row, the bars from left to right, or the numbers."""
+    """What is in the picture, in a few words: how many shapes of each colour, the bars in order, or the numbers."""
     what, *parts = scene
     if what == "grid":
-        return " ".join("none" if cell is None else cell[1] for cell in parts)
+        colours = [cell[1] for cell in parts if cell is not None]
+        return ", ".join(f"{colours.count(name)} {name}" for name in sorted(set(colours)))
     if what == "bars":
         return ", ".join(f"{height} {colour}" for colour, height, _ in parts)
     return f"{parts[0]} and {parts[1]}"
@@ -169,11 +170,11 @@ def draw(scene: tuple) -> Image.Image:
             if cell is not None:
                 _shape(pen, *cell, x=28 * (index % 3) + 14, y=28 * (index // 3) + 14)
     elif what == "bars":
-        for level in range(7):
-            pen.line((4, 80 - 12 * level, 80, 80 - 12 * level), fill=WHITE)
+        for level in range(5):
+            pen.line((4, 80 - 18 * level, 80, 80 - 18 * level), fill=WHITE)
         for index, (colour, height, shift) in enumerate(parts):
             x = 28 * index + 14 + shift
-            pen.rectangle((x - 9, 80 - 12 * height, x + 9, 80), fill=COLOURS[colour])
+            pen.rectangle((x - 9, 80 - 18 * height, x + 9, 80), fill=COLOURS[colour])
     elif what == "triangle":
         a, b, apex, shift = parts
         pen.line((2, 52, apex, 8 + shift, 82, 52, 2, 52), fill=WHITE, width=2)
@@ -191,13 +192,13 @@ def draw(scene: tuple) -> Image.Image:
 
 
 def _shape(pen: ImageDraw.ImageDraw, form: str, colour: str, x: int, y: int) -> None:
-    box = (x - 9, y - 9, x + 9, y + 9)
+    box = (x - 12, y - 12, x + 12, y + 12)
     if form == "circle":
         pen.ellipse(box, fill=COLOURS[colour])
     elif form == "square":
         pen.rectangle(box, fill=COLOURS[colour])
     else:
-        pen.polygon((x, y - 10, x - 10, y + 9, x + 10, y + 9), fill=COLOURS[colour])
+        pen.polygon((x, y - 13, x - 13, y + 12, x + 13, y + 12), fill=COLOURS[colour])
 
 
 def _number(pen: ImageDraw.ImageDraw, number: int, x: int, y: int) -> None:

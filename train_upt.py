@@ -65,7 +65,7 @@ class Config(rollout.Config):
     """advantage estimator: group-norm, mean, rloo, energy, energy-centred"""
     minibatches: int | None = None
     """updates in one step; the step's questions are split among them"""
-    update_tokens: int = 16384
+    update_tokens: int | None = None
     """token budget of one micro-batch; the step does not depend on it"""
     learning_rate: float | None = None
     """peak of AdamW's learning rate"""
@@ -118,8 +118,8 @@ class Config(rollout.Config):
             raise ValueError(f"--gpus {self.gpus}: a run uses one process so far; leave it at 1")
         if self.reward.startswith("judged"):
             raise ValueError(
-                f"the reward {self.reward!r} of preset {self.preset} needs the judge, which is not part of this version; "
-                "add --reward frequency to train with the preset's other settings"
+                f"the reward {self.reward!r} needs the judge, which is not part of this version; add --reward frequency "
+                f"to train with the other settings of the preset {self.preset}"
             )
         if self.reward != STORED:
             rewards.bind_reward(self.reward, run_seed=self.seed), rewards.bind_advantage(self.advantage)
@@ -222,7 +222,9 @@ def accumulate(policy: Policy, prompts, groups, old, config: Config, kl: bool) -
     """Sum the gradient of one minibatch's loss over its micro-batches; the statistics of the loss."""
     lengths = torch.tensor([[_used_length(r, config) for r in g["responses"]] for g in groups])  # (B, G)
     weights = response_weights(lengths.flatten(), config.aggregation, config.max_new_tokens).view_as(lengths)
-    totals = {"loss": 0.0, "kl": 0.0, "ratio": 0.0, "clip_low": 0.0, "clip_high": 0.0, "dual_clip": 0.0}
+    tokens = max(1, int(lengths.sum()))
+    totals = {"loss": 0.0, "ratio": 1.0, "clip_low": 0.0, "clip_high": 0.0, "dual_clip": 0.0}
+    totals |= {"kl": 0.0} if kl else {}
     for batch in pack(prompts, _trained(groups, config, kl), config.update_tokens):
         owners = [owner for row in batch for owner in row.owners]
         sizes = torch.tensor([len(response) for row in batch for response in row.responses])
@@ -250,8 +252,9 @@ def accumulate(policy: Policy, prompts, groups, old, config: Config, kl: bool) -
             kl_estimator=config.kl_estimator,
         )
         loss.backward()
-        for name, value in (stats | {"loss": loss.detach()}).items():
-            totals[name] += value.item()
+        totals["loss"] += loss.item()
+        for name, value in stats.items():  # means over all tokens; those left out have ratio 1 and are not clipped
+            totals[name] += value.item() / tokens
     return totals
 
 

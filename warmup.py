@@ -18,7 +18,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,10 +30,17 @@ from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import data
+import presets
+import rollout
 import shapes
+from eval import heldout
 from policy import Policy, Row, layout
+from shards import write_whole
 
-PROMPTS = ("think-boxed", "boxed")
+STYLES = ("think-boxed", "boxed")  # prompts; a quarter of the demonstrations are in the second
+DESCRIBE = "Describe the picture."
+SAMPLING = ("temperature", "top_p", "group_size", "max_new_tokens", "prompt", "max_prompt_tokens")
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS)
 CHAT_TEMPLATE = """\
@@ -64,7 +71,7 @@ class Config:
     """updates on right demonstrations"""
     mixed_steps: int = 100
     """updates on demonstrations of mixed quality"""
-    batch: int = 24
+    batch: int = 32
     """pictures in one update, each with two or three questions"""
     learning_rate: float = 2e-3
     """peak of the clean phase; the vision tower's first layer takes a tenth"""
@@ -76,8 +83,10 @@ class Config:
     """share of quick guesses that are wrong"""
     misread: float = 0.08
     """share of step-by-step demonstrations, in the mixed phase, with one misread number"""
-    eval_questions: int = 256
-    """validation questions for the scores"""
+    eval_questions: int = 512
+    """validation questions for the scores after each phase"""
+    eval_samples: int = 4
+    """samples for each of them"""
 
 
 def demonstrate(item: shapes.Item, prompt: str, facts: tuple[int, ...] | None = None) -> str:
@@ -178,7 +187,7 @@ def lesson(policy: Policy, item: shapes.Item, response: str, style: str, describ
     row = Row(replace(prompt, ids=prompt.ids[:cut], positions=prompt.positions[:, :cut]), [], [])
     pairs, learnt = [(prompt.ids[cut:], response)], []
     if describe:
-        asked = policy.tokenize(replace(item, question="Describe the picture."), "{question}")
+        asked = policy.tokenize(replace(item, question=DESCRIBE), "{question}")
         pairs.append((asked[asked.index(prompt.ids[cut - 1]) + 1 :], shapes.describe(item.scene)))
     for asked, text in pairs:
         answer = policy.tokenizer(text, add_special_tokens=False)["input_ids"] + [policy.tokenizer.eos_token_id]
@@ -217,53 +226,52 @@ def train(policy: Policy, lessons: Callable, steps: int, peak: float, batch: int
     model.requires_grad_(False).eval()
 
 
-def main(config: Config) -> None:
-    started = time.time()
-    count = config.batch * (config.clean_steps + config.mixed_steps)
-    items = shapes.questions("warmup", config.seed, count)
+def main(config: Config) -> dict:
+    """Train, write the snapshot and its scores; returns the scores by phase."""
+    started = time.perf_counter()
+    total = config.batch * (config.clean_steps + config.mixed_steps)
+    items = list(shapes.questions("warmup", config.seed, total))
+    validation = data.load("shapes", "validation", config.seed, limit=config.eval_questions)
     rng = random.Random(f"warmup/{config.seed}")
-
-    clean, mixed = (
-        (lambda item, style, rng: demonstrate(item, style)),
-        (lambda item, style, rng: demonstrate_mixed(item, style, rng, config)),
-    )
-    templates = [Policy.template(prompt) for prompt in PROMPTS]
-    texts = [t.replace("{question}", i.question) for i in items[:2000] for t in templates]
-    texts += [demonstrate(item, prompt) for item in items[:2000] for prompt in PROMPTS] + [
-        "by eye user assistant Describe the picture. none and"
-    ] * 100
+    texts = [Policy.template(style).replace("{question}", item.question) for item in items[:2000] for style in STYLES]
+    texts += [demonstrate(item, style) for item in items[:2000] for style in STYLES]
+    texts += [f"by eye user assistant {DESCRIBE} {shapes.describe(item.scene)}" for item in items[:500]]
     tokenizer = make_tokenizer(texts)
     with TemporaryDirectory() as folder:
         make_model(tokenizer, config.seed).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        # 3 x 3 to 16 x 16 visual tokens; pictures of `shapes` are used as they are.
+        # From 3 x 3 to 16 x 16 visual tokens; the pictures of `shapes` are used as they are.
         Qwen2VLImageProcessorPil(min_pixels=84 * 84, max_pixels=448 * 448).save_pretrained(folder)
         policy = Policy.load(folder, dtype="fp32", device="cpu")
-    style = lambda n: PROMPTS[n % 4 == 0]
-    train(
-        policy,
-        lambda n: lesson(policy, items[n], demonstrate(items[n], style(n)), style(n), True),
-        config.clean_steps,
-        config.learning_rate,
-        config.batch,
-        "clean",
+
+    def style(n: int) -> str:
+        return STYLES[n % 4 == 0]
+
+    def clean(n: int) -> tuple:
+        return lesson(policy, items[n], demonstrate(items[n], style(n)), style(n), describe=False)
+
+    def mixed(n: int) -> tuple:
+        item = items[config.batch * config.clean_steps + n]
+        return lesson(policy, item, demonstrate_mixed(item, style(n), rng, config), style(n), describe=False)
+
+    sampling = rollout.Config(model=presets.TINY_MODEL, seed=config.seed, **{k: presets.TINY[k] for k in SAMPLING})
+    scores = {}
+    phases = (
+        ("clean", clean, config.clean_steps, config.learning_rate),
+        ("mixed", mixed, config.mixed_steps, config.mixed_learning_rate),
     )
-    policy.export("/tmp/dev/clean")
-    print(time.time() - started)
-    first = config.batch * config.clean_steps
-    train(
-        policy,
-        lambda n: lesson(
-            policy, items[first + n], demonstrate_mixed(items[first + n], style(n), rng, config), style(n), False
-        ),
-        config.mixed_steps,
-        config.mixed_learning_rate,
-        config.batch,
-        "mixed",
-    )
+    for name, lessons, steps, peak in phases:
+        train(policy, lessons, steps, peak, config.batch, name)
+        scores[name] = heldout.evaluate(policy, validation, sampling, len(validation), config.eval_samples)
     policy.export(config.out)
-    print(time.time() - started)
-    (config.out / "warmup.json").write_text("{}")
+    report = scores | {
+        "config": json.loads(json.dumps(asdict(config), default=str)),
+        "seconds": time.perf_counter() - started,
+    }
+    write_whole(config.out / "warmup.json", [json.dumps(report, indent=1).encode()])
+    print(heldout.table({f"{name} phase": score for name, score in scores.items()}))
+    print(f"{config.out}: {len(validation)} validation questions, {report['seconds']:.0f} s")
+    return scores
 
 
 if __name__ == "__main__":

@@ -46,15 +46,16 @@ class _LinearLogprob(torch.autograd.Function):
             target = ids[rows, None]
             logp = (hidden[rows] @ weight.T).float().div_(temperature)  # (chunk, V)
             logp.sub_(logp.logsumexp(-1, keepdim=True))
-            chosen = logp.gather(-1, target)
-            logprob[rows] = chosen[:, 0]
-            p = logp.exp_()
-            entropy[rows] = torch.special.entr(p).sum(-1)
+            logprob[rows] = logp.gather(-1, target)[:, 0]
+            p = logp.exp()
+            # A logit of -inf has p = 0 and adds nothing; 0 * -inf would add nan.
+            entropy[rows] = -logp.clamp_(min=torch.finfo(torch.float32).min).mul_(p).sum(-1)
             if jacobian is not None:
-                # onehot - p in float32, before any rounding: near p = 1 the difference is all there is. Scattering
-                # -expm1(log p) keeps its digits where 1 - p would lose them.
-                p.neg_().scatter_(-1, target, -torch.expm1(chosen))
-                jacobian[rows] = (p.to(weight.dtype) @ weight).div_(temperature)
+                # onehot - p in float32, before any rounding. At the target it is the probability of all other tokens,
+                # summed: 1 - p would lose every digit of it near p = 1.
+                p.scatter_(-1, target, 0.0)
+                others = p.sum(-1, keepdim=True)
+                jacobian[rows] = (p.neg_().scatter_(-1, target, others).to(weight.dtype) @ weight).div_(temperature)
         ctx.save_for_backward(jacobian)
         ctx.mark_non_differentiable(entropy)
         return logprob, entropy

@@ -43,15 +43,15 @@ def grpo_loss(
     ratio rho = exp(logprob - old_logprob), or with ratio_level `sequence` its geometric mean over the response (GSPO,
     arXiv 2507.18071 eq. 7). Loss: sum of weight * max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)), capped for
     A < 0 at -A * dual_clip where dual_clip > 0 (arXiv 1912.09729 eq. 5), plus kl_coef * weight * KL(policy, ref) by
-    the estimator k1, k2 or k3 (http://joschu.net/blog/kl-approx.html). Returns the loss and the weighted sums
-    `clip_low`, `clip_high`, `dual_clip` (shares of tokens that are clipped), `kl`, `ratio`.
+    the estimator k1, k2 or k3 (http://joschu.net/blog/kl-approx.html). Returns the loss and sums over tokens:
+    `clip_low`, `clip_high`, `dual_clip` (tokens clipped so), `ratio` (of rho - 1) and, with a reference, `kl`.
     """
     logratio = logprob - old_logprob
     if ratio_level == "sequence":
         size = int(owner.max()) + 1 if len(owner) else 0
         ones = torch.ones_like(logratio)
-        total = torch.zeros(size, device=logratio.device).index_add(0, owner, logratio)
-        length = torch.zeros(size, device=logratio.device).index_add(0, owner, ones)
+        total = logratio.new_zeros(size).index_add(0, owner, logratio)
+        length = logratio.new_zeros(size).index_add(0, owner, ones)
         logratio = (total / length.clamp(min=1))[owner]
     elif ratio_level != "token":
         raise ValueError(f"ratio_level must be token or sequence, not {ratio_level!r}")
@@ -61,20 +61,20 @@ def grpo_loss(
     with torch.no_grad():
         bound = clipped > plain
         stats = {
-            "clip_low": (weight * (bound & (advantage < 0))).sum(),
-            "clip_high": (weight * (bound & (advantage > 0))).sum(),
-            "ratio": (weight * ratio).sum(),
+            "clip_low": (bound & (advantage < 0)).sum(),
+            "clip_high": (bound & (advantage > 0)).sum(),
+            "ratio": (ratio - 1).sum(),
         }
     if dual_clip > 0:
         cap = -advantage * dual_clip
         over = (advantage < 0) & (loss > cap)
         loss = torch.where(over, cap, loss)
-        stats["dual_clip"] = (weight * over).sum()
+        stats["dual_clip"] = over.sum()
     loss = (weight * loss).sum()
     if ref_logprob is not None:
-        kl = (weight * kl_divergence(logprob, ref_logprob, kl_estimator)).sum()
-        stats["kl"] = kl.detach()
-        loss = loss + kl_coef * kl
+        kl = kl_divergence(logprob, ref_logprob, kl_estimator)
+        stats["kl"] = kl.detach().sum()
+        loss = loss + kl_coef * (weight * kl).sum()
     return loss, stats
 
 

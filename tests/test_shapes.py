@@ -1,0 +1,75 @@
+"""The embedded data set: deterministic, right, and without a picture that two splits share."""
+
+from collections import Counter
+
+import pytest
+
+import data
+import shapes
+
+
+def digest(item) -> bytes:
+    return item.image.tobytes()
+
+
+def test_the_same_seed_gives_the_same_pictures():
+    one, two = shapes.questions("test", 3, 40), shapes.questions("test", 3, 40)
+    assert [(digest(i), i.question, i.gold) for i in one] == [(digest(i), i.question, i.gold) for i in two]
+    assert [digest(i) for i in shapes.questions("test", 4, 40)] != [digest(i) for i in one]
+    assert [i.question for i in shapes.questions("test", 3, 60)][:40] == [i.question for i in one]
+
+
+def test_no_picture_is_shared_by_splits_or_occurs_twice():
+    sets = {(split, seed): shapes.questions(split, seed, 400) for split in shapes.SIZES for seed in (0, 1)}
+    pictures = {name: {digest(item) for item in items} for name, items in sets.items()}
+    assert all(len(found) == 400 for found in pictures.values())
+    for (split, seed), found in pictures.items():
+        for (other, other_seed), more in pictures.items():
+            if split != other:
+                assert not found & more, f"{split} {seed} and {other} {other_seed}"
+
+
+def test_golds_are_right():
+    """Golds worked out again from what is drawn."""
+    for item in shapes.questions("validation", 0, 300):
+        what, *parts = item.scene
+        if item.kind == "angle":
+            expected = 180 - parts[0] - parts[1]
+        elif item.kind == "length":
+            expected = parts[0] + parts[1]
+        elif item.kind == "bars":
+            expected = sum(height for colour, height, _ in parts if colour in item.question)
+        else:
+            number = Counter(cell[1] for cell in parts if cell is not None)
+            asked = sorted((word for word in item.question.split() if word in shapes.COLOURS), key=item.question.index)
+            counts = [number[colour] for colour in asked]
+            expected = {"count": counts[0], "sum": sum(counts), "difference": counts[0] - counts[-1]}[item.kind]
+        assert int(item.gold) == expected >= 0
+        reasoning, answer = shapes.worked(item.kind, item.names, item.facts)
+        assert str(answer) == item.gold and reasoning.replace(" ", "").endswith(item.gold) or item.kind == "count"
+
+
+def test_pictures_show_what_is_asked_about():
+    """Pixels of each colour agree with the count: a circle, square or triangle covers at least 150 of them."""
+    for item in (i for i in shapes.questions("test", 0, 120) if i.scene[0] == "grid"):
+        seen = Counter(item.image.getdata())
+        for name in item.names:
+            count = sum(cell is not None and cell[1] == name for cell in item.scene[1:])
+            assert 150 * count <= seen[shapes.COLOURS[name]] <= 400 * count
+
+
+def test_every_kind_is_there_and_through_load():
+    questions = data.load("shapes", "test", seed=1)
+    assert len(questions) == 512 and questions.has_gold
+    kinds = Counter(question.kind for question in questions)
+    assert set(kinds) == set(shapes.KINDS) and min(kinds.values()) > 50
+    first = questions[0]
+    assert first.uid == "shapes/test/000000" and first.image.size == (84, 84) and first.gold is not None
+    assert questions.without_gold()[0].gold is None
+
+
+def test_what_cannot_be_made_is_refused():
+    with pytest.raises(ValueError, match="no split"):
+        shapes.questions("dev")
+    with pytest.raises(ValueError, match="6000"):
+        shapes.questions("test", 0, 10_000)

@@ -1,0 +1,331 @@
+"""The loop: what the adapter depends on and what it does not, stopping and going on, and what a run leaves."""
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+import data
+import rewards
+import rollout
+import shards
+import train_upt
+from policy import Policy
+from train_upt import Config, main
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "questions_per_step": 4,
+    "group_size": 4,
+    "max_new_tokens": 12,
+    "lora_rank": 2,
+    "lora_alpha": 4,
+    "eval_questions": 0,
+    "learning_rate": 1e-2,
+    "reward": "random",  # a random model hardly ever agrees with itself; this gives every step a signal
+}
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(one: Path, two: Path) -> bool:
+    a, b = adapter(one), adapter(two)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def run(tiny, out: Path, **settings) -> Path:
+    main(Config(model=tiny, out=out, **SMALL | settings))
+    return out
+
+
+@pytest.fixture(scope="module")
+def two_steps(tiny, tmp_path_factory) -> Path:
+    """An uninterrupted run of two steps, its rollouts in four batches each."""
+    return run(tiny, tmp_path_factory.mktemp("runs") / "whole", steps=2, rollout_tokens=1, update_tokens=150)
+
+
+# ---------------------------------------------------------------------------------------- what the adapter depends on
+
+
+def test_training_moves_the_adapter_and_only_seed_and_settings_matter(tiny, two_steps, tmp_path):
+    assert any(float(value.abs().max()) > 0 for name, value in adapter(two_steps).items() if "lora_B" in name)
+    again = run(tiny, tmp_path / "again", steps=2, rollout_tokens=1, update_tokens=150)
+    assert same(two_steps, again)
+    assert not same(two_steps, run(tiny, tmp_path / "seed", steps=2, rollout_tokens=1, update_tokens=150, seed=1))
+
+
+def test_stages_give_the_adapter_of_one_online_step(tiny, tmp_path):
+    settings = SMALL | {"reward": None, "advantage": None}
+    sampling = {name: SMALL[name] for name in ("questions_per_step", "group_size", "max_new_tokens")}
+    online = run(tiny, tmp_path / "online", steps=1, reward="random", advantage="mean", seed=3)
+    rollout.main(rollout.Config(model=tiny, out=tmp_path / "rollouts", steps=1, seed=3, **sampling))
+    rewards.main(
+        rewards.Config(rollouts=tmp_path / "rollouts", out=tmp_path / "scored", reward="random", advantage="mean")
+    )
+    main(Config(from_shards=tmp_path / "scored", out=tmp_path / "staged", seed=3, **settings))
+    assert same(online, tmp_path / "staged")
+    name = "step-000000.jsonl"
+    assert (online / "rollouts" / name).read_bytes() == (tmp_path / "scored" / name).read_bytes()
+    # Rescoring the plain rollouts on the way in is the same again; other rewards are not.
+    main(Config(from_shards=tmp_path / "rollouts", out=tmp_path / "a", seed=3, **SMALL | {"advantage": "mean"}))
+    assert same(online, tmp_path / "a")
+    main(Config(from_shards=tmp_path / "scored", out=tmp_path / "b", seed=3, **SMALL | {"reward": "random(seed=9)"}))
+    assert not same(online, tmp_path / "b")
+
+
+@pytest.mark.parametrize("golds", ["removed", "shuffled"])
+def test_label_blind(tiny, tmp_path, monkeypatch, golds):
+    # A random model gives no boxed answers; these keys make groups that agree in part.
+    monkeypatch.setattr(rollout, "vote_key", lambda text, choices=None: str(len(text) % 3))
+    settings = dict(steps=2, reward="frequency")
+    plain = run(tiny, tmp_path / "plain", **settings)
+    real = data.load
+
+    def blind(*args, **kwargs):
+        found = real(*args, **kwargs)
+        if golds == "removed":
+            return found.without_gold()
+        order = [found[i].gold for i in range(len(found))][::-1]
+        read = found._read
+        found._read = lambda i: replace(data.Question(**vars_of(read(i))), gold=order[i])
+        return found
+
+    monkeypatch.setattr(data, "load", blind)
+    other = run(tiny, tmp_path / "blind", **settings)
+    stored = [g["gold"] for run_ in (plain, other) for g in shards.ShardReader(run_ / "rollouts")]
+    half = len(stored) // 2
+    assert stored[:half] != stored[half:]
+    assert same(plain, other)
+    assert any(float(value.abs().max()) > 0 for name, value in adapter(plain).items() if "lora_B" in name)
+
+
+def vars_of(item) -> dict:
+    return {name: getattr(item, name) for name in ("uid", "question", "choices", "image", "gold", "kind")}
+
+
+def test_the_step_does_not_depend_on_the_micro_batches(tiny, tmp_path):
+    settings = dict(steps=1, advantage="mean", kl_every=1)
+    whole = run(tiny, tmp_path / "whole", update_tokens=100_000, **settings)
+    split = run(tiny, tmp_path / "split", update_tokens=1, **settings)
+    logs = [json.loads((path / "metrics.jsonl").read_text()) for path in (whole, split)]
+    for name in ("loss", "grad_norm", "ratio"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4, abs=1e-6)
+    assert logs[0]["grad_norm"] > 0.01
+    for name, value in adapter(whole).items():
+        torch.testing.assert_close(value, adapter(split)[name], atol=2e-4, rtol=1e-3)
+
+
+def test_accumulated_gradient_is_that_of_the_loss(tiny, tmp_path):
+    """On policy, the gradient is that of -sum(A logp) / tokens, worked out here one response at a time."""
+    config = Config(model=tiny, out=tmp_path, **SMALL | {"steps": 1, "advantage": "mean"}).resolve()
+    policy = Policy.load(tiny, dtype="fp32", device="cpu")
+    policy.add_lora(2, 4)
+    questions = data.load("shapes", "train", 0)
+    batch = rollout.step_batch(policy, questions, 0, config)
+    groups = rewards.score(rollout.rollout(policy, batch, 0, config, tmp_path), "random", "mean", 0)
+    train_upt.accumulate(policy, batch.prompts, groups, None, config, kl=False)
+    mine = [p.grad.clone() for p in policy.trainable()]
+    policy.model.zero_grad()
+    total = sum(len(r["token_ids"]) for g in groups for r in g["responses"])
+    for question, group in zip(batch.questions, groups):
+        seen = policy.image_processor(images=[question.image], return_tensors="pt")
+        prompt = batch.prompts[batch.questions.index(question)].ids
+        for response in group["responses"]:
+            ids = torch.tensor([prompt + response["token_ids"]])
+            types = (ids == policy.base.config.image_token_id).int()
+            logits = policy.base(input_ids=ids, mm_token_type_ids=types, **seen).logits[0, len(prompt) - 1 : -1]
+            logp = logits.log_softmax(-1).gather(1, torch.tensor(response["token_ids"])[:, None])
+            (-response["advantage"] * logp.sum() / total).backward()
+    for ours, parameter in zip(mine, policy.trainable()):
+        torch.testing.assert_close(ours, parameter.grad, atol=1e-5, rtol=1e-3)
+    assert max(float(g.abs().max()) for g in mine) > 1e-3
+
+
+def test_minibatches_use_the_log_probabilities_from_before_the_step(tiny, tmp_path):
+    out = run(tiny, tmp_path / "r", steps=1, minibatches=2, learning_rate=0.3, warmup_steps=0, advantage="mean")
+    row = json.loads((out / "metrics.jsonl").read_text())
+    assert row["ratio"] != 1.0 and row["clip_low"] + row["clip_high"] > 0  # the second minibatch is off policy
+    one = run(tiny, tmp_path / "one", steps=1, minibatches=1, learning_rate=0.3, warmup_steps=0, advantage="mean")
+    assert json.loads((one / "metrics.jsonl").read_text())["ratio"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_kl_is_measured_only_when_asked_for(tiny, tmp_path, monkeypatch):
+    calls = []
+    real = Policy.reference
+    monkeypatch.setattr(Policy, "reference", lambda self: calls.append(1) or real(self))
+    run(tiny, tmp_path / "none", steps=2)
+    assert not calls
+    out = run(tiny, tmp_path / "log", steps=3, kl_every=2, learning_rate=0.1, warmup_steps=0)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert ["kl" in row for row in rows] == [True, False, True]
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[2]["kl"] > 1e-4
+    assert not same(out, run(tiny, tmp_path / "loss", steps=3, kl_coef=1.0, learning_rate=0.1, warmup_steps=0))
+
+
+def test_truncated_responses_can_be_masked(tiny, tmp_path):
+    config = Config(model=tiny, out=tmp_path, mask_truncated=True, **SMALL | {"steps": 1}).resolve()
+    policy = Policy.load(tiny, dtype="fp32", device="cpu")
+    policy.add_lora(2, 4)
+    batch = rollout.step_batch(policy, data.load("shapes", "train", 0), 0, config)
+    groups = rewards.score(rollout.rollout(policy, batch, 0, config, tmp_path), "random", "mean", 0)
+    for group in groups:
+        for response in group["responses"]:
+            response["finish"] = "length"
+    train_upt.accumulate(policy, batch.prompts, groups, None, config, kl=False)
+    assert all(p.grad is None for p in policy.trainable())
+
+
+def test_a_non_finite_update_is_skipped_counted_and_shown(tiny, tmp_path, monkeypatch, capfd):
+    real, calls = train_upt.grpo_loss, []
+
+    def broken(*args, **kwargs):
+        loss, stats = real(*args, **kwargs)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) == 1 else loss), stats
+
+    monkeypatch.setattr(train_upt, "grpo_loss", broken)
+    out = run(tiny, tmp_path / "r", steps=2)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["nonfinite"] for row in rows] == [1, 0] and rows[0]["loss"] is None
+    assert all(value.isfinite().all() for value in adapter(out).values())
+    assert "NONFINITE 1" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ stopping, going on
+
+KILLER = """
+import os, sys, tyro
+import rollout, train_upt
+from train_upt import Config
+where, nth, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+module, name = where.split(".")
+real, calls = getattr(sys.modules[module], name), []
+def patched(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == nth:
+        os.kill(os.getpid(), number)
+    return real(*args, **kwargs)
+setattr(sys.modules[module], name, patched)
+train_upt.main(tyro.cli(Config, args=sys.argv[4:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "nth", "number", "code"),
+    [
+        ("rollout.generate", 6, signal.SIGTERM, 143),  # the second batch of the second step
+        ("rollout.generate", 6, signal.SIGKILL, -9),
+        ("train_upt.grpo_loss", 8, signal.SIGTERM, 143),
+        ("train_upt.grpo_loss", 8, signal.SIGKILL, -9),
+    ],
+)
+def test_interrupted_and_resumed_is_uninterrupted(tiny, two_steps, tmp_path, where, nth, number, code):
+    out = tmp_path / "run"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    flags += [
+        "--steps=2",
+        "--rollout-tokens=1",
+        "--update-tokens=150",
+        f"--model={tiny}",
+        f"--out={out}",
+        "--save-every=1",
+    ]
+    command = [sys.executable, "-c", KILLER, where, str(nth), str(int(number)), *flags]
+    stopped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert stopped.returncode == code, stopped.stderr[-2000:]
+    assert not (out / "summary.json").exists()
+    if number == signal.SIGTERM:
+        assert "goes on from" in stopped.stderr
+    run(tiny, out, steps=2, rollout_tokens=1, update_tokens=150, save_every=1)
+    assert same(out, two_steps)
+    for path in shards.list_shards(two_steps / "rollouts"):
+        assert (out / "rollouts" / path.name).read_bytes() == path.read_bytes()
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1]
+
+
+def test_resume_takes_the_settings_of_the_run(tiny, two_steps, tmp_path):
+    with pytest.raises(ValueError, match="no run"):
+        main(Config(out=tmp_path / "none", resume=True))
+    again = main(Config(out=two_steps, resume=True))
+    assert again["config"]["lora_rank"] == 2 and again["config"]["model"] == tiny
+    with pytest.raises(ValueError, match="lora_rank"):
+        run(tiny, two_steps, steps=2, rollout_tokens=1, update_tokens=150, lora_rank=3)
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves
+
+
+def test_what_a_run_leaves(tiny, tmp_path):
+    out = run(tiny, tmp_path / "r", steps=2, eval_questions=6, eval_samples=3, reward="frequency", save_every=1, keep=1)
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary) == {"before", "after", "warmup", "config", "seconds"}
+    for scores in (summary["before"], summary["after"]):
+        assert {"greedy", "mean", "maj", "pass", "length", "entropy", "kinds"} <= set(scores)
+        for name in ("greedy", "mean", "maj", "pass"):
+            assert 0 <= scores[name]["low"] <= scores[name]["value"] <= scores[name]["high"] <= 1
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    names = "reward_mean majority_share distinct abstention_share entropy clip_low clip_high length cutoff_share"
+    assert {*names.split(), "tokens_per_second", "seconds", "peak_memory_gib"} <= set(rows[0])
+    assert {"rollout", "update"} <= set(rows[0]["seconds"])
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"]
+    for group in shards.ShardReader(out / "rollouts"):
+        assert all("advantage" in response for response in group["responses"])
+    opened = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(tiny), out / "adapter")
+    assert any("lora" in name for name, _ in opened.named_parameters())
+    # A run that starts from this adapter has it in its reference: nothing has been learnt yet at its first step.
+    more = run(tiny, tmp_path / "more", steps=1, adapter=str(out / "adapter"), kl_every=1)
+    assert json.loads((more / "metrics.jsonl").read_text())["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_without_gold_the_metrics_are_label_free(tiny, tmp_path, monkeypatch, capsys):
+    real = data.load
+    monkeypatch.setattr(data, "load", lambda *args, **kwargs: real(*args, **kwargs).without_gold())
+    out = run(tiny, tmp_path / "r", steps=1, eval_questions=4, eval_samples=2, reward="majority")
+    before = json.loads((out / "summary.json").read_text())["before"]
+    assert "greedy" not in before and {"length", "entropy", "majority_share"} <= set(before)
+    assert "label-free metrics only" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="supervised needs gold"):
+        run(tiny, tmp_path / "s", steps=1, reward="supervised")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gpus": 2}, "one process"),
+        ({"preset": "self-judge", "reward": None}, "needs the judge"),
+        ({"preset": "self-judge-code", "reward": None}, "needs the judge"),
+        ({"reward": "nonsense"}, "nonsense"),
+        ({"advantage": "nonsense"}, "nonsense"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"group_size": 1}, "group size"),
+        ({"minibatches": 9}, "minibatches"),
+        ({"steps": 0}, "--steps"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_written(tiny, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run(tiny, tmp_path / "r", **settings)
+    assert not (tmp_path / "r").exists()
+
+
+def test_presets_carry_their_recipe(tiny):
+    preset = Config(model=tiny, preset="mm-upt").resolve()
+    assert (preset.reward, preset.advantage, preset.clip_low, preset.clip_high) == ("majority", "group-norm", 0.2, 0.3)
+    assert (preset.dual_clip, preset.kl_coef, preset.weight_decay, preset.max_grad_norm) == (3.0, 0.01, 0.01, 1.0)
+    assert (preset.learning_rate, preset.questions_per_step, preset.minibatches) == (2e-4, 32, 1)
+    real = Config(data="geoqa", preset="self-judge", reward="frequency").resolve()
+    assert (real.group_size, real.temperature, real.advantage, real.clip_high) == (8, 1.0, "energy", 0.2)
+    assert (real.learning_rate, real.questions_per_step, real.minibatches) == (1e-5, 512, 4)
+    assert real.max_prompt_tokens == 1024 and real.max_new_tokens == 2048
