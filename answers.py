@@ -126,10 +126,9 @@ _LAYOUT = re.compile(
 )
 _TOKEN = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|\\[A-Za-z]+|\\[\s\S]?|[^\W\d_]+|\S")
 _THOUSANDS = r"[0-9]{1,3}(?:(?:,(?:\\!)?|\{,\}|\\,)[0-9]{3})+"
-_UNWRAP = (rf"{_FONT}\s*\{{([^{{}}]*)\}}", r" \1 ")
 # (what a text must contain for the rule to be tried, pattern, replacement), in this order
 _REWRITES = [(hint, re.compile(pattern), new) for hint, pattern, new in (
-    ("\\", *_UNWRAP), ("\\", *_UNWRAP),  # twice: \textbf{\text{B}}
+    ("\\", rf"{_FONT}\s*\{{([^{{}}]*)\}}", r" \1 "),  # \text{ cm}
     ("nswer", r"(?i)^(?:the )?(?:(?:final|correct) )?answer ?(?:is\b|:|=)", ""),
     ("**", r"(?<=[0-9)])\*\*(?=[0-9(-])", "^"), ("**", r"\*\*", ""),  # a power, else Markdown
     ("^", r"\^\s?\{?\s?(?:\\circ(?![A-Za-z])|\\degrees?|°|o(?![A-Za-z]))\s?\}?", "°"),

@@ -118,8 +118,8 @@ class Config(rollout.Config):
             raise ValueError(f"--gpus {self.gpus}: a run uses one process so far; leave it at 1")
         if self.reward.startswith("judged"):
             raise ValueError(
-                f"the reward {self.reward!r} needs the judge, which is not part of this version; add --reward frequency "
-                f"to train with the other settings of the preset {self.preset}"
+                f"the reward {self.reward!r} needs the judge, which is not part of this version; "
+                f"add --reward frequency to train with the other settings of the preset {self.preset}"
             )
         if self.reward != STORED:
             rewards.bind_reward(self.reward, run_seed=self.seed), rewards.bind_advantage(self.advantage)
