@@ -19,27 +19,19 @@ everything that is computed. No public function raises or hangs, whatever the te
     '3/2'
 """
 
-import atexit
-import importlib.util
-import json
-import operator
-import os
 import re
-import subprocess
-import sys
-import threading
 import unicodedata
 from collections.abc import Sequence
-from decimal import Context, Decimal, localcontext
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from string import ascii_uppercase
 from typing import NamedTuple
 
+from closed_forms import MAX_DEPTH, MAX_DIGITS, is_number, number_key
+from verifier import verifier
+
 MAX_CHARS = 2000  # a longer answer is not taken apart: its text is its key
-MAX_DEPTH = 30  # nesting of lists, brackets, fractions and roots
-MAX_DIGITS = 1000  # of a plain number that is reduced; 1e1000 is the largest power of ten
-MAX_BITS = 4096  # numerator and denominator of every intermediate fraction
 
 # ------------------------------------------------------------------------------------------------ extraction
 
@@ -147,10 +139,6 @@ _REWRITES = [(hint, re.compile(pattern), new) for hint, pattern, new in (
 )]  # fmt: skip
 
 
-def _is_number(token: str) -> bool:
-    return token[:1] in tuple("0123456789") or (token[:1] == "." and len(token) > 1)
-
-
 def _clean(answer: str) -> str:
     text = answer.replace("\frac", "\\frac")  # a \frac once printed unescaped: MATH-Vision's gold has form feeds
     return " ".join(text.translate(_UNICODE).split())
@@ -165,160 +153,6 @@ def _tokens(text: str) -> list[str]:
     while tokens and tokens[-1] in (".", ",", ";", "*", '"'):
         tokens.pop()
     return tokens
-
-
-# ------------------------------------------------------------------------------------------------ numbers
-
-_PI = Decimal("3.141592653589793238462643383279502884197169399375105820974944592307816406286208998628034825")
-_UNIT = (
-    r"(?i:(?:(?:square|sq|cubic|cu) ?)?(?:%|°(?: [cf])?|percent|deg(?:ree)?s?|rad(?:ian)?s?|units?|[mcdk]?m|[mk]?g|"
-    r"[mc]?l|(?:centi|milli|kilo)?met(?:er|re)s?|in(?:ch(?:es)?)?|ft|foot|feet|yd|yards?|mi|miles?|(?:kilo)?grams?|lbs?|"
-    r"pounds?|oz|ounces?|ton(?:ne)?s?|lit(?:er|re)s?|gallons?|s|secs?|seconds?|mins?|minutes?|h|hrs?|hours?|days?|weeks?|"
-    r"months?|years?|ms|mph|km?ph|n|newtons?|j|joules?|k?w|watts?|v|volts?|amps?|ohms?|k?hz|k?pa|mol|dollars?|usd|cents?|"
-    r"euros?|yuan|yen|people|students|ways|times|pieces|sides)(?:(?: \^)? (?:- )?[1-4])?(?: squared| cubed)?)"
-)
-_UNITS = re.compile(rf"{_UNIT}(?: (?:(?:/|\*|per) )?{_UNIT})*")
-_CONTEXT = Context(prec=90)
-_Number = Fraction | Decimal  # exact while rational
-
-
-class _NotClosedForm(ArithmeticError):
-    """The tokens are no number, or one too large to compute with."""
-
-
-def _checked(value: _Number) -> _Number:
-    """Bound a result, and turn an approximation back into the fraction it stands for.
-
-    Decimals carry 90 digits and lie within 1e±25, so their error is far below 1e-50. A number that close to a fraction
-    with a denominator of 12 digits is that fraction: an irrational one comes so close with a probability of 1e-25.
-    """
-    if isinstance(value, Decimal):
-        if not -25 <= value.adjusted() < 25 and abs(value) > Decimal("1e-50"):
-            raise _NotClosedForm
-        nearest = Fraction(value).limit_denominator(10**12)
-        return nearest if abs(_decimal(nearest) - value) < Decimal("1e-50") else value
-    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
-        raise _NotClosedForm
-    return value
-
-
-def _decimal(value: _Number) -> Decimal:
-    return Decimal(value.numerator) / value.denominator if isinstance(value, Fraction) else value
-
-
-def _apply(operation, a: _Number, b: _Number) -> _Number:
-    exact = isinstance(a, Fraction) and isinstance(b, Fraction)
-    return _checked(operation(a, b) if exact else operation(_decimal(a), _decimal(b)))
-
-
-def _literal(token: str) -> Fraction:
-    """Value of 12, 1.5, .5 or 1e3. The exponent is bounded first: Fraction("1e999999999") would build the integer."""
-    mantissa, _, exponent = token.lower().partition("e")
-    if abs(int(exponent or 0)) > MAX_DIGITS:
-        raise _NotClosedForm
-    return _checked(Fraction(mantissa) * Fraction(10) ** int(exponent or 0))
-
-
-def _power(base: _Number, exponent: _Number) -> _Number:
-    bits = max(base.numerator.bit_length(), base.denominator.bit_length()) if isinstance(base, Fraction) else 4
-    if isinstance(exponent, Decimal) or (base == 0 and exponent <= 0) or abs(exponent.numerator) * bits > MAX_BITS:
-        raise _NotClosedForm
-    power, k = _checked(base**exponent.numerator), exponent.denominator
-    if k == 1 or power == 0:
-        return power
-    sign = -1 if power < 0 else 1
-    if sign < 0 and k % 2 == 0:
-        raise _NotClosedForm
-    power = _decimal(abs(power))
-    return sign * _checked(power.sqrt() if k == 2 else power ** (1 / Decimal(k)))  # the real root
-
-
-class _ClosedForm:
-    """Recursive descent: sums of products of powers of numbers, fractions, roots, π and brackets."""
-
-    def __init__(self, tokens: list[str]):
-        self.tokens, self.position, self.depth = [*tokens, ""], 0, 0
-
-    def peek(self) -> str:
-        return self.tokens[self.position]
-
-    def take(self, *wanted: str) -> str:
-        """Step over the next token and return it if it is wanted; otherwise return ''."""
-        token = self.peek() if self.peek() in wanted else ""
-        self.position += bool(token)
-        return token
-
-    def group(self) -> _Number:
-        closing = {"(": ")", "{": "}", "[": "]"}.get(self.take("(", "{", "["))
-        self.depth += 1
-        if closing is None or self.depth > MAX_DEPTH:
-            raise _NotClosedForm
-        value = self.sum()
-        if not self.take(closing):
-            raise _NotClosedForm
-        self.depth -= 1
-        return value
-
-    def argument(self) -> _Number:
-        if _is_number(self.peek()) and len(self.peek()) > 1:  # \frac{1}{2}34: whose digits?
-            raise _NotClosedForm
-        return self.atom()
-
-    def sum(self) -> _Number:
-        total = self.product()
-        while sign := self.take("+", "-"):
-            total = _apply(operator.add if sign == "+" else operator.sub, total, self.product())
-        return total
-
-    def product(self) -> _Number:
-        total = self.signed_power()
-        while (sign := self.take("*", "/")) or self.peek() in (r"\pi", r"\sqrt", r"\frac", "("):
-            total = _apply(operator.truediv if sign == "/" else operator.mul, total, self.signed_power())
-        return total
-
-    def signed_power(self) -> _Number:
-        sign = -1 if self.take("+", "-") == "-" else 1
-        base = self.atom()
-        if self.take("^"):
-            base = _power(base, self.argument())  # of a^b^c a second ^ is left over, and it stays text: readers differ
-        return sign * base
-
-    def atom(self) -> _Number:
-        token = self.peek()
-        if token in ("(", "{"):
-            return self.group()
-        self.position += 1
-        if _is_number(token):
-            return _literal(token)
-        if token == r"\pi":
-            return _PI
-        self.depth += 1  # \sqrt\sqrt\sqrt…
-        if token not in (r"\frac", r"\sqrt") or self.depth > MAX_DEPTH:
-            raise _NotClosedForm
-        if token == r"\frac":
-            value = _apply(operator.truediv, self.argument(), self.argument())
-        else:
-            index = self.group() if self.peek() == "[" else Fraction(2)
-            value = _power(self.argument(), _apply(operator.truediv, Fraction(1), index))
-        self.depth -= 1
-        return value
-
-
-def _number_key(tokens: list[str]) -> str | None:
-    """Key of a number or closed form with nothing but units behind it, else None."""
-    form = _ClosedForm(tokens)
-    try:
-        with localcontext(_CONTEXT):
-            value = form.sum()
-    except (ArithmeticError, RecursionError):  # too large, x/0, √-1, or no number at all
-        return None
-    tail = tokens[form.position :]
-    if len(tail) > 20 or (tail and not _UNITS.fullmatch(" ".join(t for t in tail if t not in "{}()."))):
-        return None
-    if isinstance(value, Fraction):
-        return str(value)
-    digits = format(value, ".12g")
-    return digits if "." in digits else digits + "."  # 123456789012. is no integer
 
 
 # ------------------------------------------------------------------------------------------------ keys
@@ -364,7 +198,7 @@ def _text_key(tokens: list[str]) -> str | None:
     for token in tokens[1:] if tokens[:1] == ["+"] else tokens:
         # Between single letters a blank means nothing (3 a b = 3ab), but it parts words, commands and numbers.
         words = token[0].isalpha() and before[-1:].isalpha() and max(len(token), len(before)) > 1
-        out.append(" " * (words or (_is_number(token) and _is_number(before))))
+        out.append(" " * (words or (is_number(token) and is_number(before))))
         out.append(token if token[0] == "\\" else token.casefold())
         before = token
     return "".join(out) or None
@@ -382,7 +216,7 @@ def _key(tokens: list[str], depth: int = 0) -> str | None:
         named = next((i for i, side in enumerate(sides[:-1]) if not _is_name(side)), len(sides) - 1)
         if named == len(sides) - 1:
             return _key(sides[-1], depth + 1)
-        keys = [_number_key(side) for side in sides[named:]]
+        keys = [number_key(side) for side in sides[named:]]
         if keys[0] and (len(set(keys)) == 1 or relations[named] == r"\approx"):
             return keys[0]  # 1/2 = 0.5; the exact value of \sqrt{2} \approx 1.41
     if tokens[0] in _OPENING and _is_bracket(tokens):
@@ -394,7 +228,7 @@ def _key(tokens: list[str], depth: int = 0) -> str | None:
             return tokens[0] + ", ".join(keys) + tokens[-1]
         if tokens[0] in "({":
             return keys[0] or None
-    return _number_key(tokens) or _text_key(tokens)
+    return number_key(tokens) or _text_key(tokens)
 
 
 _LABEL_WORDS = ("the", "option", "options", "choice", "choices", "answer")
@@ -493,7 +327,6 @@ def vote_key(text: str, choices: Sequence[str] | None = None, multi: bool = Fals
 # ------------------------------------------------------------------------------------------------ grading
 
 MAX_VERIFIED = 200  # characters of an answer that math_verify gets to see
-VERIFY_SECONDS, START_SECONDS = 5.0, 120.0  # importing sympy takes its time on a busy machine
 
 
 class Grade(NamedTuple):
@@ -511,58 +344,6 @@ class Grade(NamedTuple):
         return self.verifier is not None and self.verifier != self.key
 
 
-class _Verifier:
-    """math_verify in a process of its own: this file, run as a script.
-
-    Its time limits are signals, which need a main thread and can't interrupt a power of huge integers. The process
-    has a main thread, and can be killed.
-    """
-
-    def __init__(self):
-        self.lock, self.process = threading.Lock(), None
-
-    def ask(self, line: str, seconds: float) -> str:
-        watchdog = threading.Timer(seconds, self.process.kill)
-        watchdog.start()
-        try:
-            self.process.stdin.write(line)
-            self.process.stdin.flush()
-            return self.process.stdout.readline()
-        except OSError:  # it has died
-            return ""
-        finally:
-            watchdog.cancel()
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
-        self.process = None
-
-    def __call__(self, gold: str, answer: str) -> bool | None:
-        with self.lock:
-            reply = "ready"
-            if self.process is None:
-                if importlib.util.find_spec("math_verify") is None:
-                    raise ModuleNotFoundError(
-                        "grading needs math_verify, which is not installed: pip install math-verify"
-                    )
-                command, pipe = [sys.executable, os.path.abspath(__file__)], subprocess.PIPE
-                self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-                reply = self.ask("", START_SECONDS)
-            reply = reply and self.ask(json.dumps([gold, answer]) + "\n", VERIFY_SECONDS)
-            if not reply:
-                self.stop()  # the next question gets a fresh process
-            return json.loads(reply) if reply else None
-
-
-_verifier = _Verifier()
-atexit.register(_verifier.stop)
-os.register_at_fork(after_in_child=_verifier.__init__)  # lock and pipes belong to the parent
-
-
 def grade(text: str, gold: str, choices: Sequence[str] | None = None, multi: bool = False) -> Grade:
     """Grade a response against gold by key and by math_verify; for evaluation only, never for training.
 
@@ -574,31 +355,9 @@ def grade(text: str, gold: str, choices: Sequence[str] | None = None, multi: boo
     reference = extract_answer(str(gold)) or str(gold)
     if choices or multi or key is None or gold_key is None or max(len(answer), len(reference)) > MAX_VERIFIED:
         return Grade(by_key, None)
-    return Grade(by_key, _verifier(reference, answer))
+    return Grade(by_key, verifier(reference, answer))
 
 
 def is_correct(text: str, gold: str, choices: Sequence[str] | None = None, multi: bool = False) -> bool:
     """True if the response's answer equals gold by key or, where there are no choices, by math_verify; see `grade`."""
     return grade(text, gold, choices, multi).correct
-
-
-def _serve_verifier() -> None:
-    """Answer each line [gold, answer] of stdin with math_verify's verdict, until stdin closes."""
-    import resource
-
-    from math_verify import parse, verify
-
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # a power tower is to fail here, not to fill the machine
-    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        try:
-            gold, answer = (parse(rf"\boxed{{{side}}}", parsing_timeout=2) for side in json.loads(line))
-            verdict = bool(verify(gold, answer, timeout_seconds=2))
-        except Exception:  # noqa: BLE001 - whatever fails on hostile text means no
-            verdict = False
-        print(json.dumps(verdict), file=replies, flush=True)
-
-
-if __name__ == "__main__":
-    _serve_verifier()

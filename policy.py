@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -106,6 +107,7 @@ class Policy:
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         self.pixel_limits = {name: limit for name, limit in limits.items() if limit is not None}
         self.cache_bytes, self.cache = cache_bytes, OrderedDict()
+        self.positions = lru_cache(maxsize=256)(self._positions)
         self.model.eval().requires_grad_(False)
 
     @classmethod
@@ -136,7 +138,7 @@ class Policy:
         dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.bfloat16 if on_gpu else torch.float32}
         if dtype not in dtypes:
             raise PolicyError(f"dtype must be one of {', '.join(dtypes)}, not {dtype!r}")
-        config = _config(name)
+        config = model_config(name)
         model = AutoModelForImageTextToText.from_pretrained(
             name, config=config, dtype=dtypes[dtype], attn_implementation=attention
         ).to(device)
@@ -269,11 +271,17 @@ class Policy:
         at = ids.index(image_id)
         count = int(features.grid.prod()) // self.image_processor.merge_size**2
         ids = ids[:at] + [image_id] * count + ids[at + 1 :]
-        kinds = torch.tensor([[int(token == image_id) for token in ids]])
-        positions, _ = self.base.model.get_rope_index(
-            torch.tensor([ids]), mm_token_type_ids=kinds, image_grid_thw=features.grid
-        )
-        return Prompt(question.uid, ids, positions[:, 0], features), pixels, key
+        positions = self.positions(len(ids), at, tuple(features.grid[0].tolist()))
+        return Prompt(question.uid, ids, positions, features), pixels, key
+
+    def _positions(self, length: int, at: int, grid: tuple[int, int, int]) -> torch.Tensor:
+        """M-RoPE positions (3, length) of a prompt whose image starts at token `at`; they depend on nothing else."""
+        count = grid[0] * grid[1] * grid[2] // self.image_processor.merge_size**2
+        kinds = torch.zeros(1, length, dtype=torch.long)
+        kinds[0, at : at + count] = 1
+        ids = kinds * self.base.config.image_token_id
+        positions, _ = self.base.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=torch.tensor([grid]))
+        return positions[:, 0]
 
     def see(self, pending: list[tuple[Prompt, torch.Tensor, bytes]]) -> None:
         """Run the vision tower over several images and give each prompt its features."""
@@ -365,9 +373,9 @@ def layout(batch: Sequence[Row]) -> tuple[torch.Tensor, ...]:
     return ids, positions, mask[:, None], torch.tensor(sources), torch.tensor(targets)
 
 
-def _config(name: str):
-    """The configuration of a snapshot or hub id, checked to be of a family that this code knows."""
-    if name.startswith((".", "/", "models/")) and not Path(name).is_dir():
+def model_config(name: str):
+    """The configuration of a snapshot or hub id. Raises PolicyError if it is not there or not of a known family."""
+    if name.startswith((".", "/", "~", "models/")) and not Path(name).is_dir():
         hint = "run `make warmup` to make it" if Path(name).name == "tiny" else "check the path"
         raise PolicyError(f"there is no model folder {name}: {hint}, or give a hub id")
     try:

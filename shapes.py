@@ -149,17 +149,6 @@ def worked(kind: str, names: tuple[str, ...], facts: tuple[int, ...]) -> tuple[s
     return f"{a} {names[0]} {sign} {b} {names[1]} = {answer}", answer
 
 
-def describe(scene: tuple) -> str:
-    """What is in the picture, in a few words: how many shapes of each colour, the bars in order, or the numbers."""
-    what, *parts = scene
-    if what == "grid":
-        colours = [cell[1] for cell in parts if cell is not None]
-        return ", ".join(f"{colours.count(name)} {name}" for name in sorted(set(colours)))
-    if what == "bars":
-        return ", ".join(f"{height} {colour}" for colour, height, _ in parts)
-    return f"{parts[0]} and {parts[1]}"
-
-
 def draw(scene: tuple) -> Image.Image:
     """Render a scene, 84 x 84 RGB."""
     image = Image.new("RGB", (SIDE, SIDE), BACKGROUND)

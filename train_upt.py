@@ -40,7 +40,7 @@ import runs
 import shards
 from eval import heldout
 from kernels import grpo_loss, response_weights
-from policy import TARGETS, Policy, pack
+from policy import TARGETS, Policy, model_config, pack
 from runs import Clock, Stopped
 
 STORED = "stored"  # the rewards and advantages that the shards carry
@@ -140,6 +140,7 @@ def prepare(config: Config) -> Config:
     if config.from_shards:
         adopt(config)
     config.resolve()
+    model_config(config.model)  # before anything is written
     settings = jsonable(config)
     if shards.check_manifest(config.out, settings, ignore=FREE) is None:
         shards.write_manifest(

@@ -1,0 +1,107 @@
+"""The Makefile's variables, and whole runs on the hub's data sets from an offline cache."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+import shapes
+import shards
+from tests.hubcache import make_hub_dataset
+
+ROOT = Path(__file__).parent.parent
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def commands(*arguments: str) -> str:
+    """What make would run, on one line."""
+    done = make("-n", "-o", ".venv/.ready", *arguments)
+    assert done.returncode == 0, done.stderr
+    return " ".join(done.stdout.replace("\\\n", " ").split())
+
+
+def test_help_is_the_default_and_lists_every_target():
+    text = make().stdout
+    for target in "help setup warmup train rollout score eval test lint bench clean".split():
+        assert any(line.split()[0] == target and len(line.split()) > 2 for line in text.splitlines()[1:]), target
+
+
+def test_variables_are_flags():
+    shown = commands(
+        "train", "DATA=geoqa", "MODEL=a/b", "REWARD=random(seed=1)", "ADVANTAGE=mean", "STEPS=3", "SEED=5",
+        "OUT=runs/z", "ARGS=--top-k 7",
+    )  # fmt: skip
+    expected = (
+        "train_upt.py --data 'geoqa' --model 'a/b' --seed 5 --reward 'random(seed=1)' --advantage 'mean' --steps '3' "
+        "--out 'runs/z' --top-k 7"
+    )
+    assert expected in shown and "warmup.py" not in shown
+    assert "warmup.py" in commands("train", "-W", "models/tiny/warmup.json") or (ROOT / "models/tiny").exists()
+    assert "rewards.py --rollouts runs/rollouts --reward 'frequency'" in commands("score", "REWARD=frequency")
+    assert "-m eval.heldout --data 'shapes' --seed 0 --adapter x" in commands("eval", "ARGS=--adapter x")
+
+
+def test_more_than_one_gpu_is_refused():
+    done = make("train", "GPUS=2", "-o", ".venv/.ready")
+    assert done.returncode != 0 and "GPUS=2" in done.stdout + done.stderr
+
+
+def picture(n: int) -> bytes:
+    buffer = io.BytesIO()
+    shapes.questions("train", 0, n + 1)[n].image.resize((120, 90)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+HUB = {
+    "geoqa": (
+        "leonardPKU/GEOQA_R1V_Train_8K",
+        {
+            "train": [
+                {"image": picture(n), "problem": f"Find x{n}.", "solution": f"<answer> {n}° </answer>"}
+                for n in range(9)
+            ]
+        },
+    ),
+    "geometry3k": (
+        "hiyouga/geometry3k",
+        {
+            split: [{"images": [picture(n)], "problem": f"<image>Find x{n}.", "answer": str(n)} for n in range(6)]
+            for split in ("train", "validation", "test")
+        },
+    ),
+    "mmr1": (
+        "MMR1/MMR1-Math-RL-Data-v0",
+        {
+            split: [{"images": [picture(n)], "problem": f"<image>Find x{n}.", "answer": str(n)} for n in range(6)]
+            for split in ("train", "validation")
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_run_on_a_hub_set_from_an_offline_cache(name, tiny, tmp_path):
+    make_hub_dataset(tmp_path / "hf" / "hub", *HUB[name])
+    out = tmp_path / "run"
+    flags = ["--data", name, "--model", tiny, "--steps", "2", "--out", str(out)]
+    flags += "--questions-per-step 3 --group-size 2 --max-new-tokens 8 --eval-questions 4 --eval-samples 2".split()
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_HUB_CACHE": str(tmp_path / "hf" / "hub"), "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    done = subprocess.run(
+        [sys.executable, "train_upt.py", *flags], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    groups = list(shards.ShardReader(out / "rollouts"))
+    assert len(groups) == 6 and all(group["uid"].startswith(f"{name}/train/") for group in groups)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["before"]["greedy"]["value"] >= 0 and summary["config"]["data"] == name
+    PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(tiny), out / "adapter")

@@ -1,0 +1,101 @@
+"""The maker of the embedded model: its demonstrations, its optimizer, and the snapshot it writes."""
+
+import json
+import random
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+import shapes
+import warmup
+from answers import is_well_formed, vote_key
+from policy import Policy
+
+
+def test_clean_demonstrations_are_right_and_in_the_format_asked_for():
+    for item in shapes.questions("warmup", 0, 200):
+        for style in warmup.STYLES:
+            text = warmup.demonstrate(item, style)
+            assert vote_key(text) == item.gold
+            assert is_well_formed(text) == (style == "think-boxed")
+
+
+def test_mixed_demonstrations_are_as_mixed_as_they_say():
+    config, rng = warmup.Config(guess_share=0.5, guess_wrong=0.3, misread=0.1), random.Random(0)
+    items = shapes.questions("warmup", 0, 3000)
+    right = {"guess": [], "steps": []}
+    for item in items:
+        text = warmup.demonstrate_mixed(item, "think-boxed", rng, config)
+        assert is_well_formed(text)
+        right["guess" if "by eye" in text else "steps"].append(vote_key(text) == item.gold)
+    share = {name: sum(found) / len(found) for name, found in right.items()}
+    assert abs(len(right["guess"]) / len(items) - 0.5) < 0.04
+    # A few errors are none: a misread 0 stays 0, and so does a guess below it.
+    assert 0.66 < share["guess"] < 0.76 and 0.88 < share["steps"] < 0.94
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in ((3, 20, 50), (2, 50, 20), (1, 30, 30)):
+        values = torch.linalg.svdvals(warmup.orthogonalise(torch.randn(shape)))
+        assert values.shape == (shape[0], min(shape[1:]))
+        assert values.max() < 1.3 and values.median() > 0.6
+
+
+def test_muon_moves_by_its_learning_rate():
+    p = torch.nn.Parameter(torch.zeros(16, 64))
+    optimizer = warmup.Muon([p], lr=0.1, weight_decay=0.0)
+    torch.manual_seed(0)
+    p.grad = torch.randn(16, 64)
+    optimizer.step()
+    # Singular values near 1, times lr * 0.2 * sqrt(64): a Frobenius norm near 0.16 * sqrt(16), against the gradient.
+    assert 0.7 * 0.64 < p.norm() < 1.3 * 0.64 and (p.detach() * p.grad).sum() < 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    settings = dict(clean_steps=3, mixed_steps=2, batch=4, eval_questions=8, eval_samples=2)
+    for name in ("one", "two", "three"):
+        warmup.main(warmup.Config(out=folder / name, seed=int(name == "three"), **settings))
+    return folder
+
+
+def test_a_snapshot_is_laid_out_as_on_the_hub(made):
+    files = {path.name for path in (made / "one").iterdir()}
+    assert {
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "model.safetensors",
+        "warmup.json",
+    } <= files
+    config = AutoConfig.from_pretrained(made / "one")
+    assert config.model_type == "qwen2_5_vl"
+    model = AutoModelForImageTextToText.from_pretrained(made / "one")
+    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert 1.2e6 < sum(p.numel() for p in model.parameters()) < 1.8e6
+    assert model.generation_config.eos_token_id == AutoTokenizer.from_pretrained(made / "one").eos_token_id
+    assert AutoImageProcessor.from_pretrained(made / "one", backend="pil").merge_size == 2
+    report = json.loads((made / "one" / "warmup.json").read_text())
+    assert {"clean", "mixed", "config", "seconds"} == set(report)
+    assert {"greedy", "mean", "maj", "pass", "kinds"} <= set(report["clean"])
+    Policy.load(str(made / "one"))
+
+
+def test_it_is_deterministic_and_keyed_by_the_seed(made):
+    weights = {name: (made / name / "model.safetensors").read_bytes() for name in ("one", "two", "three")}
+    assert weights["one"] == weights["two"] != weights["three"]
+    for name in ("tokenizer.json", "config.json"):
+        assert (made / "one" / name).read_bytes() == (made / "two" / name).read_bytes()
+
+
+def test_text_goes_through_the_tokenizer_unchanged(made):
+    tokenizer = AutoTokenizer.from_pretrained(made / "one")
+    text = "<think>4 red + 2 blue = 6</think>\\boxed{6} ü→∠ 3.5°"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer("1234")["input_ids"]) == 4  # Qwen's rule: a digit a token

@@ -1,0 +1,88 @@
+"""math_verify in a process of its own, so that no text can hang or fill the machine.
+
+Its time limits are signals, which need a main thread and can't interrupt a power of huge integers. This file, run as a
+script, is that process: it has a main thread, and can be killed.
+"""
+
+import atexit
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+
+VERIFY_SECONDS, START_SECONDS = 5.0, 120.0  # importing sympy takes its time on a busy machine
+
+
+class Verifier:
+    """`verifier(gold, answer)` is math_verify's verdict, or None if it did not answer in time; works in any thread.
+
+    Raises ModuleNotFoundError if math_verify is not installed.
+    """
+
+    def __init__(self):
+        self.lock, self.process = threading.Lock(), None
+
+    def ask(self, line: str, seconds: float) -> str:
+        watchdog = threading.Timer(seconds, self.process.kill)
+        watchdog.start()
+        try:
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+            return self.process.stdout.readline()
+        except OSError:  # it has died
+            return ""
+        finally:
+            watchdog.cancel()
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdin.close()
+            self.process.stdout.close()
+        self.process = None
+
+    def __call__(self, gold: str, answer: str) -> bool | None:
+        with self.lock:
+            reply = "ready"
+            if self.process is None:
+                if importlib.util.find_spec("math_verify") is None:
+                    raise ModuleNotFoundError(
+                        "grading needs math_verify, which is not installed: pip install math-verify"
+                    )
+                command, pipe = [sys.executable, os.path.abspath(__file__)], subprocess.PIPE
+                self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+                reply = self.ask("", START_SECONDS)
+            reply = reply and self.ask(json.dumps([gold, answer]) + "\n", VERIFY_SECONDS)
+            if not reply:
+                self.stop()  # the next question gets a fresh process
+            return json.loads(reply) if reply else None
+
+
+verifier = Verifier()
+atexit.register(verifier.stop)
+os.register_at_fork(after_in_child=verifier.__init__)  # lock and pipes belong to the parent
+
+
+def _serve() -> None:
+    """Answer each line [gold, answer] of stdin with math_verify's verdict, until stdin closes."""
+    import resource
+
+    from math_verify import parse, verify
+
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # a power tower is to fail here, not to fill the machine
+    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        try:
+            gold, answer = (parse(rf"\boxed{{{side}}}", parsing_timeout=2) for side in json.loads(line))
+            verdict = bool(verify(gold, answer, timeout_seconds=2))
+        except Exception:  # noqa: BLE001 - whatever fails on hostile text means no
+            verdict = False
+        print(json.dumps(verdict), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
