@@ -22,7 +22,7 @@ COMMON = {
     "kl_coef": 0.0,
 }
 TINY = COMMON | {
-    "steps": 24,
+    "steps": 40,
     "questions_per_step": 32,
     "minibatches": 1,
     "prompt": "think-boxed",
@@ -48,7 +48,7 @@ REAL = COMMON | {
     "warmup_steps": 3,
     "lora_rank": 64,
     "lora_alpha": 128,
-    "update_tokens": 16384,
+    "update_tokens": 8192,
     "eval_questions": 512,
 }
 # arXiv 2505.22453 (mm-upt) and 2603.21289: its equations (self-judge) and its released code (self-judge-code).

@@ -20,6 +20,7 @@ pictures that no label was given for.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 
 from PIL import Image, ImageDraw, ImageFont
@@ -191,4 +192,9 @@ def _shape(pen: ImageDraw.ImageDraw, form: str, colour: str, x: int, y: int) -> 
 
 
 def _number(pen: ImageDraw.ImageDraw, number: int, x: int, y: int) -> None:
-    pen.text((x, y), str(number), fill=WHITE, font=ImageFont.load_default(22), anchor="mm")
+    pen.text((x, y), str(number), fill=WHITE, font=_font(), anchor="mm")
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(22)

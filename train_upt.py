@@ -384,7 +384,7 @@ def train(policy: Policy, questions: data.Questions | None, config: Config, cloc
     policy.save(config.out / "adapter")
 
 
-def scored(policy: Policy, questions: data.Questions, name: str, config: Config, clock: Clock) -> dict:
+def scored(policy: Policy, questions: data.Questions, name: str, config: Config, clock: Clock, check) -> dict:
     """Held-out scores before or after training, measured once for a run and kept in OUT/<name>.json."""
     path = config.out / f"{name}.json"
     if path.exists():
@@ -394,7 +394,12 @@ def scored(policy: Policy, questions: data.Questions, name: str, config: Config,
         clock(f"eval_{name}"),
         tqdm(total=count * (1 + config.eval_samples), desc=f"held-out, {name}", unit="response") as bar,
     ):
-        scores = heldout.evaluate(policy, questions, config, count, config.eval_samples, bar.update)
+
+        def tick(responses: int) -> None:
+            bar.update(responses)
+            check()
+
+        scores = heldout.evaluate(policy, questions, config, count, config.eval_samples, tick)
     shards.write_whole(path, [json.dumps(scores).encode()])
     return scores
 
@@ -418,10 +423,10 @@ def main(config: Config) -> dict:
         )
     with runs.stop_on_signal() as check:
         try:
-            summary = {"before": scored(policy, held_out, "before", config, clock)} if held_out else {}
+            summary = {"before": scored(policy, held_out, "before", config, clock, check)} if held_out else {}
             train(policy, questions, config, clock, check)
             if held_out:
-                summary["after"] = scored(policy, held_out, "after", config, clock)
+                summary["after"] = scored(policy, held_out, "after", config, clock, check)
         except Stopped as stopped:
             print(f"stopped by {stopped}; the same command goes on from {config.out}", file=sys.stderr)
             raise SystemExit(128 + getattr(signal.Signals, str(stopped))) from None

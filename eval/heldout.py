@@ -6,8 +6,8 @@ For each question one greedy response and k samples:
     maj      share of questions whose most frequent answer among the k is right (tied answers share the vote)
     pass     share of questions with a right answer among the k
 and, without needing gold: majority_share, abstentions, length (tokens) and entropy (nats) of the samples. A set
-without gold gets these only. `disagreement` is the share of graded responses on which key equality and math_verify
-differ.
+without gold gets these only. `disagreement` is the share of responses on which key equality and math_verify differ,
+those that math_verify is not asked about (see answers.grade) counting as agreed.
 
     python -m eval.heldout --data shapes --model models/tiny --adapter runs/train/adapter
 """
@@ -69,7 +69,7 @@ def question_scores(question, greedy: list[str], samples: list[str]) -> dict[str
         "mean": float(np.mean(right[len(greedy) :])),
         "maj": float(np.mean(tied)) if tied else 0.0,
         "pass": float(any(right[len(greedy) :])),
-        "disagreement": float(np.mean([g.key != g.verifier for g in grades])),
+        "disagreement": float(np.mean([g.disagree for g in grades])),
     }
 
 

@@ -26,7 +26,7 @@ def prompts(policy):
 
 
 def config(tiny, **settings) -> rollout.Config:
-    return rollout.Config(model=tiny, max_new_tokens=24, **settings).resolve()
+    return rollout.Config(model=tiny, **{"max_new_tokens": 24} | settings).resolve()
 
 
 def tokens(found) -> list[list[list[int]]]:
@@ -34,9 +34,9 @@ def tokens(found) -> list[list[list[int]]]:
 
 
 def test_256_responses_do_not_depend_on_the_batch(policy, prompts, tiny):
-    settings = config(tiny, group_size=8)
+    settings = config(tiny, group_size=8, max_new_tokens=12)
     together = rollout.sample_groups(policy, prompts, 5, settings)
-    sixteen = replace(settings, rollout_tokens=2 * 8 * (max(len(p.ids) for p in prompts) + 24))
+    sixteen = replace(settings, rollout_tokens=2 * 8 * (max(len(p.ids) for p in prompts) + 12))
     single = replace(settings, rollout_tokens=1)  # a batch holds at least one question
     ones = [
         rollout.generate(policy, [prompt], [rollout.row_id(0, 5, prompt.uid, g)], settings)[0].ids
