@@ -4,7 +4,7 @@ MODEL  ?=
 REWARD ?=
 ADVANTAGE ?=
 STEPS  ?=
-SEED   ?= 0
+SEED   ?=
 OUT    ?=
 GPUS   ?= 1
 ARGS   ?=
@@ -13,19 +13,19 @@ PYTHON ?= python3
 
 VENV   := .venv
 PY     := $(VENV)/bin/python
-READY  := $(VENV)/.ready
+READY  := $(VENV)/.ready-$(subst /,-,$(subst =,-,$(TORCH)))
 TINY   := models/tiny
-flag    = $(if $(2),--$(1) '$(2)')
+flag    = $(if $(2),--$(1) "$(2)")
 # The embedded model is warmed up when it is what will be used.
 NEEDS_TINY = $(if $(MODEL),$(filter $(TINY),$(patsubst %/,%,$(MODEL))),$(filter shapes,$(DATA)))
 MODEL_READY = $(if $(NEEDS_TINY),$(TINY)/warmup.json)
-SAMPLING = --data '$(DATA)' $(call flag,model,$(MODEL)) --seed $(SEED)
+SAMPLING = --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,seed,$(SEED))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup warmup train rollout score eval test lint bench clean one-gpu
 
 help:  ## this list
-	@echo "make TARGET [DATA=shapes] [MODEL=] [REWARD=] [ADVANTAGE=] [STEPS=] [SEED=0] [OUT=] [GPUS=1] [ARGS=...]"
+	@echo "make TARGET [DATA=shapes] [MODEL=] [REWARD=] [ADVANTAGE=] [STEPS=] [SEED=] [OUT=] [GPUS=1] [ARGS=...]"
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1	/' | expand -t 12
 
 setup: $(READY)  ## virtual environment in .venv with all requirements
@@ -38,24 +38,24 @@ $(READY): requirements.txt
 	touch $@
 
 $(TINY)/warmup.json: | $(READY)
-	$(PY) warmup.py --out $(TINY) --seed $(SEED)
+	$(PY) warmup.py --out $(TINY) $(call flag,seed,$(SEED))
 
 warmup: $(READY)  ## (re)make the embedded default model in models/tiny
-	$(PY) warmup.py --out $(TINY) --seed $(SEED) $(ARGS)
+	$(PY) warmup.py --out $(TINY) $(call flag,seed,$(SEED)) $(ARGS)
 
 one-gpu:
 	@test '$(GPUS)' = 1 || { echo "GPUS=$(GPUS): a run uses one process so far; leave GPUS out"; exit 2; }
 
 train: one-gpu $(READY) $(MODEL_READY)  ## label-free training with a before/after table
 	$(PY) train_upt.py $(SAMPLING) $(call flag,reward,$(REWARD)) $(call flag,advantage,$(ADVANTAGE)) \
-	  $(call flag,steps,$(STEPS)) --out '$(or $(OUT),runs/train)' $(ARGS)
+	  $(call flag,steps,$(STEPS)) --out "$(or $(OUT),runs/train)" $(ARGS)
 
 rollout: one-gpu $(READY) $(MODEL_READY)  ## sample responses into shards
-	$(PY) rollout.py $(SAMPLING) $(call flag,steps,$(STEPS)) --out '$(or $(OUT),runs/rollouts)' $(ARGS)
+	$(PY) rollout.py $(SAMPLING) $(call flag,steps,$(STEPS)) --out "$(or $(OUT),runs/rollouts)" $(ARGS)
 
 score: $(READY)  ## rewards and advantages for the shards in runs/rollouts (ARGS="--rollouts DIR" for others)
-	$(PY) rewards.py --rollouts runs/rollouts --reward '$(or $(REWARD),majority)' \
-	  --advantage '$(or $(ADVANTAGE),group-norm)' --out '$(or $(OUT),runs/scored)' $(ARGS)
+	$(PY) rewards.py --rollouts runs/rollouts --reward "$(or $(REWARD),majority)" \
+	  --advantage "$(or $(ADVANTAGE),group-norm)" $(call flag,seed,$(SEED)) --out "$(or $(OUT),runs/scored)" $(ARGS)
 
 eval: one-gpu $(READY) $(MODEL_READY)  ## held-out accuracy of a model (ARGS="--adapter DIR" with an adapter)
 	$(PY) -m eval.heldout $(SAMPLING) $(call flag,out,$(OUT)) $(ARGS)

@@ -121,15 +121,15 @@ class Policy:
         gradient_checkpointing: bool | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        feature_cache_gib: float | None = None,
+        feature_cache_gib: float = 0,
     ) -> "Policy":
         """Load a Qwen2-VL, Qwen2.5-VL or Qwen3-VL snapshot folder or hub id.
 
         adapter: a PEFT adapter that is merged into the weights, so that it is part of the starting model.
         dtype: `bf16`, `fp32` or `auto` (bf16 on a GPU, fp32 on a CPU). gradient_checkpointing: None turns it on on a
-        GPU. min_pixels, max_pixels: image area after resizing, None keeps the snapshot's. feature_cache_gib: image
-        features kept beyond the call that made them; None is 4 on a GPU and 0 on a CPU, where a run is repeatable bit
-        for bit and an image's features depend in their last bits on the batch they were computed in.
+        GPU. min_pixels, max_pixels: image area after resizing, None keeps the snapshot's. feature_cache_gib: copies of
+        image features kept beyond the call that made them, for small sets. It costs bit-exact resuming: an image's
+        features depend in their last bits on the batch they were computed in.
         Raises PolicyError for a folder or id that is not there or is not of these families.
         """
         if device == "auto":
@@ -149,8 +149,6 @@ class Policy:
         tokenizer = AutoTokenizer.from_pretrained(name)
         if tokenizer.chat_template is None:
             raise PolicyError(f"{name} has no chat template: use an instruction-tuned model")
-        if feature_cache_gib is None:
-            feature_cache_gib = 4 if on_gpu else 0
         # The PIL backend is there with and without torchvision and gives the same pixels in both cases.
         image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")
         return cls(model, tokenizer, image_processor, min_pixels, max_pixels, int(feature_cache_gib * 2**30))
@@ -246,8 +244,11 @@ class Policy:
         text = question.question
         if question.choices:
             text += "".join(f"\n{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(question.choices))
-        for token in self.tokenizer.all_special_tokens:
-            text = text.replace(token, "")  # a question cannot open a turn or announce an image
+        found = None
+        while found != text:  # a question cannot open a turn or announce an image, not even by tokens within tokens
+            found = text
+            for token in self.tokenizer.all_special_tokens:
+                text = text.replace(token, "")
         content = [{"type": "text", "text": template.replace("{question}", text)}]
         if question.image is not None:
             content.insert(0, {"type": "image"})
@@ -337,21 +338,22 @@ class Policy:
         Tokens come in the order of the rows, of the responses in a row, of the tokens in a response. Differentiable
         with respect to the adapter unless gradients are off. Checkpointing needs `policy.model.train()`.
         """
-        ids, positions, mask, sources, targets = (part.to(self.device) for part in layout(batch))
-        hidden = self.hidden(ids, positions, mask, [row.prompt for row in batch])
+        ids, positions, segment, sources, targets = (part.to(self.device) for part in layout(batch))
+        hidden = self.hidden(ids, positions, packed_mask(segment), [row.prompt for row in batch])
         chosen = hidden.flatten(0, 1)[sources]  # (N, D)
         return linear_logprob(chosen, self.base.lm_head.weight, targets, temperature)
 
 
 def layout(batch: Sequence[Row]) -> tuple[torch.Tensor, ...]:
-    """Pack rows into tensors: ids (B, L), positions (3, B, L), mask (B, 1, L, L), sources (N,), targets (N,).
+    """Pack rows into tensors: ids (B, L), positions (3, B, L), segment (B, L), sources (N,), targets (N,).
 
-    `sources` are the places, in the flattened batch, whose hidden states predict the response tokens `targets`.
+    `segment` is 0 for the prompt, i for the i-th response, -1 for padding; `sources` are the places, in the flattened
+    batch, whose hidden states predict the response tokens `targets`.
     """
     length = max(len(row) for row in batch)
     ids = torch.zeros(len(batch), length, dtype=torch.long)
     positions = torch.zeros(3, len(batch), length, dtype=torch.long)
-    segment = torch.full((len(batch), length), -1)  # 0 the prompt, i the i-th response, -1 padding
+    segment = torch.full((len(batch), length), -1)
     sources, targets = [], []
     for b, row in enumerate(batch):
         size = len(row.prompt.ids)
@@ -367,10 +369,14 @@ def layout(batch: Sequence[Row]) -> tuple[torch.Tensor, ...]:
         ids[b, : len(flat)] = torch.tensor(flat)
         positions[:, b, : len(flat)] = torch.cat(place, 1)
         segment[b, : len(flat)] = torch.tensor(segments)
+    return ids, positions, segment, torch.tensor(sources), torch.tensor(targets)
+
+
+def packed_mask(segment: torch.Tensor) -> torch.Tensor:
+    """The attention mask (B, 1, L, L) of packed rows: a token sees the prompt and what precedes it in its response."""
     query, key = segment[:, :, None], segment[:, None, :]
-    # Padding sees itself only, so that no row of the softmax is empty.
-    mask = ((query == key) | ((key == 0) & (query > 0))).tril()
-    return ids, positions, mask[:, None], torch.tensor(sources), torch.tensor(targets)
+    # Padding sees padding, so that no row of the softmax is empty.
+    return ((query == key) | ((key == 0) & (query > 0))).tril()[:, None]
 
 
 def model_config(name: str):

@@ -11,6 +11,8 @@ TINY_MODEL = "models/tiny"
 REAL_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 
 COMMON = {
+    "data": "shapes",
+    "seed": 0,
     "temperature": 1.0,
     "top_p": 1.0,
     "group_size": 8,
@@ -22,7 +24,7 @@ COMMON = {
     "kl_coef": 0.0,
 }
 TINY = COMMON | {
-    "steps": 40,
+    "steps": 56,
     "questions_per_step": 32,
     "minibatches": 1,
     "prompt": "think-boxed",
@@ -32,6 +34,7 @@ TINY = COMMON | {
     "warmup_steps": 3,
     "lora_rank": 32,
     "lora_alpha": 64,
+    "rollout_tokens": 131072,
     "update_tokens": 2048,
     "eval_questions": 512,
 }
@@ -48,6 +51,7 @@ REAL = COMMON | {
     "warmup_steps": 3,
     "lora_rank": 64,
     "lora_alpha": 128,
+    "rollout_tokens": 262144,
     "update_tokens": 8192,
     "eval_questions": 512,
 }
@@ -79,7 +83,7 @@ PRESETS = {
         "max_prompt_tokens": 1024,
     },
 }
-KEPT_WITH_TINY = {"max_prompt_tokens"}
+NOT_WITH_TINY = {"max_prompt_tokens"}
 
 
 def is_tiny(model: str) -> bool:
@@ -90,11 +94,11 @@ def is_tiny(model: str) -> bool:
 def fill(config) -> None:
     """Fill every field of a Config that is None. Fields the Config doesn't have are passed over."""
     if config.model is None:
-        config.model = TINY_MODEL if config.data == "shapes" else REAL_MODEL
+        config.model = TINY_MODEL if config.data in (None, "shapes") else REAL_MODEL
     tiny = is_tiny(config.model)
     preset = PRESETS[config.preset] if config.preset else {}
     if tiny:
-        preset = {name: value for name, value in preset.items() if name not in KEPT_WITH_TINY}
+        preset = {name: value for name, value in preset.items() if name not in NOT_WITH_TINY}
     for name, value in {**(TINY if tiny else REAL), **preset}.items():
         if getattr(config, name, value) is None:
             setattr(config, name, value)

@@ -17,7 +17,7 @@ batch it was sampled in. Where a step's shard exists already, it is kept: the sa
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -41,8 +41,8 @@ from policy import Policy, Prompt
 class Config:
     """Settings left at None take the preset's value, else the default for the model (see presets.py)."""
 
-    data: str = "shapes"
-    """shapes, geoqa, geometry3k, mmr1, a hub id, or a local folder or JSONL file"""
+    data: str | None = None
+    """shapes (the default), geoqa, geometry3k, mmr1, a hub id, or a local folder or JSONL file"""
     model: str | None = None
     """snapshot folder or hub id; None: models/tiny for shapes, Qwen/Qwen2.5-VL-7B-Instruct for anything else"""
     adapter: str | None = None
@@ -55,8 +55,8 @@ class Config:
     """split of the data to sample from"""
     limit: int | None = None
     """use the first N questions of the split only"""
-    seed: int = 0
-    """order of the questions, sampling noise, adapter initialisation and the pictures of shapes"""
+    seed: int | None = None
+    """order of the questions, sampling noise, adapter initialisation and the pictures of shapes; None: 0"""
     steps: int | None = None
     """steps to make (one shard each)"""
     questions_per_step: int | None = None
@@ -79,7 +79,7 @@ class Config:
     """smallest image area after resizing, in pixels; None: as the model's processor says"""
     max_pixels: int | None = None
     """largest image area after resizing, in pixels; None: as the model's processor says"""
-    rollout_tokens: int = 131072
+    rollout_tokens: int | None = None
     """token budget of one decoding batch, prompts and responses together"""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU"""
@@ -129,7 +129,7 @@ def schedule(size: int, per_step: int, seed: int, step: int) -> list[int]:
 
 
 def step_batch(policy: Policy, questions: data.Questions, step: int, config: Config) -> Batch:
-    """Load and encode the questions of one step. Raises ValueError when not one of them can be used."""
+    """Load and encode the questions of one step; none may be left when all are bad or over the limit."""
     rows = schedule(len(questions), config.questions_per_step, config.seed, step)
     found = questions.get(rows)
     prompts, too_long = policy.encode(found, policy.template(config.prompt), config.max_prompt_tokens)
@@ -137,11 +137,6 @@ def step_batch(policy: Policy, questions: data.Questions, step: int, config: Con
         questions.uids[row]: questions.bad[questions.uids[row]] for row in rows if questions.uids[row] in questions.bad
     }
     left_out |= {uid: f"prompt of {n} tokens is over the limit" for uid, n in too_long.items()}
-    if not prompts:
-        reasons = "; ".join(f"{uid}: {reason}" for uid, reason in list(left_out.items())[:5])
-        raise ValueError(
-            f"no question of step {step} can be used ({reasons}); raise --max-prompt-tokens or mend the data"
-        )
     return Batch([q for q in found if q.uid not in too_long], prompts, left_out)
 
 
@@ -332,19 +327,19 @@ def _decode(
 
 
 def main(config: Config) -> None:
-    config.resolve()
+    config = replace(config).resolve()
     questions = data.load(config.data, config.split, config.seed, limit=config.limit)
     folder = Path(config.out)
     shards.check_manifest(folder, asdict(config), ignore=("out", "steps", "device"))
+    print(questions.describe(), file=sys.stderr)
     policy = Policy.load(
         config.model,
+        adapter=config.adapter,
         dtype=config.dtype,
         device=config.device,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
     )
-    if config.adapter:
-        policy.load_adapter(config.adapter)
     shards.write_manifest(
         folder, stage="rollout", config=asdict(config), seed=config.seed, model=config.model, adapter=config.adapter
     )
@@ -355,9 +350,12 @@ def main(config: Config) -> None:
         batch = step_batch(policy, questions, step, config)
         for uid, reason in batch.left_out.items():
             print(f"left out {uid}: {reason}", file=sys.stderr)
+        if not batch.prompts:
+            print(f"step {step} is left out: none of its questions can be used", file=sys.stderr)
+            continue
         with tqdm(total=len(batch.prompts) * config.group_size, desc=f"step {step}", unit="response") as bar:
             shards.write_shard(path, rollout(policy, batch, step, config, folder, bar.update))
-    print(f"{config.steps} shards of groups in {folder}")
+    print(f"{len(shards.ShardReader(folder).paths)} shards of groups in {folder}")
 
 
 if __name__ == "__main__":

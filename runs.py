@@ -25,6 +25,7 @@ import torch
 
 import rewards
 from answers import answer_key
+from shards import write_whole
 
 CHECKPOINT = re.compile(r"step-(\d{6,})")
 
@@ -137,10 +138,10 @@ class Metrics:
 
     def __init__(self, path: Path, start: int):
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        # A run that was killed may have left half a line; it belongs to a step that is done again.
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        # What follows the last line break was cut off when a run was killed; its step is done again.
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] < start]
+        write_whole(path, [f"{line}\n".encode() for line in kept])
 
     def write(self, step: int, groups: list[dict], update: dict, seconds: dict, extra: dict) -> str:
         """Append the metrics of a step and return its status line."""

@@ -39,12 +39,13 @@ import rollout
 import runs
 import shards
 from eval import heldout
-from kernels import grpo_loss, response_weights
-from policy import TARGETS, Policy, model_config, pack
+from policy import TARGETS, Policy, model_config
 from runs import Clock, Stopped
+from update import update
 
 STORED = "stored"  # the rewards and advantages that the shards carry
-FREE = ("out", "device", "resume", "keep", "save_every")  # settings that may change when a run goes on
+# Settings that may change when a run goes on. The token budgets change the last bits of what follows.
+FREE = ("out", "device", "resume", "keep", "save_every", "rollout_tokens", "update_tokens", "gradient_checkpointing")
 
 
 @dataclass
@@ -116,6 +117,8 @@ class Config(rollout.Config):
         super().resolve()
         if self.gpus != 1:
             raise ValueError(f"--gpus {self.gpus}: a run uses one process so far; leave it at 1")
+        if self.reward == STORED and not self.from_shards:
+            raise ValueError("the reward 'stored' is that of scored shards: give them as --from-shards")
         if self.reward.startswith("judged"):
             raise ValueError(
                 f"the reward {self.reward!r} needs the judge, which is not part of this version; "
@@ -131,36 +134,49 @@ class Config(rollout.Config):
 
 
 def prepare(config: Config) -> Config:
-    """The settings of a run in full, checked against what is in its folder, and its manifest written."""
+    """The settings of a run in full, checked against the run that is in its folder, if there is one."""
+    config = replace(config)
     if config.resume:
         if not (config.out / "manifest.json").is_file():
             raise ValueError(f"--resume: there is no run in {config.out}; start one by leaving --resume out")
         known = shards.read_manifest(config.out)["config"]
-        config = replace(config, **{name: _typed(name, value) for name, value in known.items()}, out=config.out)
-    if config.from_shards:
+        config = replace(config, **{name: _typed(name, value) for name, value in known.items() if name not in FREE})
+    elif config.from_shards:
         adopt(config)
     config.resolve()
-    model_config(config.model)  # before anything is written
-    settings = jsonable(config)
-    if shards.check_manifest(config.out, settings, ignore=FREE) is None:
-        shards.write_manifest(
-            config.out, stage="train", config=settings, seed=config.seed, model=config.model, adapter=config.adapter
-        )
+    model_config(config.model)
+    shards.check_manifest(config.out, jsonable(config), ignore=FREE)
     return config
 
 
+def claim(config: Config) -> None:
+    """Write the manifests of a new run: of its folder, and of its rollouts, so that they are a stage's output too."""
+    settings = jsonable(config)
+    identity = {"seed": config.seed, "model": config.model, "adapter": config.adapter}
+    if not (config.out / "manifest.json").exists():
+        if not config.from_shards:
+            sampling = {field.name: settings[field.name] for field in fields(rollout.Config)}
+            shards.write_manifest(config.out / "rollouts", stage="rollout", config=sampling, **identity)
+        shards.write_manifest(config.out, stage="train", config=settings, **identity)
+
+
 def adopt(config: Config) -> None:
-    """Take from the shards' manifest how they were sampled, and use their own advantages unless a reward is given."""
+    """Take from the shards' manifest how they were sampled; use their own advantages unless others are asked for."""
     manifest = shards.read_manifest(config.from_shards)
-    sampling = manifest["config"].get("rollouts_manifest", manifest)["config"]
+    sampling = manifest["config"].get("rollouts_manifest", manifest).get("config")
+    if not sampling or "model" not in sampling:
+        raise ValueError(
+            f"the manifest of {config.from_shards} does not say how the shards were sampled; score them again"
+        )
     for field in fields(rollout.Config):
-        if field.name in sampling and (getattr(config, field.name) is None or field.name == "data"):
+        if field.name in sampling and getattr(config, field.name) is None:
             setattr(config, field.name, sampling[field.name])
     count = len(shards.ShardReader(config.from_shards).paths)
-    if config.steps is None or config.steps > count or "steps" in sampling:
-        config.steps = min(config.steps or count, count)
-    if manifest["stage"] != "rollout" and config.reward is None:
-        config.reward = STORED
+    if config.steps is None or config.steps > count:
+        print(f"{config.from_shards} holds {count} shards: {count} steps")
+        config.steps = count
+    if manifest["stage"] == "rewards" and config.reward is None:
+        config.reward = STORED if config.advantage is None else manifest["config"]["reward"]
 
 
 def check_questions(questions, held_out, config: Config) -> None:
@@ -172,8 +188,8 @@ def check_questions(questions, held_out, config: Config) -> None:
             )
         if config.questions_per_step > len(questions):
             print(f"{config.data} has {len(questions)} questions: that many a step, not {config.questions_per_step}")
-    if held_out is not None and not held_out.has_gold:
-        print(f"{config.data} has no gold answers: the evaluation shows label-free metrics only")
+    for source in filter(None, (questions, held_out)):
+        print(source.describe())
 
 
 def jsonable(config: Config) -> dict:
@@ -188,105 +204,6 @@ def _typed(name: str, value):
     return tuple(value) if isinstance(value, list) else value
 
 
-# ------------------------------------------------------------------------------------------------------ the update
-
-
-def update(policy: Policy, optimizer, schedule, prompts: list, groups: list[dict], config: Config, kl: bool) -> dict:
-    """One step's updates of the adapter from scored groups; returns their statistics, averaged over the minibatches.
-
-    With `kl` the reference's log-probabilities are computed too: for the loss if kl_coef is above 0, else for the log.
-    """
-    policy.model.train()
-    size = -(-len(groups) // config.minibatches)
-    parts = [slice(start, start + size) for start in range(0, len(groups), size)]
-    # With one minibatch the policy has not moved yet: its own detached log-probabilities are the old ones.
-    olds = [_old_logprobs(policy, prompts[p], groups[p], config) if len(parts) > 1 else None for p in parts]
-    steps = []
-    for part, old in zip(parts, olds, strict=True):
-        stats = accumulate(policy, prompts[part], groups[part], old, config, kl)
-        norm = torch.nn.utils.clip_grad_norm_(policy.trainable(), config.max_grad_norm).item()
-        stats |= {"grad_norm": norm, "nonfinite": 0, "no_signal": 0}
-        if not any(p.grad is not None for p in policy.trainable()):
-            stats["no_signal"] = 1
-        elif not (math.isfinite(stats["loss"]) and math.isfinite(norm)):
-            stats["nonfinite"] = 1
-        else:
-            optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        steps.append(stats)
-    counts = ("nonfinite", "no_signal")
-    return {n: sum(s[n] for s in steps) / (1 if n in counts else len(steps)) for n in steps[0]}
-
-
-def accumulate(policy: Policy, prompts, groups, old, config: Config, kl: bool) -> dict[str, float]:
-    """Sum the gradient of one minibatch's loss over its micro-batches; the statistics of the loss."""
-    lengths = torch.tensor([[_used_length(r, config) for r in g["responses"]] for g in groups])  # (B, G)
-    weights = response_weights(lengths.flatten(), config.aggregation, config.max_new_tokens).view_as(lengths)
-    tokens = max(1, int(lengths.sum()))
-    totals = {"loss": 0.0, "ratio": 1.0, "clip_low": 0.0, "clip_high": 0.0, "dual_clip": 0.0}
-    totals |= {"kl": 0.0} if kl else {}
-    for batch in pack(prompts, _trained(groups, config, kl), config.update_tokens):
-        owners = [owner for row in batch for owner in row.owners]
-        sizes = torch.tensor([len(response) for row in batch for response in row.responses])
-
-        def spread(values, sizes=sizes):  # one value a response -> one a token, (N,)
-            return torch.as_tensor(values, dtype=torch.float32).repeat_interleave(sizes).to(policy.device)
-
-        reference = None
-        if kl:
-            with policy.reference():
-                reference, _ = policy.logprobs(batch, config.temperature)
-        logprob, _ = policy.logprobs(batch, config.temperature)  # (N,)
-        loss, stats = grpo_loss(
-            logprob,
-            logprob.detach() if old is None else torch.cat([old[owner] for owner in owners]),
-            spread([groups[g]["responses"][i]["advantage"] for g, i in owners]),
-            spread([weights[owner] for owner in owners]),
-            torch.arange(len(sizes)).repeat_interleave(sizes).to(policy.device),
-            reference,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
-            ratio_level=config.ratio_level,
-            kl_coef=config.kl_coef,
-            kl_estimator=config.kl_estimator,
-        )
-        loss.backward()
-        totals["loss"] += loss.item()
-        for name, value in stats.items():  # means over all tokens; those left out have ratio 1 and are not clipped
-            totals[name] += value.item() / tokens
-    return totals
-
-
-def _used_length(response: dict, config: Config) -> int:
-    cut = config.mask_truncated and response["finish"] == "length"
-    return 0 if cut else len(response["token_ids"])
-
-
-def _trained(groups: list[dict], config: Config, kl: bool) -> list[list[list[int]]]:
-    """The token ids of the responses that can have a gradient; an empty list in place of the others."""
-    return [
-        [r["token_ids"] if _used_length(r, config) and (kl or r["advantage"] != 0) else [] for r in group["responses"]]
-        for group in groups
-    ]
-
-
-@torch.no_grad()
-def _old_logprobs(policy: Policy, prompts, groups, config: Config) -> dict[tuple[int, int], torch.Tensor]:
-    """Log-probabilities of every response's tokens under the policy as it is now, by (group, response)."""
-    found = {}
-    for batch in pack(prompts, _trained(groups, config, kl=True), config.update_tokens):
-        logprob, _ = policy.logprobs(batch, config.temperature)
-        owners = [owner for row in batch for owner in row.owners]
-        sizes = [len(response) for row in batch for response in row.responses]
-        found |= dict(zip(owners, logprob.split(sizes), strict=True))
-    return found
-
-
-# -------------------------------------------------------------------------------------------------------- the loop
-
-
 def sampled(
     policy, questions, step: int, config: Config, clock: Clock, check
 ) -> tuple[list, list[dict], dict[str, str]]:
@@ -295,6 +212,8 @@ def sampled(
     path = shards.shard_path(folder, step)
     with clock("data"):
         batch = rollout.step_batch(policy, questions, step, config)
+        if not batch.prompts:
+            return [], [], batch.left_out
         if shards.is_complete(path):
             groups = shards.read_shard(path)
             if [group["uid"] for group in groups] == [prompt.uid for prompt in batch.prompts]:
@@ -367,14 +286,19 @@ def train(policy: Policy, questions: data.Questions | None, config: Config, cloc
             except Stopped:
                 save(step)  # nothing of this step has touched the adapter yet
                 raise
+            if not groups:
+                bar.write(
+                    f"step {step + 1}/{config.steps}: left out, none of its questions can be used", file=sys.stderr
+                )
+                continue
             if config.reward != STORED:
                 groups = rewards.score(groups, config.reward, config.advantage, config.seed)
             if not paths:
                 shards.write_shard(shards.shard_path(config.out / "rollouts", step), groups)
-            kl = config.kl_coef > 0 or (config.kl_every > 0 and step % config.kl_every == 0)
+            measure_kl = config.kl_coef == 0 and config.kl_every > 0 and step % config.kl_every == 0
             rate = schedule.get_last_lr()[0]
             with clock("update"):
-                stats = update(policy, optimizer, schedule, prompts, groups, config, kl)
+                stats = update(policy, optimizer, schedule, prompts, groups, config, measure_kl)
             extra = {"learning_rate": rate, "left_out": len(left_out)}
             bar.write(
                 f"step {step + 1}/{config.steps}: {metrics.write(step, groups, stats, clock.since(before), extra)}"
@@ -404,6 +328,19 @@ def scored(policy: Policy, questions: data.Questions, name: str, config: Config,
     return scores
 
 
+def starting_policy(config: Config) -> Policy:
+    """The model that the run starts from. An adapter that it starts from is merged first, into OUT/start."""
+    options = {name: getattr(config, name) for name in ("dtype", "device", "min_pixels", "max_pixels")}
+    model, start = config.model, config.out / "start"
+    if config.adapter:
+        if not start.exists():
+            draft = config.out / ".start.partial"
+            Policy.load(model, adapter=config.adapter, **options).export(draft)
+            draft.rename(start)
+        model = str(start)
+    return Policy.load(model, gradient_checkpointing=config.gradient_checkpointing, **options)
+
+
 def main(config: Config) -> dict:
     """Run the loop and return its summary; stopped by a signal, it saves its state and exits with 128 + the signal."""
     config = prepare(config)
@@ -412,15 +349,8 @@ def main(config: Config) -> dict:
         questions = None if config.from_shards else data.load(config.data, config.split, config.seed, config.limit)
         held_out = data.load(config.data, config.eval_split, config.seed) if config.eval_questions else None
         check_questions(questions, held_out, config)
-        policy = Policy.load(
-            config.model,
-            adapter=config.adapter,
-            dtype=config.dtype,
-            device=config.device,
-            gradient_checkpointing=config.gradient_checkpointing,
-            min_pixels=config.min_pixels,
-            max_pixels=config.max_pixels,
-        )
+        policy = starting_policy(config)
+        claim(config)
     with runs.stop_on_signal() as check:
         try:
             summary = {"before": scored(policy, held_out, "before", config, clock, check)} if held_out else {}

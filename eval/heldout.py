@@ -7,7 +7,7 @@ For each question one greedy response and k samples:
     pass     share of questions with a right answer among the k
 and, without needing gold: majority_share, abstentions, length (tokens) and entropy (nats) of the samples. A set
 without gold gets these only. `disagreement` is the share of responses on which key equality and math_verify differ,
-those that math_verify is not asked about (see answers.grade) counting as agreed.
+of those that math_verify is asked about (see answers.grade).
 
     python -m eval.heldout --data shapes --model models/tiny --adapter runs/train/adapter
 """
@@ -24,7 +24,6 @@ import tyro
 from tqdm import tqdm
 
 import data
-import presets
 import rollout
 from answers import grade, vote_key
 from policy import Policy
@@ -60,6 +59,7 @@ def question_scores(question, greedy: list[str], samples: list[str]) -> dict[str
     grades = [grade(text, question.gold, question.choices) for text in greedy + samples]
     right = [g.correct for g in grades]
     votes = Counter(key for text in samples if (key := vote_key(text, question.choices)) is not None)
+    asked = [g.disagree for g in grades if g.verifier is not None]
     # One response stands for its key: responses of equal keys are graded alike by key, and nearly always otherwise.
     by_key = {vote_key(text, question.choices): ok for text, ok in zip(samples, right[len(greedy) :], strict=True)}
     most = max(votes.values(), default=0)
@@ -69,8 +69,7 @@ def question_scores(question, greedy: list[str], samples: list[str]) -> dict[str
         "mean": float(np.mean(right[len(greedy) :])),
         "maj": float(np.mean(tied)) if tied else 0.0,
         "pass": float(any(right[len(greedy) :])),
-        "disagreement": float(np.mean([g.disagree for g in grades])),
-    }
+    } | ({"disagreement": float(np.mean(asked))} if asked else {})
 
 
 def evaluate(
@@ -109,7 +108,9 @@ def evaluate(
             f"none of the first {count} questions of {questions.name} can be used; {questions.report_bad()}"
         )
     graded = [row for row in rows if "greedy" in row]
-    scores = {name: interval([row[name] for row in graded]) for name in (*GOLD_METRICS, "disagreement") if graded}
+    scores = {name: interval([row[name] for row in graded]) for name in GOLD_METRICS if graded}
+    if compared := [row["disagreement"] for row in graded if "disagreement" in row]:
+        scores["disagreement"] = interval(compared)
     scores |= {
         name: interval([row[name] for row in rows]) for name in ("length", "entropy", "majority_share", "abstentions")
     }
@@ -155,19 +156,17 @@ def _cell(score: dict[str, float], scale: float) -> str:
 
 
 def main(config: Config) -> dict:
-    presets.fill(config)
+    config = replace(config).resolve()
     questions = data.load(config.data, config.split, config.seed, limit=config.limit)
     policy = Policy.load(
         config.model,
+        adapter=config.adapter,
         dtype=config.dtype,
         device=config.device,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
     )
-    if config.adapter:
-        policy.load_adapter(config.adapter)
-    if not questions.has_gold:
-        print(f"{questions.name} has no gold answers: label-free metrics only", file=sys.stderr)
+    print(questions.describe(), file=sys.stderr)
     count = min(config.eval_questions, len(questions))
     with tqdm(total=count * (1 + config.eval_samples), desc="evaluating", unit="response") as bar:
         scores = evaluate(policy, questions, config, count, config.eval_samples, bar.update)

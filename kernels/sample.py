@@ -34,9 +34,16 @@ def gumbel(rows: torch.Tensor, position: int, size: int) -> torch.Tensor:
     """Gumbel noise (R, size) in float32 for rows (R,) int64 at one token position."""
     blocks = torch.arange((size + 3) // 4, device=rows.device)
     words = philox(rows[:, None], (blocks[None, :], torch.zeros_like(rows)[:, None] + position, 0, 0))
-    # The upper 24 bits, centred in their cell: never 0 and never 1, exactly representable.
-    uniform = torch.stack(words, -1).flatten(1)[:, :size].bitwise_right_shift_(8).float().add_(0.5).mul_(2.0**-24)
-    return uniform.log_().neg_().log_().neg_()
+    return to_gumbel(torch.stack(words, -1).flatten(1)[:, :size])
+
+
+def to_gumbel(words: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise in float32 from 32-bit words: -log(-log(1 - u)) with u = (word + 1/2) / 2^32, always finite.
+
+    Large noise, which decides the draw, comes from small u, where float32 has its finest steps.
+    """
+    uniform = words.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 def sample(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import grpo_loss, kl_divergence, linear_logprob, response_weights, row_id, sample
-from kernels.sample import gumbel, philox
+from kernels.sample import gumbel, philox, to_gumbel
 
 FULL = 0xFFFFFFFF
 
@@ -91,6 +91,22 @@ def test_noise_does_not_depend_on_the_batch():
     assert torch.equal(gumbel(rows, 3, 17), noise[:, :17])
     assert not torch.equal(gumbel(rows, 4, 50), noise)
     assert noise.isfinite().all()
+
+
+def test_noise_is_finite_and_exact_at_its_ends():
+    noise = to_gumbel(torch.tensor([0, 1, 2**31, FULL - 1, FULL]))
+    assert noise.isfinite().all()
+    assert float(noise[0]) == pytest.approx(-math.log(-math.log1p(-(0.5 * 2.0**-32))), rel=1e-6)  # 22.9
+    assert float(noise[2]) == pytest.approx(-math.log(math.log(2)), rel=1e-6)
+    assert noise[0] > noise[1] > noise[2] > noise[3]
+
+
+def test_a_banned_token_of_a_large_vocabulary_is_never_drawn():
+    logits = torch.zeros(64, 152_064)
+    logits[:, ::2] = float("-inf")
+    rows = torch.tensor([row_id(0, 0, "u", i) for i in range(64)])
+    tokens = [sample(logits, rows, position) for position in range(3)]
+    assert all((token % 2 == 1).all() for token in tokens) and len(torch.cat(tokens).unique()) > 185
 
 
 def chi_squared(counts: torch.Tensor, p: torch.Tensor) -> float:

@@ -24,7 +24,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess:
 
 def commands(*arguments: str) -> str:
     """What make would run, on one line."""
-    done = make("-n", "-o", ".venv/.ready", *arguments)
+    done = make("-n", "-o", ".venv/.ready-torch--2.13.0", *arguments)
     assert done.returncode == 0, done.stderr
     return " ".join(done.stdout.replace("\\\n", " ").split())
 
@@ -41,17 +41,20 @@ def test_variables_are_flags():
         "OUT=runs/z", "ARGS=--top-k 7",
     )  # fmt: skip
     expected = (
-        "train_upt.py --data 'geoqa' --model 'a/b' --seed 5 --reward 'random(seed=1)' --advantage 'mean' --steps '3' "
-        "--out 'runs/z' --top-k 7"
+        'train_upt.py --data "geoqa" --model "a/b" --seed "5" --reward "random(seed=1)" --advantage "mean" --steps "3" '
+        '--out "runs/z" --top-k 7'
     )
     assert expected in shown and "warmup.py" not in shown
-    assert "warmup.py" in commands("train", "-W", "models/tiny/warmup.json") or (ROOT / "models/tiny").exists()
-    assert "rewards.py --rollouts runs/rollouts --reward 'frequency'" in commands("score", "REWARD=frequency")
-    assert "-m eval.heldout --data 'shapes' --seed 0 --adapter x" in commands("eval", "ARGS=--adapter x")
+    assert "warmup.py --out models/tiny" in commands("train", "-B")
+    assert "warmup.py" not in commands("train", "-B", "DATA=geoqa") and "warmup.py" in commands(
+        "train", "-B", "DATA=geoqa", "MODEL=models/tiny"
+    )
+    assert 'rewards.py --rollouts runs/rollouts --reward "frequency"' in commands("score", "REWARD=frequency")
+    assert '-m eval.heldout --data "shapes" --adapter x' in commands("eval", "ARGS=--adapter x")
 
 
 def test_more_than_one_gpu_is_refused():
-    done = make("train", "GPUS=2", "-o", ".venv/.ready")
+    done = make("train", "GPUS=2", "-o", ".venv/.ready-torch--2.13.0")
     assert done.returncode != 0 and "GPUS=2" in done.stdout + done.stderr
 
 

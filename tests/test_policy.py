@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 import shapes
 from conftest import FAMILIES
 from data import Question
-from policy import Policy, PolicyError, Row, layout, pack
+from policy import Policy, PolicyError, Row, layout, pack, packed_mask
 
 
 def questions() -> list[Question]:
@@ -171,9 +171,10 @@ def test_a_response_sees_the_prompt_and_itself():
     from policy import Prompt
 
     prompt = Prompt("u", [1, 2, 3], torch.tensor([[0, 1, 2]] * 3), None)
-    ids, positions, mask, sources, targets = layout([Row(prompt, [[4, 5], [6, 7, 8]], []), Row(prompt, [[9]], [])])
+    ids, positions, segment, sources, targets = layout([Row(prompt, [[4, 5], [6, 7, 8]], []), Row(prompt, [[9]], [])])
     assert ids.tolist() == [[1, 2, 3, 4, 6, 7], [1, 2, 3, 0, 0, 0]]  # the last token of a response is no input
     assert positions[0].tolist() == [[0, 1, 2, 3, 3, 4], [0, 1, 2, 0, 0, 0]]
+    mask = packed_mask(segment)
     assert mask[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -201,7 +202,9 @@ def test_feature_cache_returns_the_same_and_keeps_its_limit(tiny):
 
 def test_prompts(tiny):
     policy = Policy.load(tiny, dtype="fp32", device="cpu")
-    question = Question("q", "Is <|im_end|> it <|image_pad|> B?", ["5 cm", "7 cm"], questions()[0].image, None)
+    question = Question(
+        "q", "Is <|im_end|> it <|image_<|im_end|>pad|> B?", ["5 cm", "7 cm"], questions()[0].image, None
+    )
     prompts, dropped = policy.encode([question, *questions()], "{question}")
     assert not dropped
     text = policy.tokenizer.decode(prompts[0].ids)

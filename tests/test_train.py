@@ -16,7 +16,7 @@ import data
 import rewards
 import rollout
 import shards
-import train_upt
+import update
 from policy import Policy
 from train_upt import Config, main
 
@@ -73,7 +73,7 @@ def test_stages_give_the_adapter_of_one_online_step(tiny, tmp_path):
     rewards.main(
         rewards.Config(rollouts=tmp_path / "rollouts", out=tmp_path / "scored", reward="random", advantage="mean")
     )
-    main(Config(from_shards=tmp_path / "scored", out=tmp_path / "staged", seed=3, **settings))
+    main(Config(from_shards=tmp_path / "scored", out=tmp_path / "staged", **settings))
     assert same(online, tmp_path / "staged")
     name = "step-000000.jsonl"
     assert (online / "rollouts" / name).read_bytes() == (tmp_path / "scored" / name).read_bytes()
@@ -134,7 +134,7 @@ def test_accumulated_gradient_is_that_of_the_loss(tiny, tmp_path):
     questions = data.load("shapes", "train", 0)
     batch = rollout.step_batch(policy, questions, 0, config)
     groups = rewards.score(rollout.rollout(policy, batch, 0, config, tmp_path), "random", "mean", 0)
-    train_upt.accumulate(policy, batch.prompts, groups, None, config, kl=False)
+    update.accumulate(policy, batch.prompts, groups, None, config)
     mine = [p.grad.clone() for p in policy.trainable()]
     policy.model.zero_grad()
     total = sum(len(r["token_ids"]) for g in groups for r in g["responses"])
@@ -170,6 +170,10 @@ def test_kl_is_measured_only_when_asked_for(tiny, tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert ["kl" in row for row in rows] == [True, False, True]
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[2]["kl"] > 1e-4
+    # Measuring changes nothing, a step in which no group carries a signal included.
+    monkeypatch.setitem(rewards.REWARDS, "rare", lambda group: [float(i == 0 and group["step"] != 1) for i in range(4)])
+    settings = dict(steps=3, reward="rare", learning_rate=0.1, warmup_steps=0)
+    assert same(run(tiny, tmp_path / "a", **settings), run(tiny, tmp_path / "b", kl_every=1, **settings))
     assert not same(out, run(tiny, tmp_path / "loss", steps=3, kl_coef=1.0, learning_rate=0.1, warmup_steps=0))
 
 
@@ -182,31 +186,31 @@ def test_truncated_responses_can_be_masked(tiny, tmp_path):
     for group in groups:
         for response in group["responses"]:
             response["finish"] = "length"
-    train_upt.accumulate(policy, batch.prompts, groups, None, config, kl=False)
+    update.accumulate(policy, batch.prompts, groups, None, config)
     assert all(p.grad is None for p in policy.trainable())
 
 
 def test_a_non_finite_update_is_skipped_counted_and_shown(tiny, tmp_path, monkeypatch, capfd):
-    real, calls = train_upt.grpo_loss, []
+    real, calls = update.grpo_loss, []
 
     def broken(*args, **kwargs):
         loss, stats = real(*args, **kwargs)
         calls.append(1)
         return (loss * float("nan") if len(calls) == 1 else loss), stats
 
-    monkeypatch.setattr(train_upt, "grpo_loss", broken)
+    monkeypatch.setattr(update, "grpo_loss", broken)
     out = run(tiny, tmp_path / "r", steps=2)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["nonfinite"] for row in rows] == [1, 0] and rows[0]["loss"] is None
     assert all(value.isfinite().all() for value in adapter(out).values())
-    assert "NONFINITE 1" in capfd.readouterr().err
+    assert "NONFINITE 1" in capfd.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ stopping, going on
 
 KILLER = """
 import os, sys, tyro
-import rollout, train_upt
+import rollout, update, train_upt
 from train_upt import Config
 where, nth, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 module, name = where.split(".")
@@ -226,8 +230,8 @@ train_upt.main(tyro.cli(Config, args=sys.argv[4:]))
     [
         ("rollout.generate", 6, signal.SIGTERM, 143),  # the second batch of the second step
         ("rollout.generate", 6, signal.SIGKILL, -9),
-        ("train_upt.grpo_loss", 8, signal.SIGTERM, 143),
-        ("train_upt.grpo_loss", 8, signal.SIGKILL, -9),
+        ("update.grpo_loss", 8, signal.SIGTERM, 143),
+        ("update.grpo_loss", 8, signal.SIGKILL, -9),
     ],
 )
 def test_interrupted_and_resumed_is_uninterrupted(tiny, two_steps, tmp_path, where, nth, number, code):
@@ -287,6 +291,9 @@ def test_what_a_run_leaves(tiny, tmp_path):
     # A run that starts from this adapter has it in its reference: nothing has been learnt yet at its first step.
     more = run(tiny, tmp_path / "more", steps=1, adapter=str(out / "adapter"), kl_every=1)
     assert json.loads((more / "metrics.jsonl").read_text())["kl"] == pytest.approx(0, abs=1e-5)
+    # Its own adapter names the model it belongs to: the merged start.
+    named = json.loads((more / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(more / "start") and (more / "start" / "config.json").is_file()
 
 
 def test_without_gold_the_metrics_are_label_free(tiny, tmp_path, monkeypatch, capsys):
@@ -318,6 +325,30 @@ def test_settings_are_checked_before_anything_is_written(tiny, tmp_path, setting
     with pytest.raises(ValueError, match=message):
         run(tiny, tmp_path / "r", **settings)
     assert not (tmp_path / "r").exists()
+
+
+def test_a_mistake_leaves_no_run_behind(tiny, tmp_path):
+    with pytest.raises(ValueError):
+        run(tiny, tmp_path / "r", data="no-such-set", steps=1)
+    run(tiny, tmp_path / "r", steps=1)  # the corrected command is not refused
+
+
+def test_the_rollouts_of_a_run_are_a_stage_of_their_own(tiny, tmp_path):
+    online = run(tiny, tmp_path / "online", steps=1, seed=4, advantage="mean")
+    main(Config(from_shards=online / "rollouts", out=tmp_path / "again", **SMALL | {"advantage": "mean"}))
+    assert same(online, tmp_path / "again")
+
+
+def test_a_step_without_a_usable_question_is_left_out(tiny, tmp_path, monkeypatch, capfd):
+    real = rollout.step_batch
+    monkeypatch.setattr(
+        rollout,
+        "step_batch",
+        lambda p, q, step, c: rollout.Batch([], [], {"u": "bad"}) if step == 0 else real(p, q, step, c),
+    )
+    out = run(tiny, tmp_path / "r", steps=2)
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1]
+    assert "left out" in capfd.readouterr().err
 
 
 def test_presets_carry_their_recipe(tiny):

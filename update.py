@@ -1,0 +1,121 @@
+"""The update: PPO-clip on the adapter from the scored groups of one step, in minibatches and micro-batches."""
+
+import math
+
+import torch
+
+from kernels import grpo_loss, kl_divergence, response_weights
+from policy import Policy, pack
+
+COUNTS = ("nonfinite", "no_signal")
+
+
+def update(policy: Policy, optimizer, schedule, prompts: list, groups: list[dict], config, measure_kl: bool) -> dict:
+    """One step's updates of the adapter; returns their statistics, averaged over the minibatches.
+
+    `config` has the loss settings of train_upt.Config. With `measure_kl` the KL to the reference is measured before
+    the updates, without touching them; with a kl_coef it is part of the loss and measured anyway.
+    """
+    policy.model.train()
+    size = -(-len(groups) // config.minibatches)
+    parts = [slice(start, start + size) for start in range(0, len(groups), size)]
+    # In the first minibatch the policy has not moved yet: its own detached log-probabilities are the old ones.
+    olds = [None, *(_logprobs(policy, prompts[part], groups[part], config) for part in parts[1:])]
+    steps = []
+    for part, old in zip(parts, olds, strict=True):
+        stats = {"kl": kl_to_reference(policy, prompts[part], groups[part], config)} if measure_kl else {}
+        stats |= accumulate(policy, prompts[part], groups[part], old, config)
+        norm = torch.nn.utils.clip_grad_norm_(policy.trainable(), config.max_grad_norm).item()
+        stats |= {"grad_norm": norm, "nonfinite": 0, "no_signal": 0}
+        if all(p.grad is None for p in policy.trainable()):
+            stats["no_signal"] = 1
+        elif not (math.isfinite(stats["loss"]) and math.isfinite(norm)):
+            stats["nonfinite"] = 1
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        steps.append(stats)
+    return {name: sum(s[name] for s in steps) / (1 if name in COUNTS else len(steps)) for name in steps[0]}
+
+
+def accumulate(policy: Policy, prompts: list, groups: list[dict], old: dict | None, config) -> dict[str, float]:
+    """Sum the gradient of one minibatch's loss over its micro-batches; the loss and its statistics.
+
+    `old` holds the log-probabilities from before the step by (group, response); None: the policy has not moved since.
+    """
+    lengths = torch.tensor([[_used_length(r, config) for r in g["responses"]] for g in groups])  # (B, G)
+    weights = response_weights(lengths.flatten(), config.aggregation, config.max_new_tokens).view_as(lengths)
+    count = max(1, int(lengths.sum()))
+    totals = {"loss": 0.0, "ratio": 1.0, "clip_low": 0.0, "clip_high": 0.0, "dual_clip": 0.0}
+    totals |= {"kl": 0.0} if config.kl_coef > 0 else {}
+    for batch in pack(prompts, _trained(groups, config), config.update_tokens):
+        owners = [owner for row in batch for owner in row.owners]
+        sizes = torch.tensor([len(response) for row in batch for response in row.responses])
+
+        def spread(values, sizes=sizes):  # one value a response -> one a token, (N,)
+            return torch.as_tensor(values, dtype=torch.float32).repeat_interleave(sizes).to(policy.device)
+
+        reference = None
+        if config.kl_coef > 0:
+            with policy.reference():
+                reference, _ = policy.logprobs(batch, config.temperature)
+        logprob, _ = policy.logprobs(batch, config.temperature)  # (N,)
+        loss, stats = grpo_loss(
+            logprob,
+            logprob.detach() if old is None else torch.cat([old[owner] for owner in owners]),
+            spread([groups[g]["responses"][i]["advantage"] for g, i in owners]),
+            spread([weights[owner] for owner in owners]),
+            torch.arange(len(sizes)).repeat_interleave(sizes).to(policy.device),
+            reference,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip,
+            ratio_level=config.ratio_level,
+            kl_coef=config.kl_coef,
+            kl_estimator=config.kl_estimator,
+        )
+        loss.backward()
+        totals["loss"] += loss.item()
+        for name, value in stats.items():  # means over all tokens; those left out have ratio 1 and are not clipped
+            totals[name] += value.item() / count
+    return totals
+
+
+@torch.no_grad()
+def kl_to_reference(policy: Policy, prompts: list, groups: list[dict], config) -> float:
+    """Mean over all response tokens of the estimated KL from the policy as it is to the reference, in nats."""
+    total, count = 0.0, 0
+    for batch in pack(prompts, [[r["token_ids"] for r in g["responses"]] for g in groups], config.update_tokens):
+        logprob, _ = policy.logprobs(batch, config.temperature)
+        with policy.reference():
+            reference, _ = policy.logprobs(batch, config.temperature)
+        total += kl_divergence(logprob, reference, config.kl_estimator).sum().item()
+        count += len(logprob)
+    return total / max(1, count)
+
+
+def _used_length(response: dict, config) -> int:
+    cut = config.mask_truncated and response["finish"] == "length"
+    return 0 if cut else len(response["token_ids"])
+
+
+def _trained(groups: list[dict], config) -> list[list[list[int]]]:
+    """The token ids of the responses that can have a gradient; an empty list in place of the others."""
+    pulled = config.kl_coef > 0  # towards the reference, whatever the advantage
+    return [
+        [r["token_ids"] if _used_length(r, config) and (pulled or r["advantage"]) else [] for r in group["responses"]]
+        for group in groups
+    ]
+
+
+@torch.no_grad()
+def _logprobs(policy: Policy, prompts: list, groups: list[dict], config) -> dict[tuple[int, int], torch.Tensor]:
+    """Log-probabilities of the tokens that will be trained on, under the policy as it is now, by (group, response)."""
+    found = {}
+    for batch in pack(prompts, _trained(groups, config), config.update_tokens):
+        logprob, _ = policy.logprobs(batch, config.temperature)
+        owners = [owner for row in batch for owner in row.owners]
+        sizes = [len(response) for row in batch for response in row.responses]
+        found |= dict(zip(owners, logprob.split(sizes), strict=True))
+    return found
