@@ -218,11 +218,6 @@ def is_complete(path: Path | str, source: Path | str | None = None) -> bool:
     return True
 
 
-def first_missing(folder: Path | str, steps: Iterable[int]) -> int | None:
-    """The first of `steps` whose shard is absent or bad, where a resumed stage goes on; None when all are complete."""
-    return next((step for step in steps if not is_complete(shard_path(folder, step))), None)
-
-
 class ShardReader:
     """Streams a folder's groups in order of step, holding one line, or with `.shards()` one shard, at a time."""
 

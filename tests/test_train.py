@@ -230,8 +230,8 @@ train_upt.main(tyro.cli(Config, args=sys.argv[4:]))
     [
         ("rollout.generate", 6, signal.SIGTERM, 143),  # the second batch of the second step
         ("rollout.generate", 6, signal.SIGKILL, -9),
-        ("update.grpo_loss", 8, signal.SIGTERM, 143),
-        ("update.grpo_loss", 8, signal.SIGKILL, -9),
+        ("update.grpo_loss", 2, signal.SIGTERM, 143),
+        ("update.grpo_loss", 5, signal.SIGKILL, -9),
     ],
 )
 def test_interrupted_and_resumed_is_uninterrupted(tiny, two_steps, tmp_path, where, nth, number, code):
