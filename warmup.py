@@ -38,7 +38,7 @@ from policy import Policy, Row, layout, packed_mask
 from shards import write_whole
 
 STYLES = ("think-boxed", "boxed")  # prompts; a quarter of the demonstrations are in the second
-SAMPLING = ("temperature", "top_p", "group_size", "max_new_tokens", "prompt", "max_prompt_tokens")
+SAMPLING = ("temperature", "top_p", "group_size", "max_new_tokens", "prompt", "max_prompt_tokens", "rollout_tokens")
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS)
 CHAT_TEMPLATE = """\
