@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from kernels import linear_logprob
 
@@ -149,8 +150,9 @@ class Policy:
         tokenizer = AutoTokenizer.from_pretrained(name)
         if tokenizer.chat_template is None:
             raise PolicyError(f"{name} has no chat template: use an instruction-tuned model")
-        # The PIL backend is there with and without torchvision and gives the same pixels in both cases.
-        image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        # The families share this processor. Its PIL form is there with and without torchvision and gives the same
+        # pixels in both cases; the automatic classes ask for torchvision in some versions.
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
         return cls(model, tokenizer, image_processor, min_pixels, max_pixels, int(feature_cache_gib * 2**30))
 
     # ------------------------------------------------------------------------------------------------ the adapter
