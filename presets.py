@@ -24,7 +24,7 @@ COMMON = {
     "kl_coef": 0.0,
 }
 TINY = COMMON | {
-    "steps": 56,
+    "steps": 48,
     "questions_per_step": 32,
     "minibatches": 1,
     "prompt": "think-boxed",

@@ -3,8 +3,8 @@
     1. tokenizer: byte-level BPE on the demonstrations, with Qwen's special tokens
     2. model: the real Qwen2_5_VLForConditionalGeneration, 1.5 M parameters, random weights
     3. clean phase: supervised training on step-by-step demonstrations that are right
-    4. mixed phase: demonstrations of mixed quality, most of them quick guesses (30 % wrong), the rest step by step
-       with some misreadings (3 %); the model learns both manners, and its samples disagree
+    4. mixed phase: demonstrations of mixed quality, half of them quick guesses (50 % wrong), the rest step by step
+       with some misreadings (2 %); the model learns both manners, and its samples disagree
     5. write a snapshot as on the hub, with the scores after both phases in warmup.json
 
 Label-free training starts from the mixed model. What it can win back is the more reliable manner, not new sight, so
@@ -65,9 +65,9 @@ class Config:
     """folder to write the snapshot to"""
     seed: int = 0
     """initial weights and demonstrations"""
-    clean_steps: int = 270
+    clean_steps: int = 300
     """updates on right demonstrations"""
-    mixed_steps: int = 100
+    mixed_steps: int = 90
     """updates on demonstrations of mixed quality"""
     batch: int = 32
     """questions in one update"""
@@ -75,11 +75,11 @@ class Config:
     """peak of the clean phase, for Muon; AdamW takes half of it, and the vision tower's first layer a tenth of that"""
     mixed_learning_rate: float = 1e-3
     """peak of the mixed phase"""
-    guess_share: float = 0.62
+    guess_share: float = 0.5
     """share of quick guesses in the mixed phase"""
-    guess_wrong: float = 0.3
+    guess_wrong: float = 0.5
     """share of quick guesses that are wrong"""
-    misread: float = 0.03
+    misread: float = 0.02
     """share of step-by-step demonstrations, in the mixed phase, with one misread number"""
     eval_questions: int = 256
     """validation questions for the scores after each phase"""
@@ -101,7 +101,7 @@ def demonstrate_mixed(item: shapes.Item, prompt: str, rng: random.Random, config
         step = 10 if item.kind == "angle" else 1
         answer = int(item.gold)
         if rng.random() < config.guess_wrong:
-            answer = max(0, answer + step * rng.choice((-2, -1, 1, 2)))
+            answer = max(0, answer + step * rng.choice((-3, -2, -1, 1, 2, 3)))
         return f"<think>by eye</think>\\boxed{{{answer}}}" if prompt == "think-boxed" else f"\\boxed{{{answer}}}"
     facts = list(item.facts)
     if rng.random() < config.misread:
