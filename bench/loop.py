@@ -91,7 +91,7 @@ class Ours:
         groups = rewards.score(groups, c.reward, c.advantage, c.seed)
         shards.write_shard(shards.shard_path(c.out / "rollouts", number), groups)
         middle = perf_counter()
-        stats = train_upt.update(self.policy, self.optimizer, self.schedule, prompts, groups, c, kl=False)
+        stats = train_upt.update(self.policy, self.optimizer, self.schedule, prompts, groups, c, measure_kl=False)
         self.metrics.write(number, groups, stats, clock.seconds, {"left_out": len(left_out)})
         end, self.prompts = perf_counter(), [prompt.ids for prompt in prompts]
         responses = [response for group in groups for response in group["responses"]]

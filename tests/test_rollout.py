@@ -101,7 +101,11 @@ def test_greedy_is_hf_greedy(policy, tiny):
         seen = policy.image_processor(images=[question.image], return_tensors="pt")
         ids = torch.tensor([prompt.ids])
         types = (ids == policy.base.config.image_token_id).int()
-        out = policy.base.generate(ids, **seen, mm_token_type_ids=types, max_new_tokens=24, do_sample=False)
+        vision = [policy.base.config.image_token_id, policy.base.config.video_token_id]
+        vision += [policy.base.config.vision_start_token_id, policy.base.config.vision_end_token_id]
+        out = policy.base.generate(
+            ids, **seen, mm_token_type_ids=types, max_new_tokens=24, do_sample=False, suppress_tokens=vision
+        )
         assert out[0, len(prompt.ids) :].tolist()[: len(response.ids)] == response.ids
 
 
