@@ -50,12 +50,12 @@ def test_golds_are_right():
 
 
 def test_pictures_show_what_is_asked_about():
-    """Pixels of each colour agree with the count: a circle, square or triangle covers at least 150 of them."""
+    """Pixels of each colour agree with the count: a shape covers 280 to 650 of them."""
     for item in (i for i in shapes.questions("test", 0, 120) if i.scene[0] == "grid"):
         seen = Counter(item.image.getdata())
         for name in item.names:
             count = sum(cell is not None and cell[1] == name for cell in item.scene[1:])
-            assert 150 * count <= seen[shapes.COLOURS[name]] <= 400 * count
+            assert 280 * count <= seen[shapes.COLOURS[name]] <= 650 * count
 
 
 def test_every_kind_is_there_and_through_load():
