@@ -30,7 +30,7 @@ TINY = COMMON | {
     "prompt": "think-boxed",
     "max_prompt_tokens": 512,
     "max_new_tokens": 32,
-    "learning_rate": 2e-4,
+    "learning_rate": 1e-4,
     "warmup_steps": 3,
     "lora_rank": 32,
     "lora_alpha": 64,

@@ -17,6 +17,7 @@ batch it was sampled in. Where a step's shard exists already, it is kept: the sa
 
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -161,8 +162,10 @@ def sample_groups(
 def rollout(policy, batch: Batch, step: int, config: Config, folder: Path, tick=lambda n: None) -> list[dict]:
     """The groups of one step as records (see shards.py), pictures written under `folder`. Gradients are off."""
     groups = []
-    sampled = sample_groups(policy, batch.prompts, step, config, tick)
-    for question, prompt, responses in zip(batch.questions, batch.prompts, sampled, strict=True):
+    with ThreadPoolExecutor() as pool:  # the disk works while the model samples
+        pictures = pool.map(lambda q: None if q.image is None else shards.save_image(folder, q.image), batch.questions)
+        sampled = sample_groups(policy, batch.prompts, step, config, tick)
+    for question, picture, prompt, responses in zip(batch.questions, pictures, batch.prompts, sampled, strict=True):
         texts = policy.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
         groups.append(
             {
@@ -171,7 +174,7 @@ def rollout(policy, batch: Batch, step: int, config: Config, folder: Path, tick=
                 "step": step,
                 "question": question.question,
                 "choices": question.choices,
-                "image": None if question.image is None else shards.save_image(folder, question.image),
+                "image": picture,
                 "gold": question.gold,
                 "prompt_tokens": len(prompt.ids),
                 "responses": [

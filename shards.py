@@ -313,14 +313,15 @@ def fingerprint(path_or_id: Path | str) -> str:
 
     Enter the digest, per file with a suffix of MODEL_FILES and in order of name: the name relative to the folder, the
     size, and the content; of files over 64 MiB only the first and the last MiB, so 16 GB of weights take no time.
-    Where the folder lies does not enter.
+    Where the folder lies does not enter, nor does warmup.json, which holds how long things took.
     """
     root = Path(path_or_id).expanduser()
     if not root.is_dir():
         if root.is_absolute() or str(path_or_id).startswith((".", "~")):
             raise FileNotFoundError(f"{path_or_id}: no such model folder")
         return f"hub:{path_or_id}"
-    files = {path.relative_to(root): path for path in sorted(root.rglob("*")) if path.name.endswith(MODEL_FILES)}
+    found = [path for path in sorted(root.rglob("*")) if path.name.endswith(MODEL_FILES)]
+    files = {path.relative_to(root): path for path in found if path.name != "warmup.json"}
     if not files:
         raise ShardError(f"{path_or_id}: no model files ({', '.join(MODEL_FILES)}) in this folder")
     digest = hashlib.sha256()
@@ -378,7 +379,8 @@ def read_manifest(folder: Path | str) -> dict:
 def check_manifest(folder: Path | str, config: dict, ignore: Iterable[str] = ()) -> dict | None:
     """May this config go on in this folder? None: the folder is fresh. The manifest: same config, go on.
 
-    ShardError names each field that differs, old and new. Fields in `ignore` (paths, devices) are not compared.
+    ShardError names each field that differs, old and new, or the model or adapter whose files have changed since.
+    Fields in `ignore` (paths, devices) are not compared.
     """
     folder = Path(folder)
     if not (folder / "manifest.json").exists():
@@ -392,4 +394,7 @@ def check_manifest(folder: Path | str, config: dict, ignore: Iterable[str] = ())
     if differ:
         fix = "use another --out, or the same settings to go on where it stopped"
         raise ShardError(f"{folder} was written with other settings:{''.join(differ)}\n{fix}")
+    for role in ("model", "adapter"):
+        if config.get(role) and manifest[role] and manifest[role]["fingerprint"] != fingerprint(config[role]):
+            raise ShardError(f"{folder}: the files of the {role} {config[role]} have changed since; use another --out")
     return manifest

@@ -3,8 +3,8 @@
     1. tokenizer: byte-level BPE on the demonstrations, with Qwen's special tokens
     2. model: the real Qwen2_5_VLForConditionalGeneration, 1.5 M parameters, random weights
     3. clean phase: supervised training on step-by-step demonstrations that are right
-    4. mixed phase: demonstrations of mixed quality, half of them quick guesses (50 % wrong), the rest step by step
-       with some misreadings (2 %); the model learns both manners, and its samples disagree
+    4. mixed phase: half of the demonstrations are quick guesses without reasoning, most of them wrong; the model
+       learns both manners, and its samples disagree
     5. write a snapshot as on the hub, with the scores after both phases in warmup.json
 
 Label-free training starts from the mixed model. What it can win back is the more reliable manner, not new sight, so
@@ -16,7 +16,7 @@ the score of the clean phase is kept beside it. Choices here were made on the va
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,6 +38,7 @@ from policy import Policy, Row, layout, packed_mask
 from shards import write_whole
 
 STYLES = ("think-boxed", "boxed")  # prompts; a quarter of the demonstrations are in the second
+PLAUSIBLE = {"angle": range(20, 150, 10), "length": range(4, 19)}  # answers that a guess may give; others are 0 to 9
 SAMPLING = ("temperature", "top_p", "group_size", "max_new_tokens", "prompt", "max_prompt_tokens", "rollout_tokens")
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS)
@@ -67,20 +68,18 @@ class Config:
     """initial weights and demonstrations"""
     clean_steps: int = 300
     """updates on right demonstrations"""
-    mixed_steps: int = 90
+    mixed_steps: int = 110
     """updates on demonstrations of mixed quality"""
     batch: int = 32
     """questions in one update"""
     learning_rate: float = 4e-3
     """peak of the clean phase, for Muon; AdamW takes half of it, and the vision tower's first layer a tenth of that"""
-    mixed_learning_rate: float = 1e-3
-    """peak of the mixed phase"""
+    mixed_learning_rate: float = 6e-4
+    """peak of the mixed phase, for AdamW"""
     guess_share: float = 0.5
     """share of quick guesses in the mixed phase"""
-    guess_wrong: float = 0.5
-    """share of quick guesses that are wrong"""
-    misread: float = 0.02
-    """share of step-by-step demonstrations, in the mixed phase, with one misread number"""
+    guess_wrong: float = 0.6
+    """share of quick guesses that are any plausible number instead of the right one"""
     eval_questions: int = 256
     """validation questions for the scores after each phase"""
     eval_samples: int = 2
@@ -96,18 +95,13 @@ def demonstrate(item: shapes.Item, prompt: str, facts: tuple[int, ...] | None = 
 
 
 def demonstrate_mixed(item: shapes.Item, prompt: str, rng: random.Random, config: Config) -> str:
-    """A response as of a hasty pupil: a guess without reasoning, or the steps, sometimes with a number misread."""
-    if rng.random() < config.guess_share:
-        step = 10 if item.kind == "angle" else 1
-        answer = int(item.gold)
-        if rng.random() < config.guess_wrong:
-            answer = max(0, answer + step * rng.choice((-3, -2, -1, 1, 2, 3)))
-        return f"<think>by eye</think>\\boxed{{{answer}}}" if prompt == "think-boxed" else f"\\boxed{{{answer}}}"
-    facts = list(item.facts)
-    if rng.random() < config.misread:
-        index = rng.randrange(len(facts))
-        facts[index] = max(0, facts[index] + (10 if item.kind == "angle" else 1) * rng.choice((-1, 1)))
-    return demonstrate(item, prompt, tuple(facts))
+    """A response as of a hasty pupil: a guess without reasoning, or the steps."""
+    if rng.random() >= config.guess_share:
+        return demonstrate(item, prompt)
+    answer = item.gold
+    if rng.random() < config.guess_wrong:
+        answer = rng.choice(PLAUSIBLE.get(item.kind, range(10)))
+    return f"<think>by eye</think>\\boxed{{{answer}}}" if prompt == "think-boxed" else f"\\boxed{{{answer}}}"
 
 
 def make_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
@@ -209,46 +203,51 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
 
-def train(policy: Policy, lessons: Callable, steps: int, peak: float, batch: int, label: str) -> None:
-    """Supervised training of all weights; `lessons(n)` is the n-th (prompt, pixels, response token ids)."""
+def train(policy: Policy, lessons: Iterable[list[tuple]], steps: int, optimizers: list, end: float, label: str) -> None:
+    """Supervised training of all weights, one update for each of `lessons`: (prompt, pixels, response token ids) each.
+
+    Learning rates rise over 30 updates, stay, and fall along a line over the last 70 % to `end` times their peak.
+    """
     if steps == 0:
         return
-    model = policy.model
-    model.requires_grad_(True).train()
-    named = dict(model.named_parameters())
-    slow = [p for name, p in named.items() if "patch_embed" in name]
-    matrices = [p for name, p in named.items() if p.dim() == 2 and "embed" not in name]
-    taken = {*slow, *matrices}
-    groups = [
-        {"params": [p for p in named.values() if p not in taken], "lr": peak / 2},
-        {"params": slow, "lr": peak / 20},
-    ]
-    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    optimizers = [adamw, Muon(matrices, peak)]
 
-    def rate(step: int) -> float:  # up, level, and along a line to zero over the last 70 %
-        return min(1, (step + 1) / min(30, steps)) * min(1, (steps - step) / (0.7 * steps))
+    def rate(step: int) -> float:
+        return min(1, (step + 1) / min(30, steps), end + (1 - end) * (steps - step) / (0.7 * steps))
 
-    rates = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-    bar = tqdm(range(steps), desc=label, unit="step")
-    for step in bar:
-        found = [lessons(step * batch + i) for i in range(batch)]
-        policy.see([(prompt, pixels, None) for prompt, pixels, _ in found])
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    model = policy.model.train()
+    bar = tqdm(lessons, desc=label, unit="step", total=steps)
+    for step, batch in enumerate(bar):
+        policy.see([(prompt, pixels, None) for prompt, pixels, _ in batch])
         ids, positions, segment, sources, targets = layout(
-            [Row(prompt, [response], []) for prompt, _, response in found]
+            [Row(prompt, [response], []) for prompt, _, response in batch]
         )
-        hidden = policy.hidden(ids, positions, packed_mask(segment), [prompt for prompt, _, _ in found])
+        hidden = policy.hidden(ids, positions, packed_mask(segment), [prompt for prompt, _, _ in batch])
         logits = hidden.flatten(0, 1)[sources] @ model.lm_head.weight.T
         loss = torch.nn.functional.cross_entropy(logits, targets)
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, rates, strict=True):
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
         if step % 10 == 9:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    model.requires_grad_(False).eval()
+    model.eval()
+
+
+def muon_and_adamw(model, peak: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices; AdamW at half its rate for the rest, at a twentieth for the vision tower's first layer."""
+    named = dict(model.named_parameters())
+    slow = [p for name, p in named.items() if "patch_embed" in name]
+    matrices = [p for name, p in named.items() if p.dim() == 2 and "embed" not in name]
+    taken = {*slow, *matrices}
+    rest = [p for p in named.values() if p not in taken]
+    return [Muon(matrices, peak), adamw([{"params": rest, "lr": peak / 2}, {"params": slow, "lr": peak / 20}])]
+
+
+def adamw(params) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
 
 
 def main(config: Config) -> dict:
@@ -260,7 +259,7 @@ def main(config: Config) -> dict:
     rng = random.Random(f"warmup/{config.seed}")
     texts = [Policy.template(style).replace("{question}", item.question) for item in items[:2000] for style in STYLES]
     texts += [demonstrate(item, style) for item in items[:2000] for style in STYLES]
-    tokenizer = make_tokenizer([*texts, *["by eye user assistant"] * 100])
+    tokenizer = make_tokenizer([*texts, *["by eye user assistant"] * 2000])
     with TemporaryDirectory() as folder:
         make_model(tokenizer, config.seed).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -274,22 +273,27 @@ def main(config: Config) -> dict:
         response = policy.tokenizer(respond(items[n], style), add_special_tokens=False)["input_ids"]
         return prompt, pixels, [*response, policy.tokenizer.eos_token_id]
 
-    def clean(n: int) -> tuple:
-        return lesson(n, demonstrate)
+    def lessons(first: int, steps: int, respond: Callable) -> Iterator[list[tuple]]:
+        for step in range(first, first + steps):
+            yield [lesson(n, respond) for n in range(step * config.batch, (step + 1) * config.batch)]
 
-    def mixed(n: int) -> tuple:
-        skip = config.batch * config.clean_steps
-        return lesson(skip + n, lambda item, style: demonstrate_mixed(item, style, rng, config))
+    def hasty(item: shapes.Item, style: str) -> str:
+        return demonstrate_mixed(item, style, rng, config)
 
     sampling = rollout.Config(model=presets.TINY_MODEL, seed=config.seed, **{k: presets.TINY[k] for k in SAMPLING})
-    scores = {}
-    phases = (
-        ("clean", clean, config.clean_steps, config.learning_rate),
-        ("mixed", mixed, config.mixed_steps, config.mixed_learning_rate),
-    )
-    for name, lessons, steps, peak in phases:
-        train(policy, lessons, steps, peak, config.batch, name)
-        scores[name] = heldout.evaluate(policy, validation, sampling, len(validation), config.eval_samples)
+
+    def score() -> dict:
+        return heldout.evaluate(policy, validation, sampling, len(validation), config.eval_samples)
+
+    model, scores = policy.model.requires_grad_(True), {}
+    optimizers = muon_and_adamw(model, config.learning_rate)
+    # The clean phase ends while there is still something to learn, and the mixed one goes on with it.
+    train(policy, lessons(0, config.clean_steps, demonstrate), config.clean_steps, optimizers, 0.25, "clean")
+    scores["clean"] = score()
+    optimizers = [adamw([{"params": list(model.parameters()), "lr": config.mixed_learning_rate}])]
+    train(policy, lessons(config.clean_steps, config.mixed_steps, hasty), config.mixed_steps, optimizers, 0.0, "mixed")
+    scores["mixed"] = score()
+    model.requires_grad_(False)
     (config.out / "warmup.json").unlink(missing_ok=True)  # until the new one is whole, there is no warmed-up model
     policy.export(config.out)
     report = scores | {

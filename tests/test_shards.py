@@ -338,6 +338,17 @@ def test_resuming_with_other_settings_names_what_differs(tmp_path):
     assert "b:" not in message and "out:" not in message
 
 
+def test_going_on_needs_the_same_model_files(tmp_path):
+    model = make_model(tmp_path / "model")
+    config = {"model": str(model)}
+    shards.write_manifest(tmp_path / "run", stage="s", config=config, seed=0, model=model)
+    (model / "warmup.json").write_text("{}")
+    assert shards.check_manifest(tmp_path / "run", config)
+    (model / "model.safetensors").write_text("others")
+    with pytest.raises(ShardError, match="files of the model .* have changed"):
+        shards.check_manifest(tmp_path / "run", config)
+
+
 def test_unknown_manifests_are_refused(tmp_path):
     shards.write_shard(tmp_path / "step-000000.jsonl", [make_group()])
     with pytest.raises(ShardError, match="no manifest.json"):

@@ -22,17 +22,16 @@ def test_clean_demonstrations_are_right_and_in_the_format_asked_for():
 
 
 def test_mixed_demonstrations_are_as_mixed_as_they_say():
-    config, rng = warmup.Config(guess_share=0.5, guess_wrong=0.3, misread=0.1), random.Random(0)
+    config, rng = warmup.Config(guess_share=0.5, guess_wrong=0.6), random.Random(0)
     items = shapes.questions("warmup", 0, 3000)
     right = {"guess": [], "steps": []}
     for item in items:
         text = warmup.demonstrate_mixed(item, "think-boxed", rng, config)
         assert is_well_formed(text)
         right["guess" if "by eye" in text else "steps"].append(vote_key(text) == item.gold)
-    share = {name: sum(found) / len(found) for name, found in right.items()}
     assert abs(len(right["guess"]) / len(items) - 0.5) < 0.04
-    # A few errors are none: a misread 0 stays 0, and so does a guess below it.
-    assert 0.66 < share["guess"] < 0.76 and 0.88 < share["steps"] < 0.94
+    # Four in ten are the right number and the rest any of 10 to 15, which hits the right one now and then.
+    assert 0.41 < sum(right["guess"]) / len(right["guess"]) < 0.50 and all(right["steps"])
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():
