@@ -35,9 +35,10 @@ $(READY): requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	rm -f $(VENV)/.ready-*
 	touch $@
 
-$(TINY)/warmup.json: | $(READY)
+$(TINY)/warmup.json: warmup.py shapes.py | $(READY)
 	$(PY) warmup.py --out $(TINY) $(call flag,seed,$(SEED))
 
 warmup: $(READY)  ## (re)make the embedded default model in models/tiny
@@ -72,5 +73,5 @@ bench: $(READY) $(TINY)/warmup.json  ## our loop beside TRL's GRPOTrainer
 	$(PY) -m bench.loop $(ARGS)
 
 clean:  ## remove the virtual environment, the embedded model and caches; runs stay
-	rm -rf $(VENV) models .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TINY) .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

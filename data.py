@@ -86,7 +86,7 @@ class Questions:
     def __init__(self, name: str, split: str, uids: list[str], read: Callable, has_gold: bool, note: str):
         self.name, self.split, self.uids, self.has_gold, self.note = name, split, uids, has_gold, note
         self.bad: dict[str, str] = {}  # uid → reason, of the rows met so far
-        self._read, self._blind = read, False
+        self._read, self._blind, self._labelled = read, False, False
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -94,6 +94,8 @@ class Questions:
     def __getitem__(self, i: int) -> Question:
         try:
             q = self._read(i)
+            if self._labelled and q.gold is None:
+                raise BadRow(q.uid, "no gold answer")
             return Question(q.uid, q.question, q.choices, q.image, None if self._blind else q.gold, q.kind)
         except BadRow as bad:
             self.bad[bad.uid] = bad.reason
@@ -115,6 +117,12 @@ class Questions:
         blind = copy.copy(self)
         blind.bad, blind.has_gold, blind._blind = dict(self.bad), False, True
         return blind
+
+    def with_gold(self) -> "Questions":
+        """The same questions, of which those without gold are bad rows."""
+        labelled = copy.copy(self)
+        labelled.bad, labelled._labelled = dict(self.bad), True
+        return labelled
 
     def describe(self) -> str:
         """One line for the start of a run: how many questions, which rows of the set, whether there is gold."""

@@ -259,11 +259,16 @@ class Policy:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def encode_one(self, question, template: str) -> tuple[Prompt, torch.Tensor | None, bytes | None]:
-        """One prompt, its preprocessed pixels (None: no image, or its features are kept) and the image's cache key."""
+        """One prompt, its preprocessed pixels (None: no image, or its features are kept) and the image's cache key.
+
+        The key is None where no features are kept.
+        """
         ids, image = self.tokenize(question, template), question.image
         if image is None:
             return Prompt(question.uid, ids, torch.arange(len(ids)).expand(3, -1), None), None, None
-        key = blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).digest()
+        key = None
+        if self.cache_bytes:
+            key = blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).digest()
         features, pixels = self.cache.get(key), None
         if features is None:
             seen = self.image_processor(images=[image], return_tensors="pt", **self.pixel_limits)
@@ -286,7 +291,7 @@ class Policy:
         positions, _ = self.base.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=torch.tensor([grid]))
         return positions[:, 0]
 
-    def see(self, pending: list[tuple[Prompt, torch.Tensor, bytes]]) -> None:
+    def see(self, pending: list[tuple[Prompt, torch.Tensor, bytes | None]]) -> None:
         """Run the vision tower over several images and give each prompt its features."""
         visual = self.base.model.visual
         pixels = torch.cat([pixels for _, pixels, _ in pending]).to(self.device, visual.dtype)

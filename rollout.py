@@ -35,7 +35,7 @@ import presets
 import shards
 from answers import vote_key
 from kernels import row_id, sample
-from policy import Policy, Prompt
+from policy import Policy, Prompt, model_config
 
 
 @dataclass
@@ -77,9 +77,9 @@ class Config:
     max_prompt_tokens: int | None = None
     """longer prompts are dropped and counted, never cut"""
     min_pixels: int | None = None
-    """smallest image area after resizing, in pixels; None: as the model's processor says"""
+    """smallest image area after resizing, in pixels; None: for models/tiny as its processor says"""
     max_pixels: int | None = None
-    """largest image area after resizing, in pixels; None: as the model's processor says"""
+    """largest image area after resizing, in pixels; None: for models/tiny as its processor says"""
     rollout_tokens: int | None = None
     """token budget of one decoding batch, prompts and responses together"""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -98,6 +98,7 @@ class Config:
                 f"sampling needs temperature >= 0, 0 < top-p <= 1 and top-k >= 0, not {self.temperature}, "
                 f"{self.top_p}, {self.top_k}"
             )
+        Policy.template(self.prompt)
         return self
 
 
@@ -333,6 +334,7 @@ def main(config: Config) -> None:
     config = replace(config).resolve()
     questions = data.load(config.data, config.split, config.seed, limit=config.limit)
     folder = Path(config.out)
+    model_config(config.model)
     shards.check_manifest(folder, asdict(config), ignore=("out", "steps", "device"))
     print(questions.describe(), file=sys.stderr)
     policy = Policy.load(

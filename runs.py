@@ -161,12 +161,18 @@ class Metrics:
             "peak_memory_gib": peak_memory_gib(),
         }
         if all(group["gold"] is not None for group in groups):  # a diagnostic, never trained on
-            right = [r["key"] == answer_key(g["gold"], g["choices"]) for g in groups for r in g["responses"]]
-            row["accuracy"] = sum(right) / len(right)
+            row["accuracy"] = accuracy(groups)
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         return status(row)
+
+
+def accuracy(groups: list[dict]) -> float:
+    """Share of responses whose key is that of their group's gold. An abstention is never right."""
+    golds = [(answer_key(group["gold"], group["choices"]), group["responses"]) for group in groups]
+    right = [r["key"] is not None and r["key"] == gold for gold, responses in golds for r in responses]
+    return sum(right) / len(right)
 
 
 def status(row: dict) -> str:

@@ -394,7 +394,17 @@ def check_manifest(folder: Path | str, config: dict, ignore: Iterable[str] = ())
     if differ:
         fix = "use another --out, or the same settings to go on where it stopped"
         raise ShardError(f"{folder} was written with other settings:{''.join(differ)}\n{fix}")
-    for role in ("model", "adapter"):
-        if config.get(role) and manifest[role] and manifest[role]["fingerprint"] != fingerprint(config[role]):
-            raise ShardError(f"{folder}: the files of the {role} {config[role]} have changed since; use another --out")
+    check_files(folder, manifest, {role: config.get(role) for role in ("model", "adapter")})
     return manifest
+
+
+def check_files(folder: Path | str, manifest: dict, used: dict[str, str | None]) -> None:
+    """ShardError if a model or adapter of the manifest has other files now. Another name is the caller's choice, and a
+    folder that is gone is for the loading code to report."""
+    for role, name in used.items():
+        entry = manifest.get(role)
+        if entry and name == entry["name"] and Path(name).expanduser().is_dir():
+            if entry["fingerprint"] != fingerprint(name):
+                raise ShardError(
+                    f"{folder} was made with other files of the {role} {name}; bring those back, or use another folder"
+                )

@@ -22,6 +22,7 @@ metrics.jsonl, rollouts/ (shards), checkpoints/.
 
 import json
 import math
+import shutil
 import signal
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -128,6 +129,11 @@ class Config(rollout.Config):
             rewards.bind_reward(self.reward, run_seed=self.seed), rewards.bind_advantage(self.advantage)
         if self.temperature == 0 or self.group_size < 2:
             raise ValueError("training needs samples that differ: a temperature above 0 and a group size of 2 or more")
+        for name in ("eval_samples", "save_every", "keep", "lora_rank", "lora_alpha", "update_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.eval_questions < 0:
+            raise ValueError(f"--eval-questions must be 0 (no evaluation) or more, not {self.eval_questions}")
         if not 1 <= self.minibatches <= self.questions_per_step:
             raise ValueError(f"--minibatches must be from 1 to questions-per-step ({self.questions_per_step})")
         return self
@@ -139,14 +145,26 @@ def prepare(config: Config) -> Config:
     if config.resume:
         if not (config.out / "manifest.json").is_file():
             raise ValueError(f"--resume: there is no run in {config.out}; start one by leaving --resume out")
-        known = shards.read_manifest(config.out)["config"]
-        config = replace(config, **{name: _typed(name, value) for name, value in known.items() if name not in FREE})
+        config = resumed(config)
     elif config.from_shards:
         adopt(config)
     config.resolve()
     model_config(config.model)
     shards.check_manifest(config.out, jsonable(config), ignore=FREE)
     return config
+
+
+def resumed(config: Config) -> Config:
+    """The settings of the run in config.out; of those in FREE, the ones given now. Others given now are refused."""
+    manifest, default = shards.read_manifest(config.out)["config"], Config()
+    known = {name: _typed(name, value) for name, value in manifest.items() if name not in ("out", "resume")}
+    given = {name for name in known if getattr(config, name) != getattr(default, name)}
+    if other := [name for name in sorted(given - {*FREE}) if getattr(config, name) != known[name]]:
+        raise ValueError(
+            f"--resume takes {other[0]}={known[other[0]]!r} from the run in {config.out}, not "
+            f"{getattr(config, other[0])!r}; leave --{other[0].replace('_', '-')} out, or use another --out"
+        )
+    return replace(config, **{name: value for name, value in known.items() if name not in given & {*FREE}})
 
 
 def claim(config: Config) -> None:
@@ -163,7 +181,8 @@ def claim(config: Config) -> None:
 def adopt(config: Config) -> None:
     """Take from the shards' manifest how they were sampled; use their own advantages unless others are asked for."""
     manifest = shards.read_manifest(config.from_shards)
-    sampling = manifest["config"].get("rollouts_manifest", manifest).get("config")
+    rollouts = manifest["config"].get("rollouts_manifest", manifest)
+    sampling = rollouts.get("config")
     if not sampling or "model" not in sampling:
         raise ValueError(
             f"the manifest of {config.from_shards} does not say how the shards were sampled; score them again"
@@ -171,6 +190,7 @@ def adopt(config: Config) -> None:
     for field in fields(rollout.Config):
         if field.name in sampling and getattr(config, field.name) is None:
             setattr(config, field.name, sampling[field.name])
+    shards.check_files(config.from_shards, rollouts, {"model": config.model, "adapter": config.adapter})
     count = len(shards.ShardReader(config.from_shards).paths)
     if config.steps is None or config.steps > count:
         print(f"{config.from_shards} holds {count} shards: {count} steps")
@@ -333,6 +353,8 @@ def starting_policy(config: Config) -> Policy:
     options = {name: getattr(config, name) for name in ("dtype", "device", "min_pixels", "max_pixels")}
     model, start = config.model, config.out / "start"
     if config.adapter:
+        if not (config.out / "manifest.json").exists():  # left by a command that never came to be a run
+            shutil.rmtree(start, ignore_errors=True)
         if not start.exists():
             draft = config.out / ".start.partial"
             Policy.load(model, adapter=config.adapter, **options).export(draft)
@@ -349,6 +371,8 @@ def main(config: Config) -> dict:
         questions = None if config.from_shards else data.load(config.data, config.split, config.seed, config.limit)
         held_out = data.load(config.data, config.eval_split, config.seed) if config.eval_questions else None
         check_questions(questions, held_out, config)
+        if questions is not None and config.reward.startswith("supervised"):
+            questions = questions.with_gold()
         policy = starting_policy(config)
         claim(config)
     with runs.stop_on_signal() as check:

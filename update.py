@@ -1,6 +1,7 @@
 """The update: PPO-clip on the adapter from the scored groups of one step, in minibatches and micro-batches."""
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -14,11 +15,12 @@ def update(policy: Policy, optimizer, schedule, prompts: list, groups: list[dict
     """One step's updates of the adapter; returns their statistics, averaged over the minibatches.
 
     `config` has the loss settings of train_upt.Config. With `measure_kl` the KL to the reference is measured before
-    the updates, without touching them; with a kl_coef it is part of the loss and measured anyway.
+    each update, without touching it; with a kl_coef it is part of the loss and measured anyway.
     """
     policy.model.train()
-    size = -(-len(groups) // config.minibatches)
-    parts = [slice(start, start + size) for start in range(0, len(groups), size)]
+    count = min(config.minibatches, len(groups))
+    cuts = [len(groups) * part // count for part in range(count + 1)]
+    parts = [slice(*cut) for cut in pairwise(cuts)]
     # In the first minibatch the policy has not moved yet: its own detached log-probabilities are the old ones.
     olds = [None, *(_logprobs(policy, prompts[part], groups[part], config) for part in parts[1:])]
     steps = []

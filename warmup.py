@@ -86,9 +86,9 @@ class Config:
     """samples for each of them"""
 
 
-def demonstrate(item: shapes.Item, prompt: str, facts: tuple[int, ...] | None = None) -> str:
-    """A step-by-step response in the format that the prompt asks for, from the facts as read (default: rightly)."""
-    reasoning, answer = shapes.worked(item.kind, item.names, item.facts if facts is None else facts)
+def demonstrate(item: shapes.Item, prompt: str) -> str:
+    """A right step-by-step response in the format that the prompt asks for."""
+    reasoning, answer = shapes.worked(item.kind, item.names, item.facts)
     if prompt == "think-boxed":
         return f"<think>{reasoning}</think>\\boxed{{{answer}}}"
     return f"{reasoning} \\boxed{{{answer}}}"
@@ -252,6 +252,8 @@ def adamw(params) -> torch.optim.Optimizer:
 
 def main(config: Config) -> dict:
     """Train, write the snapshot and its scores; returns the scores by phase."""
+    if min(config.eval_questions, config.eval_samples, config.batch) < 1:
+        raise ValueError("--batch, --eval-questions and --eval-samples must be at least 1")
     started = time.perf_counter()
     total = config.batch * (config.clean_steps + config.mixed_steps)
     items = list(shapes.questions("warmup", config.seed, total))

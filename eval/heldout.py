@@ -45,6 +45,12 @@ class Config(rollout.Config):
     eval_samples: int = 8
     """samples for each question, k"""
 
+    def resolve(self) -> "Config":
+        super().resolve()
+        if min(self.eval_questions, self.eval_samples) < 1:
+            raise ValueError("--eval-questions and --eval-samples must be at least 1")
+        return self
+
 
 def interval(values, seed: int = 0, resamples: int = 2000) -> dict[str, float]:
     """Mean of one value per question with its 95 % percentile bootstrap interval: {"value", "low", "high"}."""
@@ -80,13 +86,18 @@ def evaluate(
     samples: int,
     tick: Callable[[int], None] = lambda n: None,
 ) -> dict:
-    """Scores on the first `count` usable questions: {metric: {"value", "low", "high"}, "kinds": …, "questions": n}."""
+    """Scores on the usable ones of the first `count` questions, and how many those are.
+
+    {metric: {"value", "low", "high"}, "kinds": …, "questions": n, "graded": n, "too_long": n}; the last counts prompts
+    over the limit, which are left out.
+    """
     greedy_config = replace(config, temperature=0.0, group_size=1)
     sample_config = replace(config, group_size=samples)
-    rows, kinds = [], []
+    rows, kinds, left_out = [], [], {}
     for start in range(0, min(count, len(questions)), QUESTIONS_AT_ONCE):
         found = questions.get(range(start, min(start + QUESTIONS_AT_ONCE, count, len(questions))))
         prompts, too_long = policy.encode(found, policy.template(config.prompt), config.max_prompt_tokens)
+        left_out |= too_long
         found = [question for question in found if question.uid not in too_long]
         greedy = rollout.sample_groups(policy, prompts, STEP, greedy_config, tick)
         sampled = rollout.sample_groups(policy, prompts, STEP, sample_config, tick)
@@ -105,7 +116,8 @@ def evaluate(
             kinds.append(question.kind)
     if not rows:
         raise ValueError(
-            f"none of the first {count} questions of {questions.name} can be used; {questions.report_bad()}"
+            f"none of the first {count} questions of {questions.name} can be used: {len(left_out)} prompts are over "
+            f"--max-prompt-tokens {config.max_prompt_tokens}; {questions.report_bad() or 'no row is bad'}"
         )
     graded = [row for row in rows if "greedy" in row]
     scores = {name: interval([row[name] for row in graded]) for name in GOLD_METRICS if graded}
@@ -121,7 +133,9 @@ def evaluate(
         }
         for kind in sorted({k for k, row in zip(kinds, rows, strict=True) if k is not None and "greedy" in row})
     }
-    return scores | {"questions": len(rows), "graded": len(graded)}
+    if left_out:
+        print(f"held out: {len(left_out)} prompts over --max-prompt-tokens are left out", file=sys.stderr)
+    return scores | {"questions": len(rows), "graded": len(graded), "too_long": len(left_out)}
 
 
 def table(columns: dict[str, dict]) -> str:

@@ -395,6 +395,14 @@ def test_a_set_with_one_gold_answer_has_gold(tmp_path):
     assert load(tmp_path).has_gold and not load(tmp_path, limit=2).has_gold and not load(tmp_path, "test").has_gold
 
 
+def test_rows_without_gold_are_bad_where_gold_is_needed(tmp_path):
+    jsonl(tmp_path / "train.jsonl", [{"problem": "q", "answer": a} for a in ("1", None, "3")])
+    questions = load(tmp_path)
+    labelled = questions.with_gold()
+    assert [q.gold for q in labelled.get(range(3))] == ["1", "3"] and len(questions.get(range(3))) == 3
+    assert labelled.bad == {questions.uids[1]: "no gold answer"} and not questions.bad
+
+
 # ---- splits
 
 

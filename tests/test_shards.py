@@ -345,7 +345,7 @@ def test_going_on_needs_the_same_model_files(tmp_path):
     (model / "warmup.json").write_text("{}")
     assert shards.check_manifest(tmp_path / "run", config)
     (model / "model.safetensors").write_text("others")
-    with pytest.raises(ShardError, match="files of the model .* have changed"):
+    with pytest.raises(ShardError, match="other files of the model"):
         shards.check_manifest(tmp_path / "run", config)
 
 

@@ -1,6 +1,7 @@
 """The loop: what the adapter depends on and what it does not, stopping and going on, and what a run leaves."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from transformers import AutoModelForImageTextToText
 import data
 import rewards
 import rollout
+import runs
 import shards
 import update
 from policy import Policy
@@ -251,7 +253,10 @@ def test_interrupted_and_resumed_is_uninterrupted(tiny, two_steps, tmp_path, whe
     assert not (out / "summary.json").exists()
     if number == signal.SIGTERM:
         assert "goes on from" in stopped.stderr
-    run(tiny, out, steps=2, rollout_tokens=1, update_tokens=150, save_every=1)
+    if number == signal.SIGTERM:  # both ways of going on
+        main(Config(out=out, resume=True))
+    else:
+        run(tiny, out, steps=2, rollout_tokens=1, update_tokens=150, save_every=1)
     assert same(out, two_steps)
     for path in shards.list_shards(two_steps / "rollouts"):
         assert (out / "rollouts" / path.name).read_bytes() == path.read_bytes()
@@ -264,6 +269,9 @@ def test_resume_takes_the_settings_of_the_run(tiny, two_steps, tmp_path):
         main(Config(out=tmp_path / "none", resume=True))
     again = main(Config(out=two_steps, resume=True))
     assert again["config"]["lora_rank"] == 2 and again["config"]["model"] == tiny
+    assert again["config"]["update_tokens"] == 150
+    with pytest.raises(ValueError, match="steps=2 .* not 3"):
+        main(Config(out=two_steps, resume=True, steps=3))
     with pytest.raises(ValueError, match="lora_rank"):
         run(tiny, two_steps, steps=2, rollout_tokens=1, update_tokens=150, lora_rank=3)
 
@@ -327,9 +335,13 @@ def test_settings_are_checked_before_anything_is_written(tiny, tmp_path, setting
     assert not (tmp_path / "r").exists()
 
 
-def test_a_mistake_leaves_no_run_behind(tiny, tmp_path):
+@pytest.mark.parametrize(
+    "mistake",
+    [{"data": "no-such-set"}, {"prompt": "typo.md"}, {"eval_samples": 0}, {"save_every": 0}, {"eval_questions": -1}],
+)
+def test_a_mistake_leaves_no_run_behind(tiny, tmp_path, mistake):
     with pytest.raises(ValueError):
-        run(tiny, tmp_path / "r", data="no-such-set", steps=1)
+        run(tiny, tmp_path / "r", **{"steps": 1} | mistake)
     run(tiny, tmp_path / "r", steps=1)  # the corrected command is not refused
 
 
@@ -337,6 +349,15 @@ def test_the_rollouts_of_a_run_are_a_stage_of_their_own(tiny, tmp_path):
     online = run(tiny, tmp_path / "online", steps=1, seed=4, advantage="mean")
     main(Config(from_shards=online / "rollouts", out=tmp_path / "again", **SMALL | {"advantage": "mean"}))
     assert same(online, tmp_path / "again")
+
+
+def test_shards_of_a_model_that_has_changed_are_refused(tiny, tmp_path):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    online = run(str(model), tmp_path / "online", steps=1)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"note": "another"}))
+    with pytest.raises(ValueError, match="other files of the model"):
+        main(Config(from_shards=online / "rollouts", out=tmp_path / "again", **SMALL))
 
 
 def test_a_step_without_a_usable_question_is_left_out(tiny, tmp_path, monkeypatch, capfd):
@@ -360,3 +381,10 @@ def test_presets_carry_their_recipe(tiny):
     assert (real.group_size, real.temperature, real.advantage, real.clip_high) == (8, 1.0, "energy", 0.2)
     assert (real.learning_rate, real.questions_per_step, real.minibatches) == (1e-5, 512, 4)
     assert real.max_prompt_tokens == 1024 and real.max_new_tokens == 2048
+
+
+def test_an_abstention_is_never_right():
+    def group(gold, *keys):
+        return {"gold": gold, "choices": ["5", "7"], "responses": [{"key": key} for key in keys]}
+
+    assert runs.accuracy([group("9", None, None), group("7", "B", None)]) == 0.25  # no option reads 9: it has no key
