@@ -397,6 +397,7 @@ def test_a_set_with_one_gold_answer_has_gold(tmp_path):
 
 def test_rows_without_gold_are_bad_where_gold_is_needed(tmp_path):
     jsonl(tmp_path / "train.jsonl", [{"problem": "q", "answer": a} for a in ("1", None, "3")])
+    jsonl(tmp_path / "test.jsonl", plain(1))
     questions = load(tmp_path)
     labelled = questions.with_gold()
     assert [q.gold for q in labelled.get(range(3))] == ["1", "3"] and len(questions.get(range(3))) == 3
