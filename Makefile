@@ -58,7 +58,7 @@ score: $(READY)  ## rewards and advantages for the shards in runs/rollouts (ARGS
 	$(PY) rewards.py --rollouts runs/rollouts --reward "$(or $(REWARD),majority)" \
 	  --advantage "$(or $(ADVANTAGE),group-norm)" $(call flag,seed,$(SEED)) --out "$(or $(OUT),runs/scored)" $(ARGS)
 
-eval: one-gpu $(READY) $(MODEL_READY)  ## held-out accuracy of a model (ARGS="--adapter DIR" with an adapter)
+eval: one-gpu $(READY) $(MODEL_READY)  ## held-out accuracy of a model (ARGS="--adapter DIR" with an adapter, OUT=FILE.json)
 	$(PY) -m eval.heldout $(SAMPLING) $(call flag,out,$(OUT)) $(ARGS)
 
 test: $(READY)  ## all tests

@@ -138,7 +138,8 @@ def step_batch(policy: Policy, questions: data.Questions, step: int, config: Con
     left_out = {
         questions.uids[row]: questions.bad[questions.uids[row]] for row in rows if questions.uids[row] in questions.bad
     }
-    left_out |= {uid: f"prompt of {n} tokens is over the limit" for uid, n in too_long.items()}
+    limit = config.max_prompt_tokens
+    left_out |= {uid: f"prompt of {n} tokens is over --max-prompt-tokens {limit}" for uid, n in too_long.items()}
     return Batch([q for q in found if q.uid not in too_long], prompts, left_out)
 
 

@@ -40,7 +40,7 @@ import rollout
 import runs
 import shards
 from eval import heldout
-from policy import TARGETS, Policy, model_config
+from policy import TARGETS, Policy
 from runs import Clock, Stopped
 from update import update
 
@@ -62,7 +62,7 @@ class Config(rollout.Config):
     gpus: int = 1
     """processes; more than one is not supported yet"""
     reward: str | None = None
-    """reward variant, with settings: "frequency" or "gated-frequency(threshold=.9)" (see rewards.py)"""
+    """majority, frequency, gated-frequency, supervised or random; settings go inline: gated-frequency(threshold=.9)"""
     advantage: str | None = None
     """advantage estimator: group-norm, mean, rloo, energy, energy-centred"""
     minibatches: int | None = None
@@ -149,7 +149,6 @@ def prepare(config: Config) -> Config:
     elif config.from_shards:
         adopt(config)
     config.resolve()
-    model_config(config.model)
     shards.check_manifest(config.out, jsonable(config), ignore=FREE)
     return config
 
@@ -306,6 +305,8 @@ def train(policy: Policy, questions: data.Questions | None, config: Config, cloc
             except Stopped:
                 save(step)  # nothing of this step has touched the adapter yet
                 raise
+            for uid, reason in left_out.items():
+                bar.write(f"left out {uid}: {reason}", file=sys.stderr)
             if not groups:
                 bar.write(
                     f"step {step + 1}/{config.steps}: left out, none of its questions can be used", file=sys.stderr

@@ -191,7 +191,7 @@ def test_prompts_over_the_limit_are_dropped_and_counted(policy, tiny, prompts, c
     batch = rollout.step_batch(policy, questions, 0, settings)
     over = sum(n > lengths[16] for n in lengths)
     assert over and len(batch.prompts) == 32 - over == len(batch.questions) and len(batch.left_out) == over
-    assert all("over the limit" in reason for reason in batch.left_out.values())
+    assert all("over --max-prompt-tokens" in reason for reason in batch.left_out.values())
     none = rollout.step_batch(policy, questions, 0, replace(settings, max_prompt_tokens=5))
     assert not none.prompts and len(none.left_out) == 32
 
