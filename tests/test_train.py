@@ -253,7 +253,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tiny, two_steps, tmp_path, whe
     assert not (out / "summary.json").exists()
     if number == signal.SIGTERM:
         assert "goes on from" in stopped.stderr
-    if number == signal.SIGTERM:  # both ways of going on
+        # Here by --resume, below by the same command: both ways of going on.
         main(Config(out=out, resume=True))
     else:
         run(tiny, out, steps=2, rollout_tokens=1, update_tokens=150, save_every=1)
