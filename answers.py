@@ -41,12 +41,15 @@ _FLAT_BOX = re.compile(r"\\boxed\s*\{([^{}\\]*)\}")
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 
 
-def _find_answer(text: str) -> str | None:
-    """Content of the last balanced box (the one that opens last), else of the last answer tags; one pass, linear."""
+def _find_span(text: str) -> tuple[int, int] | None:
+    """Where the content of the last balanced box lies (the one that opens last), else that of the last answer tags.
+
+    One pass, linear.
+    """
     last = text.rfind("\\boxed")
     if last >= 0:
         if match := _FLAT_BOX.match(text, last):  # what nearly every response ends with, without a scan
-            return match[1]
+            return match.span(1)
         opened, best = [], (-1, -1)
         for part in _BOX_PART.finditer(text):
             if part[0] == "}" and opened:
@@ -54,14 +57,19 @@ def _find_answer(text: str) -> str | None:
             elif part[0][0] in "b{":
                 opened.append(part.end() if part[0][0] == "b" else -1)
         if best[0] >= 0:
-            return text[slice(*best)]
+            return best
     start, found = None, None
     for tag in _ANSWER_TAG.finditer(text):
         if not tag[1]:
             start = tag.end()
         elif start is not None:
-            start, found = None, text[start : tag.start()]
+            start, found = None, (start, tag.start())
     return found
+
+
+def _find_answer(text: str) -> str | None:
+    span = _find_span(text)
+    return None if span is None else text[slice(*span)]
 
 
 def extract_answer(text: str, choices: Sequence[str] | None = None) -> str | None:
@@ -72,6 +80,17 @@ def extract_answer(text: str, choices: Sequence[str] | None = None) -> str | Non
     """
     found = _find_answer(text) if isinstance(text, str) else None
     return (found.strip(" \t\r\n") or None) if found is not None else None
+
+
+def before_answer(text: str) -> str:
+    r"""What a response says before the `\boxed{` or `<answer>` whose content `extract_answer` gives.
+
+    All of the text where that finds nothing; "" if `text` is no string. Linear time.
+    """
+    if not isinstance(text, str) or extract_answer(text) is None:
+        return text if isinstance(text, str) else ""
+    start = _find_span(text)[0]
+    return text[: text.rfind("\\boxed" if text[start - 1] == "{" else "<", 0, start)]
 
 
 def is_well_formed(text: str) -> bool:
@@ -88,6 +107,14 @@ def is_well_formed(text: str) -> bool:
             return False
         end = start + len(mark)
     return True
+
+
+def keeps_format(text: str, prompt: str) -> bool:
+    """Whether a response has the format that a prompt style asks for.
+
+    "think-boxed": it is well-formed. Any other style: it has an answer.
+    """
+    return is_well_formed(text) if prompt == "think-boxed" else extract_answer(text) is not None
 
 
 # ------------------------------------------------------------------------------------------------ LaTeX tokens

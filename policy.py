@@ -175,8 +175,12 @@ class Policy:
             self.model = get_peft_model(self.model, config)
 
     def load_adapter(self, folder: str | Path) -> None:
-        """Open a saved adapter, trainable and not merged, with the weights exactly as they were saved."""
-        self.model = _open_adapter(self.model, folder, is_trainable=True)
+        """Open a saved adapter, trainable and not merged, with the weights exactly as they were saved.
+
+        It takes the place of the adapter that is there.
+        """
+        bare = self.model.unload() if isinstance(self.model, PeftModel) else self.model
+        self.model = _open_adapter(bare, folder, is_trainable=True)
 
     def trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -241,22 +245,38 @@ class Policy:
             self.see(pending)
         return prompts, dropped
 
-    def tokenize(self, question, template: str) -> list[int]:
-        """The token ids of a question's prompt, with one placeholder for its image."""
-        text = question.question
-        if question.choices:
-            text += "".join(f"\n{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(question.choices))
+    def plain(self, text: str) -> str:
+        """Text that cannot open a turn or announce an image: without special tokens, even within one another."""
         found = None
-        while found != text:  # a question cannot open a turn or announce an image, not even by tokens within tokens
+        while found != text:
             found = text
             for token in self.tokenizer.all_special_tokens:
                 text = text.replace(token, "")
-        content = [{"type": "text", "text": template.replace("{question}", text)}]
-        if question.image is not None:
-            content.insert(0, {"type": "image"})
-        chat = [{"role": "user", "content": content}]
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return text
+
+    def ask(self, question) -> str:
+        """A question's text with its options."""
+        options = "".join(f"\n{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(question.choices or ()))
+        return self.plain(question.question + options)
+
+    def chat(self, turns: Sequence[tuple[str, str]], with_image: bool) -> str:
+        """(role, text) turns as the model's chat template writes them, up to where its answer starts.
+
+        The image, if there is one, opens the first turn.
+        """
+        content = [[{"type": "text", "text": text}] for _, text in turns]
+        if with_image:
+            content[0].insert(0, {"type": "image"})
+        chat = [{"role": role, "content": parts} for (role, _), parts in zip(turns, content, strict=True)]
+        return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+    def tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def tokenize(self, question, template: str) -> list[int]:
+        """The token ids of a question's prompt, with one placeholder for its image."""
+        text = template.replace("{question}", self.ask(question))
+        return self.tokens(self.chat([("user", text)], question.image is not None))
 
     def encode_one(self, question, template: str) -> tuple[Prompt, torch.Tensor | None, bytes | None]:
         """One prompt, its preprocessed pixels (None: no image, or its features are kept) and the image's cache key.
@@ -265,7 +285,7 @@ class Policy:
         """
         ids, image = self.tokenize(question, template), question.image
         if image is None:
-            return Prompt(question.uid, ids, torch.arange(len(ids)).expand(3, -1), None), None, None
+            return self.place(question.uid, ids, None), None, None
         key = None
         if self.cache_bytes:
             key = blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).digest()
@@ -275,12 +295,17 @@ class Policy:
             features, pixels = Features(seen["image_grid_thw"]), seen["pixel_values"]
         else:
             self.cache.move_to_end(key)
+        return self.place(question.uid, ids, features), pixels, key
+
+    def place(self, uid: str, ids: list[int], features: Features | None) -> Prompt:
+        """A prompt from token ids whose one image placeholder, if any, is widened to the image's features."""
+        if features is None:
+            return Prompt(uid, ids, torch.arange(len(ids)).expand(3, -1), None)
         image_id = self.base.config.image_token_id
         at = ids.index(image_id)
         count = int(features.grid.prod()) // self.image_processor.merge_size**2
         ids = ids[:at] + [image_id] * count + ids[at + 1 :]
-        positions = self.positions(len(ids), at, tuple(features.grid[0].tolist()))
-        return Prompt(question.uid, ids, positions, features), pixels, key
+        return Prompt(uid, ids, self.positions(len(ids), at, tuple(features.grid[0].tolist())), features)
 
     def _positions(self, length: int, at: int, grid: tuple[int, int, int]) -> torch.Tensor:
         """M-RoPE positions (3, length) of a prompt whose image starts at token `at`; they depend on nothing else."""

@@ -22,6 +22,7 @@ COMMON = {
     "clip_high": 0.2,
     "dual_clip": 0.0,
     "kl_coef": 0.0,
+    "judge_repeats": 1,
 }
 TINY = COMMON | {
     "steps": 48,
@@ -37,6 +38,11 @@ TINY = COMMON | {
     "rollout_tokens": 131072,
     "update_tokens": 2048,
     "eval_questions": 512,
+    "judge_mode": "logit",
+    "judge_prompt": "judge-tiny",
+    "judge_prefix": "\\boxed{",
+    "judge_max_new_tokens": 16,
+    "judge_tokens": 8192,
 }
 REAL = COMMON | {
     "steps": 60,
@@ -54,6 +60,11 @@ REAL = COMMON | {
     "rollout_tokens": 262144,
     "update_tokens": 8192,
     "eval_questions": 512,
+    "judge_mode": "text",
+    "judge_prompt": "judge",
+    "judge_prefix": "Overall, as a digit from 0 for surely wrong to 9 for surely right: ",
+    "judge_max_new_tokens": 1024,
+    "judge_tokens": 65536,
 }
 # arXiv 2505.22453 (mm-upt) and 2603.21289: its equations (self-judge) and its released code (self-judge-code).
 PRESETS = {
@@ -96,7 +107,7 @@ def fill(config) -> None:
     if config.model is None:
         config.model = TINY_MODEL if config.data in (None, "shapes") else REAL_MODEL
     tiny = is_tiny(config.model)
-    preset = PRESETS[config.preset] if config.preset else {}
+    preset = PRESETS[config.preset] if getattr(config, "preset", None) else {}
     if tiny:
         preset = {name: value for name, value in preset.items() if name not in NOT_WITH_TINY}
     for name, value in {**(TINY if tiny else REAL), **preset}.items():

@@ -1,93 +1,59 @@
-"""Stage 3: vote keys -> rewards -> advantages. Pure functions on the plain group record, and two tables of them.
+"""Stage 3: vote keys -> rewards -> advantages. Pure functions on the plain group record, and a table of them.
 
     p(a) = c(a) / G            share of the G responses whose vote key is a; abstentions (key None) stay in G
     r_i  = REWARDS[name]       e.g. majority: 1 if a_i is the group's unique most frequent key, else 0
     r_i -= lam_fmt             where the response is not well-formed (any variant; lam_fmt = 0 by default)
-    A_i  = ADVANTAGES[name]    e.g. group-norm: (r_i - mean r) / (std r + eps)
+    r_i  = clip(r_i, 0, 1)     with clip=True (any variant), as released code does
+    A_i  = ADVANTAGES[name]    e.g. group-norm: (r_i - mean r) / (std r + eps); see advantages.py
+
+A group is skipped, so that it enters no loss, where its variant returns None (confident-majority) or where its
+majority share max_a p(a) is outside [min_share, max_share] (any variant; [0, 1] by default): its rewards and
+advantages are 0 whatever the estimator, and the group carries "skipped": true.
 
 Departures from the papers: agreement is equality of vote keys, hence an equivalence relation, where the released codes
 of 2505.22453 and 2603.21289 grade pairs; a tie of the vote has no winner unless `ties="first"`; an abstention cannot
 win a vote. Sums are exactly rounded (fsum) in float64, so the order of the responses changes no bit.
 
 A variant is one function and one row of a table; its keyword arguments are its settings and can be given inline, as in
-"gated-frequency(threshold=.9,lam_fmt=.5)" or "energy(beta=2)". In a notebook: REWARDS["mine"] = lambda group: [...]
+"gated-frequency(threshold=.9,lam_fmt=.5)" or "energy(beta=2)". In a notebook: REWARDS["mine"] = lambda group: [...];
+from a file of your own: --reward my_rewards.py:mine.
 
     python rewards.py --rollouts runs/a/rollouts --reward majority --advantage group-norm --out runs/a/rewards
 """
 
-import ast
 import functools
 import hashlib
-import inspect
 import json
 import math
-import re
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import answers
 import shards
+import variants
+from advantages import ADVANTAGES, bind_advantage, mean_of  # noqa: F401
+from variants import Positive
+from votes import abstentions, counts, distinct, keys_of, majority_key, majority_share
+
+# --- rewards by vote: group -> G floats -------------------------------------------------------------------------------
 
 
-def _keys(group_or_keys) -> list:
-    if isinstance(group_or_keys, dict):
-        return [response["key"] for response in group_or_keys["responses"]]
-    return list(group_or_keys)
-
-
-def counts(group_or_keys) -> dict[str, int]:
-    """c(a) for each key a, in order of first appearance; abstentions are no key."""
-    c: dict[str, int] = {}
-    for key in _keys(group_or_keys):
-        if key is not None:
-            c[key] = c.get(key, 0) + 1
-    return c
-
-
-def majority_key(group_or_keys, ties: str = "none") -> str | None:
-    """m, the most frequent key. None if all abstain, or if several tie (ties="first": the one that appears first)."""
-    if ties not in ("none", "first"):
-        raise ValueError(f"ties is {ties!r}, expected 'none' or 'first'")
-    c = counts(group_or_keys)
-    top = max(c.values(), default=0)
-    leaders = [key for key, n in c.items() if n == top]
-    return leaders[0] if len(leaders) == 1 or (leaders and ties == "first") else None
-
-
-def majority_share(group_or_keys) -> float:
-    """max_a c(a) / G, ties included; 0 if all abstain."""
-    keys = _keys(group_or_keys)
-    return max(counts(keys).values(), default=0) / max(len(keys), 1)
-
-
-def distinct(group_or_keys) -> int:
-    """How many different keys the group has; abstentions are no key."""
-    return len(counts(group_or_keys))
-
-
-def abstentions(group_or_keys) -> int:
-    """How many responses have no vote key."""
-    return sum(key is None for key in _keys(group_or_keys))
-
-
-# --- rewards: group -> G floats ---------------------------------------------------------------------------------------
-
-
-def majority(group: dict, *, ties: str = "none") -> list[float]:
+def majority(group: dict, *, ties: Literal["none", "first"] = "none") -> list[float]:
     """r_i = 1 if a_i = m else 0, in {0, 1}; no unique m: 0 for all. 2505.22453 (MM-UPT), 2504.16084 (TTRL).
 
     `ties="first"` lets the tied key that appears first win, as the released code does.
     """
     m = majority_key(group, ties)
-    return [float(m is not None and key == m) for key in _keys(group)]
+    return [float(m is not None and key == m) for key in keys_of(group)]
 
 
 def frequency(group: dict) -> list[float]:
     """r_i = p(a_i), in [0, 1]; an abstention earns 0. 2603.21289 §3.1."""
-    keys, c = _keys(group), counts(group)
+    keys, c = keys_of(group), counts(group)
     return [c.get(key, 0) / len(keys) for key in keys]
 
 
@@ -98,6 +64,124 @@ def gated_frequency(group: dict, *, threshold: float = 0.85) -> list[float]:
     """
     gate = majority_key(group) is not None and majority_share(group) > threshold
     return majority(group) if gate else frequency(group)
+
+
+def confident_majority(group: dict, *, tau: float = 0.5) -> list[float] | None:
+    """`majority` where there is a unique m with p(m) >= tau, else None: the group is skipped. In {0, 1}. 2505.21444."""
+    confident = majority_key(group) is not None and majority_share(group) >= tau
+    return majority(group) if confident else None
+
+
+def dirichlet(group: dict, *, alpha: Positive = 1.0, beta: float = 22.0, delta: float = 0.06) -> list[float]:
+    """r_i = C sigmoid(beta (log pi(a_i) - log max_a pi(a) + delta)), in [0, 1); an abstention earns 0.
+
+    pi(a) = (c(a) + alpha) / (n + alpha A) for the A different keys of the n responses that answer, and the confidence
+    C = 1 - H(pi) / log A, or 1 where A = 1. Released code of 2603.21289.
+    """
+    c = counts(group)
+    A, total = len(c), sum(c.values()) + alpha * len(c)
+    pi = {key: (n + alpha) / total for key, n in c.items()}
+    # 1 - H(pi) / log A as the divergence from uniform over log A, which is exactly 0 where all counts are equal.
+    divergence = math.fsum(pi[key] * math.log((n + alpha) * A / total) for key, n in c.items())
+    confidence = max(0.0, divergence / math.log(A)) if A > 1 else 1.0
+    top = math.log(max(pi.values(), default=1.0))
+    earned = {key: confidence * _sigmoid(beta * (math.log(p) - top + delta)) for key, p in pi.items()}
+    return [earned.get(key, 0.0) for key in keys_of(group)]
+
+
+def semantic_entropy(group: dict) -> list[float]:
+    """0 for all if no two answers agree, else p(a_i); in [0, 1]. 2504.05812 (EMPO).
+
+    Read literally also where there is a single answer: it agrees with no other, and earns 0.
+    """
+    return frequency(group) if max(counts(group).values(), default=0) > 1 else [0.0] * len(group["responses"])
+
+
+def continuous_consistency(
+    group: dict, *, power: float = 0.7, penalty: float = 0.1, words: Positive = 6
+) -> list[float]:
+    """r_i = p(a_i)^power (1 - penalty clip((w_i - words) / words, 0, 1)), in [0, 1]; an abstention earns 0. 2511.16672.
+
+    w_i is how many words, parted by white space, response i has before its answer.
+    """
+    r = []
+    for response, p in zip(group["responses"], frequency(group), strict=True):
+        w = len(answers.before_answer(response["text"]).split())
+        r.append(p and p**power * (1 - penalty * min(max((w - words) / words, 0.0), 1.0)))
+    return r
+
+
+# --- rewards from a judge's scores ------------------------------------------------------------------------------------
+
+
+def _sigmoid(x: float) -> float:
+    e = math.exp(-abs(x))  # the exponent is never positive, so nothing overflows
+    return (1.0 if x >= 0 else e) / (1 + e)
+
+
+def g(s: float, lam_pos: float = 0.2, lam_neg: float = 0.2, t_h: float = 0.95, t_l: float = 0.40,
+      tau_h: Positive = 0.02, tau_l: Positive = 0.05) -> float:  # fmt: skip
+    """1 + lam_pos sigmoid((s - t_h) / tau_h) - lam_neg sigmoid((t_l - s) / tau_l), the judge's modulation of a reward.
+
+    In (1 - lam_neg, 1 + lam_pos), and never falling in the score s. 2603.21289 §3.2.
+    """
+    return 1 + lam_pos * _sigmoid((s - t_h) / tau_h) - lam_neg * _sigmoid((t_l - s) / tau_l)
+
+
+def _judge_scores(group: dict) -> list[float | None]:
+    """s_i, None where the judgement could not be parsed."""
+    if any("judge" not in response for response in group["responses"]):
+        raise ValueError(
+            f"{group.get('uid')}: no judge scores, which this reward needs; judge it: "
+            "python judge.py --rollouts DIR --out DIR"
+        )
+    return [response["judge"]["score"] for response in group["responses"]]
+
+
+def judged(group: dict, *, base: Literal["frequency", "gated-frequency"] = "frequency", threshold: float = 0.85,
+           unparsed: Literal["neutral", "zero"] = "neutral", lam_fmt: float = 0.5,
+           lam_pos: float = 0.2, lam_neg: float = 0.2, t_h: float = 0.95, t_l: float = 0.40,
+           tau_h: Positive = 0.02, tau_l: Positive = 0.05) -> list[float]:  # fmt: skip
+    """r_i = base_i g(s_i), in [0, 1 + lam_pos); the paper's default takes off lam_fmt = .5. 2603.21289 §3.2-3.3.
+
+    `base` is p(a_i) as printed, or the gated one of the released code, to which `threshold` belongs. A judgement that
+    could not be parsed leaves the base as it is (g = 1), or counts as s = 0 (unparsed="zero", as released).
+    """
+    r = frequency(group) if base == "frequency" else gated_frequency(group, threshold=threshold)
+    scores = [0.0 if s is None and unparsed == "zero" else s for s in _judge_scores(group)]
+    modulation = [1.0 if s is None else g(s, lam_pos, lam_neg, t_h, t_l, tau_h, tau_l) for s in scores]
+    return [r_i * g_i for r_i, g_i in zip(r, modulation, strict=True)]  # lam_fmt is common: bind_reward applies it
+
+
+def judge_only(group: dict, *, unparsed: Literal["neutral", "zero"] = "neutral") -> list[float]:
+    """r_i = s_i, in [0, 1]: the unstable ablation of 2603.21289, without the vote.
+
+    A judgement that could not be parsed gets the mean of the group's others, so that it pulls nowhere (0 if there are
+    none), or 0 with unparsed="zero".
+    """
+    scores = _judge_scores(group)
+    parsed = [s for s in scores if s is not None]
+    other = mean_of(parsed) if parsed and unparsed == "neutral" else 0.0
+    return [other if s is None else s for s in scores]
+
+
+# --- rewards from the sampling distribution: the answers play no part -------------------------------------------------
+
+
+def self_certainty(group: dict) -> list[float]:
+    """r_i = mean over tokens t of logsumexp(z_t) - mean_v z_t, in [log V, inf). 2505.19590 (Intuitor).
+
+    Like the entropy, taken from the record: the sampling pass computes it, before truncation.
+    """
+    return [response["self_certainty"] for response in group["responses"]]
+
+
+def negative_entropy(group: dict) -> list[float]:
+    """r_i = - mean over tokens t of H(softmax z_t), in [-log V, 0]. 2505.22660 (RENT)."""
+    return [-response["entropy"] for response in group["responses"]]
+
+
+# --- rewards to compare with ------------------------------------------------------------------------------------------
 
 
 def supervised(group: dict) -> list[float]:
@@ -119,173 +203,76 @@ def random(group: dict, *, seed: int = 0) -> list[float]:
     return [float(hashlib.sha256(tag.encode()).digest()[0] & 1) for tag in tags]
 
 
-REWARDS: dict[str, Callable[..., list[float]]] = {
+judged.needs_judge = judge_only.needs_judge = supervised.needs_gold = True
+
+REWARDS: dict[str, Callable[..., list[float] | None]] = {
     "majority": majority,
     "frequency": frequency,
     "gated-frequency": gated_frequency,
+    "confident-majority": confident_majority,
+    "dirichlet": dirichlet,
+    "semantic-entropy": semantic_entropy,
+    "continuous-consistency": continuous_consistency,
+    "judged": judged,
+    "judge-only": judge_only,
+    "self-certainty": self_certainty,
+    "negative-entropy": negative_entropy,
     "supervised": supervised,
     "random": random,
 }
-
-
-# --- advantages: G rewards -> G floats --------------------------------------------------------------------------------
-
-
-def _mean(r: list[float]) -> float:
-    # Rounding may put the mean of equal rewards one ulp beside them; a group without signal must get exactly 0.
-    return min(max(math.fsum(r) / len(r), min(r)), max(r))
-
-
-def mean(rewards: list[float]) -> list[float]:
-    """A_i = r_i - mean r. Dr. GRPO, 2503.20783."""
-    mu = _mean(rewards)
-    return [r - mu for r in rewards]
-
-
-def group_norm(rewards: list[float], *, eps: float = 1e-6) -> list[float]:
-    """A_i = (r_i - mean r) / (std r + eps), sample std (n - 1). GRPO, 2402.03300."""
-    centred = mean(rewards)
-    std = math.sqrt(math.fsum(d * d for d in centred) / (len(rewards) - 1))
-    return [d / (std + eps) if d else 0.0 for d in centred]
-
-
-def rloo(rewards: list[float]) -> list[float]:
-    """A_i = r_i - mean of the other rewards = (r_i - mean r) G / (G - 1). 2402.14740."""
-    return [d * len(rewards) / (len(rewards) - 1) for d in mean(rewards)]
-
-
-def energy(rewards: list[float], *, beta: float = 1.0) -> list[float]:
-    """A_i = beta r_i - logsumexp_j(beta r_j) <= 0. 2603.21289 §3.3, as printed.
-
-    The log-probability of response i under the distribution that the rewards induce on the group, so exp(A) sums to 1.
-    Every response is pushed down, the best the least; a group of equal rewards gets -log G each, not 0.
-    """
-    x = [beta * r for r in rewards]
-    top = max(x)
-    log_sum = math.log(math.fsum(math.exp(v - top) for v in x))  # of the shifted sum, which lies in [1, G]
-    return [(v - top) - log_sum for v in x]
-
-
-def energy_centred(rewards: list[float], *, beta: float = 1.0) -> list[float]:
-    """A_i = beta (r_i - mean r): what the released code of 2603.21289 computes.
-
-    There the printed energy enters a GRPO step that subtracts the group's mean. logsumexp is the same number for all i
-    and cancels, leaving centred rewards: of mixed sign, and 0 for a group of equal rewards. `energy` and this train
-    differently, so both are kept.
-    """
-    return [beta * d for d in mean(rewards)]
-
-
-ADVANTAGES: dict[str, Callable[..., list[float]]] = {
-    "group-norm": group_norm,
-    "mean": mean,
-    "rloo": rloo,
-    "energy": energy,
-    "energy-centred": energy_centred,
-}
+COMMON = {"lam_fmt": 0.0, "clip": False, "min_share": 0.0, "max_share": 1.0}  # settings that every variant has
 
 
 # --- by name ----------------------------------------------------------------------------------------------------------
 
 
-def parse_variant(spec: str) -> tuple[str, dict]:
-    """ "gated-frequency(threshold=.9,lam_fmt=.5)" -> ("gated-frequency", {"threshold": 0.9, "lam_fmt": 0.5}).
-
-    Syntax only, the same for rewards and advantages; values are Python literals.
-    """
-    match = re.fullmatch(r"\s*([A-Za-z][\w-]*)\s*(?:\((.*)\))?\s*", spec, re.DOTALL)
-    if not match:
-        raise ValueError(f"{spec!r} is no variant; write name or name(setting=value,...), e.g. 'majority(lam_fmt=.5)'")
-    try:
-        call = ast.parse(f"f({(match[2] or '').strip()})", mode="eval").body
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{spec!r}: cannot read its settings ({error}); write name(setting=value,...)") from error
-    keywords = call.keywords if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else [None]
-    names = {keyword and keyword.arg for keyword in keywords}
-    if None in names or call.args or len(names) < len(keywords):
-        raise ValueError(f"{spec!r}: each setting needs its name, once; write name(setting=value,...)")
-    settings = {}
-    for keyword in keywords:
-        try:
-            settings[keyword.arg] = ast.literal_eval(keyword.value)
-        except (ValueError, TypeError) as error:
-            value = ast.unparse(keyword.value)
-            raise ValueError(f"{spec!r}: {keyword.arg}={value} is no number or quoted string") from error
-    return match[1], settings
+def needs_judge(variant: str) -> bool:
+    """Whether a variant reads judge scores. A function of your own says so: `mine.needs_judge = True`."""
+    return bool(getattr(variants.find("reward", REWARDS, variant), "needs_judge", False))
 
 
-def _fits(value, default) -> bool:
-    if isinstance(default, int | float) and not isinstance(default, bool):
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return not isinstance(default, str) or isinstance(value, str)
+def needs_gold(variant: str) -> bool:
+    """Whether a variant reads gold answers. A function of your own says so: `mine.needs_gold = True`."""
+    return bool(getattr(variants.find("reward", REWARDS, variant), "needs_gold", False))
 
 
-def _bind(kind: str, table: dict, spec: str, settings: dict, also: dict) -> tuple[Callable, dict]:
-    """The function that `spec` names and its settings in full. `also`: settings that the whole table has."""
-    name, inline = parse_variant(spec)
-    if name not in table:
-        raise ValueError(f"no {kind} is called {name!r}; there are: {', '.join(table)}")
-    parameters = [*inspect.signature(table[name]).parameters.values()][1:]  # the first is the group or the rewards
-    known = also | {p.name: p.default for p in parameters if p.default is not p.empty}
-    for setting, value in [*settings.items(), *inline.items()]:
-        if setting not in known:
-            raise ValueError(f"{kind} {name!r} has no setting {setting!r}; it has: {', '.join(known) or 'none'}")
-        if not _fits(value, known[setting]):
-            raise ValueError(f"{kind} {name!r}: {setting} is {value!r}, expected the like of {known[setting]!r}")
-    twice = sorted({*settings} & {*inline})
-    if twice:
-        raise ValueError(f"{kind} {spec!r}: {', '.join(twice)} given inline and as an argument; give it once")
-    return table[name], known | settings | inline
-
-
-def _floats(values, size: int, what: str) -> list[float]:
-    values = [*map(float, values)]
-    if len(values) != size or not all(map(math.isfinite, values)):
-        raise ValueError(f"{what}: {values!r:.200}, expected {size} finite numbers")
-    return values
-
-
-def bind_reward(variant: str, *, run_seed: int | None = None, **settings) -> Callable[[dict], list[float]]:
+def bind_reward(variant: str, *, run_seed: int | None = None, **settings) -> Callable[[dict], list[float] | None]:
     """The function group -> G rewards that `variant` names; name and settings are checked here, once, at start-up.
 
-    `run_seed` becomes the setting `seed` of a variant that draws (`random`), unless that is set explicitly.
+    It returns None for a group that is to be skipped. `run_seed` becomes the setting `seed` of a variant that draws
+    (`random`), unless that is set explicitly.
     """
-    function, bound = _bind("reward", REWARDS, variant, settings, {"lam_fmt": 0.0})
-    explicit = "seed" in settings or "seed" in parse_variant(variant)[1]
+    function, bound = variants.bind("reward", REWARDS, variant, settings, COMMON)
+    explicit = "seed" in settings or "seed" in variants.parse_variant(variant)[1]
     if run_seed is not None and "seed" in bound and not explicit:
         bound["seed"] = run_seed
-    lam_fmt = bound.pop("lam_fmt")  # applied here, once, for every variant; a variant may declare its own default
+    # Applied here, once, for every variant; a variant may declare a default of its own.
+    lam_fmt, clip, min_share, max_share = (bound.pop(name) for name in COMMON)
+    if not 0 <= min_share <= max_share <= 1:
+        raise ValueError(
+            f"reward {variant!r}: min_share is {min_share} and max_share {max_share}, "
+            "expected 0 <= min_share <= max_share <= 1"
+        )
     function = functools.partial(function, **bound)
 
-    def reward_of(group: dict) -> list[float]:
-        r = function(group)
+    def reward_of(group: dict) -> list[float] | None:
+        if not min_share <= majority_share(group) <= max_share or (r := function(group)) is None:
+            return None
+        r = variants.finite(r, len(group["responses"]), f"reward {variant!r} of {group.get('uid')}")
         if lam_fmt:
-            ill_formed = [not answers.is_well_formed(response["text"]) for response in group["responses"]]
-            r = [r_i - lam_fmt * bad for r_i, bad in zip(r, ill_formed, strict=True)]
-        return _floats(r, len(group["responses"]), f"reward {variant!r} of {group.get('uid')}")
+            r = [r_i - lam_fmt * (not answers.is_well_formed(row["text"])) for r_i, row in zip(r, group["responses"])]
+        return [min(max(r_i, 0.0), 1.0) for r_i in r] if clip else r
 
     return reward_of
 
 
-def bind_advantage(estimator: str, **settings) -> Callable[[list[float]], list[float]]:
-    """The function G rewards -> G advantages that `estimator` names, checked at start-up. G = 1 gives 0 under each."""
-    function, bound = _bind("advantage", ADVANTAGES, estimator, settings, {})
-
-    def advantage_of(rewards: list[float]) -> list[float]:
-        rewards = _floats(rewards, len(rewards), f"rewards for {estimator!r}")
-        if len(rewards) < 2:
-            return [0.0] * len(rewards)
-        return _floats(function(rewards, **bound), len(rewards), f"advantage {estimator!r}")
-
-    return advantage_of
-
-
 def reward(group: dict, variant: str, **settings) -> list[float]:
-    """r_1 … r_G of one group. `variant` is a name of REWARDS, settings inline or as arguments.
+    """r_1 … r_G of one group, G zeros if it is skipped. `variant` is a name of REWARDS or FILE.py:NAME.
 
-    `lam_fmt` (every variant, default 0) is subtracted where the response's text is not well-formed.
+    Settings, those in COMMON too, are given inline or as arguments.
     """
-    return bind_reward(variant, **settings)(group)
+    r = bind_reward(variant, **settings)(group)
+    return [0.0] * len(group["responses"]) if r is None else r
 
 
 def advantage(rewards: list[float], estimator: str, **settings) -> list[float]:
@@ -293,48 +280,58 @@ def advantage(rewards: list[float], estimator: str, **settings) -> list[float]:
     return bind_advantage(estimator, **settings)(rewards)
 
 
-def score(groups: Iterable[dict], reward: str, advantage: str, seed: int = 0) -> list[dict]:
+def score(groups: Iterable[dict], reward: str, advantage: str, seed: int = 0, **settings) -> list[dict]:
     """Copies of the groups with `reward` and `advantage` in each response; every other field stays what it was.
 
-    Groups that were scored before get the new values in the copies. `seed` is the run's, for variants that draw.
+    Groups that were scored before get the new values in the copies. `seed` is the run's, for variants that draw;
+    `settings` are the reward's. A skipped group carries `skipped` and zeros, under `energy` too.
     """
-    reward_of, advantage_of = bind_reward(reward, run_seed=seed), bind_advantage(advantage)
+    reward_of, advantage_of = bind_reward(reward, run_seed=seed, **settings), bind_advantage(advantage)
     scored = []
     for group in groups:
-        r = reward_of(group)
-        rows = zip(group["responses"], r, advantage_of(r), strict=True)
-        scored.append({**group, "responses": [{**row, "reward": r_i, "advantage": A_i} for row, r_i, A_i in rows]})
+        r, responses = reward_of(group), group["responses"]
+        zeros = [0.0] * len(responses)
+        rows = zip(responses, zeros if r is None else r, zeros if r is None else advantage_of(r), strict=True)
+        copy = {**group, "responses": [{**row, "reward": r_i, "advantage": A_i} for row, r_i, A_i in rows]}
+        copy.pop("skipped", None)  # of an earlier scoring
+        scored.append(copy | {"skipped": True} if r is None else copy)
     return scored
 
 
 def summary(groups: Iterable[dict]) -> dict[str, float]:
     """What the scores of some groups look like, in one pass over them and without labels.
 
-    groups, responses (counts); signal: share of groups whose rewards are not all equal; majority_share and distinct:
-    means over groups; abstention_share: of all responses; reward_mean and reward_std (population) over all responses.
+    groups, skipped, responses (counts); signal: share of groups whose rewards are not all equal; majority_share and
+    distinct: means over groups; abstention_share: of all responses; reward_mean and reward_std (population) over the
+    responses of groups that were not skipped, 0 if there are none.
     """
-    n = signal = different = abstained = 0
+    n = skipped = responses = signal = different = abstained = 0
     shares, r = array("d"), array("d")
     for n, group in enumerate(groups, 1):  # noqa: B007
         row = [response["reward"] for response in group["responses"]]
-        keys = _keys(group)
+        keys = keys_of(group)
+        responses += len(keys)
         signal += min(row) != max(row)
         different += distinct(keys)
         abstained += abstentions(keys)
         shares.append(majority_share(keys))
-        r.extend(row)
+        if group.get("skipped"):
+            skipped += 1
+        else:
+            r.extend(row)
     if n == 0:
         raise ValueError("no groups to sum up")
-    mu = _mean(r)
+    mu = mean_of(r) if r else 0.0
     return {
         "groups": n,
-        "responses": len(r),
+        "skipped": skipped,
+        "responses": responses,
         "signal": signal / n,
         "majority_share": math.fsum(shares) / n,
         "distinct": different / n,
-        "abstention_share": abstained / len(r),
+        "abstention_share": abstained / responses,
         "reward_mean": mu,
-        "reward_std": math.sqrt(math.fsum((r_i - mu) ** 2 for r_i in r) / len(r)),
+        "reward_std": math.sqrt(math.fsum((r_i - mu) ** 2 for r_i in r) / max(len(r), 1)),
     }
 
 
@@ -348,11 +345,20 @@ class Config:
     out: Path
     """Folder for the scored shards; another one than --rollouts."""
     reward: str = "majority"
-    """A name of REWARDS, settings inline: 'gated-frequency(threshold=.9)'."""
+    """A name of REWARDS, settings inline: 'gated-frequency(threshold=.9)'; or FILE.py:NAME."""
     advantage: str = "group-norm"
-    """A name of ADVANTAGES, settings inline: 'energy(beta=2)'."""
+    """A name of ADVANTAGES, settings inline: 'energy(beta=2)'; or FILE.py:NAME."""
+    min_share: float = 0
+    """Skip groups whose majority share is below this."""
+    max_share: float = 1
+    """Skip groups whose majority share is above this."""
     seed: int | None = None
     """Seed of variants that draw; default: the seed of the rollouts' manifest."""
+
+
+def _shares(config: Config) -> dict[str, float]:
+    """The reward's settings that were given, so that those inline in its name hold otherwise."""
+    return {name: getattr(config, name) for name in ("min_share", "max_share") if getattr(config, name) != COMMON[name]}
 
 
 def _score_shards(config: Config, paths: list[Path], seed: int) -> Iterator[dict]:
@@ -362,7 +368,7 @@ def _score_shards(config: Config, paths: list[Path], seed: int) -> Iterator[dict
         if shards.is_complete(target, source=path):
             groups = shards.read_shard(target)
         else:
-            groups = score(shards.read_shard(path), config.reward, config.advantage, seed)
+            groups = score(shards.read_shard(path), config.reward, config.advantage, seed, **_shares(config))
             shards.write_shard(target, groups)
         yield from groups
         del groups  # one shard in memory: this one must be gone before the next is read
@@ -372,7 +378,8 @@ def main(config: Config) -> dict[str, float]:
     """Score a folder of shards into another; returns the summary that it prints."""
     if config.out.resolve() == config.rollouts.resolve():
         raise ValueError(f"--out is --rollouts ({config.out}); scored shards need a folder of their own")
-    bind_reward(config.reward), bind_advantage(config.advantage)  # a misspelt name fails before anything is written
+    # A misspelt name fails before anything is written.
+    bind_reward(config.reward, **_shares(config)), bind_advantage(config.advantage)
     paths = shards.ShardReader(config.rollouts).paths
     source = shards.read_manifest(config.rollouts) if (config.rollouts / "manifest.json").exists() else {}
     seed = config.seed if config.seed is not None else source.get("seed")
@@ -383,6 +390,9 @@ def main(config: Config) -> dict[str, float]:
     origin = {name: source.get(name) for name in ("stage", "seed", "model", "adapter")}
     origin["config"] = {name: value for name, value in source.get("config", {}).items() if name not in FREE}
     settings = asdict(config) | {"seed": seed, "rollouts_manifest": origin}
+    for role in ("reward", "advantage"):
+        if digest := variants.source_digest(settings[role]):
+            settings[f"{role}_file"] = digest  # a function of one's own may change between two runs of this stage
     if shards.check_manifest(config.out, settings, ignore=FREE) is None:
         identity = {"model": source.get("model"), "adapter": source.get("adapter")}
         shards.write_manifest(config.out, stage="rewards", config=settings, seed=seed, **identity)

@@ -37,6 +37,8 @@ from answers import vote_key
 from kernels import row_id, sample
 from policy import Policy, Prompt, model_config
 
+FREE = ("out", "steps", "device")  # settings that may change when sampling goes on
+
 
 @dataclass
 class Config:
@@ -205,37 +207,57 @@ class GroupLayer(DynamicLayer):
     BLOCK = 64
 
     @classmethod
-    def share(cls, prefilled: DynamicLayer, repeats: int) -> "GroupLayer":
-        """The cache of B prompts, handed to `repeats` responses each: (B * repeats, H, P + BLOCK, D)."""
-        layer = cls()
+    def share(cls, prefilled: DynamicLayer, owners: torch.Tensor) -> "GroupLayer":
+        """The cache of B prompts handed to R rows, row r continuing prompt owners[r]: (R, H, P + BLOCK, D)."""
+        layer, length = cls(), prefilled.get_seq_length()
         layer.lazy_initialization(prefilled.keys, prefilled.values)
-        layer.length = prefilled.keys.shape[-2]
-        layer.keys = cls._room(prefilled.keys, repeats)
-        layer.values = cls._room(prefilled.values, repeats)
+        layer.length = length
+        layer.keys, layer.values = (
+            cls._room(states[..., :length, :][owners]) for states in (prefilled.keys, prefilled.values)
+        )
         return layer
 
     @classmethod
-    def _room(cls, states: torch.Tensor, repeats: int = 1) -> torch.Tensor:
+    def _room(cls, states: torch.Tensor, extra: int = 0) -> torch.Tensor:
         size, heads, length, dim = states.shape
-        wider = states.new_empty(size, repeats, heads, length + cls.BLOCK, dim)
-        wider[..., :length, :] = states[:, None]
-        return wider.flatten(0, 1)
+        wider = states.new_empty(size, heads, length + max(cls.BLOCK, extra), dim)
+        wider[..., :length, :] = states
+        return wider
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if self.length == self.keys.shape[-2]:
-            self.keys, self.values = self._room(self.keys), self._room(self.values)
-        self.keys[..., self.length : self.length + 1, :] = key_states
-        self.values[..., self.length : self.length + 1, :] = value_states
-        self.length += 1
+        added = key_states.shape[-2]
+        if self.length + added > self.keys.shape[-2]:
+            self.keys, self.values = self._room(self.keys, added), self._room(self.values, added)
+        self.keys[..., self.length : self.length + added, :] = key_states
+        self.values[..., self.length : self.length + added, :] = value_states
+        self.length += added
         return self.keys[..., : self.length, :], self.values[..., : self.length, :]
 
     def get_seq_length(self) -> int:
         return self.length
 
 
+def share(model, prefilled: DynamicCache, owners: torch.Tensor) -> DynamicCache:
+    """The cache of B prompts handed to R rows, row r continuing prompt owners[r]."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [GroupLayer.share(layer, owners) for layer in prefilled.layers]
+    return cache
+
+
 @torch.no_grad()
-def generate(policy: Policy, prompts: Sequence[Prompt], rows: Sequence[int], config: Config) -> list[Sampled]:
-    """Sample len(rows) / len(prompts) responses to each prompt through HF generate; rows are keys from `row_id`."""
+def generate(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    rows: Sequence[int],
+    config: Config,
+    suffixes: Sequence[Sequence[list[int]]] | None = None,
+) -> list[Sampled]:
+    """Sample len(rows) / len(prompts) responses to each prompt through HF generate; rows are keys from `row_id`.
+
+    With `suffixes`, suffixes[b] being the ways in which prompt b goes on (token ids, not empty), every one of them gets
+    an equal share of the rows; the prompts are prefilled once all the same. Of `config`, temperature, top_p, top_k and
+    max_new_tokens are used.
+    """
     tokenizer, base = policy.tokenizer, policy.base
     stops = base.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
@@ -266,15 +288,26 @@ def generate(policy: Policy, prompts: Sequence[Prompt], rows: Sequence[int], con
         attention_mask=mask.to(policy.device),
         position_ids=positions.to(policy.device),
         generation_config=settings,
-        custom_generate=partial(_decode, policy=policy, prompts=prompts, rows=rows, config=config),
+        custom_generate=partial(_decode, policy=policy, prompts=prompts, rows=rows, config=config, suffixes=suffixes),
     )
 
 
 def _decode(
-    model, input_ids, *, logits_processor, stopping_criteria, generation_config, policy, prompts, rows, config, **kwargs
+    model,
+    input_ids,
+    *,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    policy,
+    prompts,
+    rows,
+    config,
+    suffixes,
+    **kwargs,
 ) -> list[Sampled]:
     """The decoding loop: one prefill a prompt, then one token a step for the responses that are still open."""
-    device, count, repeats = input_ids.device, len(rows), len(rows) // len(prompts)
+    device, count = input_ids.device, len(rows)
     positions = kwargs["position_ids"][-3:]  # HF may put the text positions before the three of M-RoPE
     seen = kwargs.get("attention_mask")
     seen = torch.ones_like(input_ids) if seen is None else seen
@@ -282,16 +315,19 @@ def _decode(
     causal = torch.ones(seen.shape[1], seen.shape[1], dtype=torch.bool, device=device).tril()
     # A padding query sees itself, so that no row of the softmax is empty.
     mask = (causal & seen[:, None, :] | torch.eye(seen.shape[1], dtype=torch.bool, device=device))[:, None]
-    prefilled = DynamicCache(config=model.config)
-    hidden = policy.hidden(input_ids, positions, mask, prompts, prefilled)[:, -1]
     cache = DynamicCache(config=model.config)
-    cache.layers = [GroupLayer.share(layer, repeats) for layer in prefilled.layers]
-    del prefilled
-
-    hidden = hidden.repeat_interleave(repeats, 0)  # (R, D)
-    seen = seen.repeat_interleave(repeats, 0)
-    tokens = input_ids.repeat_interleave(repeats, 0)
-    following = positions.amax((0, 2)).repeat_interleave(repeats) + 1  # position of the next token, (R,)
+    hidden = policy.hidden(input_ids, positions, mask, prompts, cache)[:, -1]
+    following = positions.amax((0, 2)) + 1  # position of the next token, (B,)
+    tokens = input_ids  # what the logits processors and stopping criteria see
+    if suffixes is not None:
+        owners = torch.tensor([b for b, several in enumerate(suffixes) for _ in several], device=device)
+        flat = [suffix for several in suffixes for suffix in several]
+        cache = share(model, cache, owners)
+        hidden, seen, following = _extend(policy, cache, seen[owners], following[owners], flat)
+        tokens = tokens[owners]
+    owners = torch.arange(len(hidden), device=device).repeat_interleave(count // len(hidden))
+    cache = share(model, cache, owners)
+    hidden, seen, following, tokens = hidden[owners], seen[owners], following[owners], tokens[owners]
     keys = torch.tensor(rows, device=device)
     open_rows = torch.arange(count, device=device)
     shape = (count, generation_config.max_new_tokens)
@@ -331,12 +367,29 @@ def _decode(
     ]
 
 
+def _extend(policy, cache, seen, following, suffixes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the suffixes, one a row and padded on the left, behind the prompts in `cache`: hidden, seen, following."""
+    width, total = max(map(len, suffixes)), seen.shape[1] + max(map(len, suffixes))
+    ids = torch.zeros(len(suffixes), width, dtype=torch.long)
+    live = torch.zeros(len(suffixes), width, dtype=torch.bool)
+    for r, suffix in enumerate(suffixes):
+        ids[r, width - len(suffix) :] = torch.tensor(suffix)
+        live[r, width - len(suffix) :] = True
+    ids, live = ids.to(seen.device), live.to(seen.device)
+    seen = torch.cat([seen, live], 1)  # (R, P + width)
+    own = torch.ones(width, total, dtype=torch.bool, device=seen.device)
+    mask = own.tril(total - width) & seen[:, None, :] | own.tril(total - width).triu(total - width)
+    place = (following[:, None] + live.cumsum(1) - 1).expand(3, -1, -1)
+    hidden = policy.hidden(ids, place, mask[:, None], cache=cache)[:, -1]
+    return hidden, seen, following + live.sum(1)
+
+
 def main(config: Config) -> None:
     config = replace(config).resolve()
     questions = data.load(config.data, config.split, config.seed, limit=config.limit)
     folder = Path(config.out)
     model_config(config.model)
-    shards.check_manifest(folder, asdict(config), ignore=("out", "steps", "device"))
+    shards.check_manifest(folder, asdict(config), ignore=FREE)
     print(questions.describe(), file=sys.stderr)
     policy = Policy.load(
         config.model,

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import health
 import rewards
 from answers import answer_key
 from shards import write_whole
@@ -33,11 +34,16 @@ CHECKPOINT = re.compile(r"step-(\d{6,})")
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
     found = [path for path in folder.glob("step-*") if CHECKPOINT.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(CHECKPOINT.fullmatch(path.name)[1]))
+    return sorted(found, key=step_of)
 
 
-def save_checkpoint(folder: Path, step: int, policy, optimizer, schedule, seconds: dict[str, float], keep: int) -> None:
-    """Write the state as it is before `step` and remove all but the latest `keep` checkpoints."""
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint goes on with: how many were made before it."""
+    return int(CHECKPOINT.fullmatch(checkpoint.name)[1])
+
+
+def save_checkpoint(folder: Path, step: int, policy, optimizer, schedule, seconds: dict[str, float]) -> None:
+    """Write the state as it is before `step`, unless that was done already."""
     path = folder / f"step-{step:06d}"
     if not path.exists():
         draft = folder / f".{path.name}.partial"
@@ -56,8 +62,15 @@ def save_checkpoint(folder: Path, step: int, policy, optimizer, schedule, second
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
         os.replace(draft, path)
-    for old in checkpoints(folder)[: -max(1, keep)]:
-        shutil.rmtree(old)
+
+
+def prune_checkpoints(folder: Path, keep: int, healthy: int | None = None) -> None:
+    """Remove all but the latest `keep` checkpoints and the latest one of at most `healthy` steps."""
+    found = checkpoints(folder)
+    spared = [path for path in found if healthy is not None and step_of(path) <= healthy][-1:]
+    for path in found[: -max(1, keep)]:
+        if path not in spared:
+            shutil.rmtree(path)
 
 
 def load_checkpoint(path: Path, optimizer, schedule) -> tuple[int, dict[str, float]]:
@@ -140,8 +153,9 @@ class Metrics:
         self.path = path
         # What follows the last line break was cut off when a run was killed; its step is done again.
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] < start]
-        write_whole(path, [f"{line}\n".encode() for line in kept])
+        self.rows = [row for line in lines if (row := json.loads(line))["step"] < start]
+        write_whole(path, [f"{json.dumps(row)}\n".encode() for row in self.rows])
+        self.watch = health.Watch(self.rows)
 
     def write(self, step: int, groups: list[dict], update: dict, seconds: dict, extra: dict) -> str:
         """Append the metrics of a step and return its status line."""
@@ -154,6 +168,8 @@ class Metrics:
             "self_certainty": sum(r["self_certainty"] for r in responses) / len(responses),
             "length": tokens / len(responses),
             "cutoff_share": sum(r["finish"] == "length" for r in responses) / len(responses),
+            **health.signals(groups),
+            **judged(responses),
             **update,
             **extra,
             "tokens_per_second": tokens / seconds["rollout"] if "rollout" in seconds else None,
@@ -163,9 +179,19 @@ class Metrics:
         if all(group["gold"] is not None for group in groups):  # a diagnostic, never trained on
             row["accuracy"] = accuracy(groups)
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+        row["alarms"] = self.watch.add(row)
+        self.rows.append(row)
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         return status(row)
+
+
+def judged(responses: list[dict]) -> dict[str, float]:
+    """Mean score of the judgements that could be read, and how many could not; nothing where nothing was judged."""
+    verdicts = [response["judge"] for response in responses if "judge" in response]
+    scores = [verdict["score"] for verdict in verdicts if verdict["score"] is not None]
+    mean = sum(scores) / len(scores) if scores else None
+    return {"judge_score": mean, "unparsed": sum(not verdict["parsed"] for verdict in verdicts)} if verdicts else {}
 
 
 def accuracy(groups: list[dict]) -> float:
@@ -184,6 +210,8 @@ def status(row: dict) -> str:
         f"length {row['length']:.1f}",
         f"clipped {row['clip_low'] + row['clip_high']:.3f}",
     ]
+    if row.get("judge_score") is not None:
+        parts.append(f"judge {row['judge_score']:.3f}")
     if row.get("kl") is not None:
         parts.append(f"kl {row['kl']:.4f}")
     if row["tokens_per_second"] is not None:
@@ -191,7 +219,15 @@ def status(row: dict) -> str:
     parts.append(f"{row['peak_memory_gib']:.1f} GiB")
     parts += [
         f"{name} {row[key]}"
-        for name, key in (("LEFT OUT", "left_out"), ("NONFINITE", "nonfinite"), ("no signal", "no_signal"))
-        if row[key]
+        for name, key in (
+            ("LEFT OUT", "left_out"),
+            ("NONFINITE", "nonfinite"),
+            ("no signal", "no_signal"),
+            ("skipped", "skipped"),
+            ("UNPARSED", "unparsed"),
+        )
+        if row.get(key)
     ]
+    if row["alarms"]:
+        parts.append(f"COLLAPSE? {' '.join(row['alarms'])}")
     return ", ".join(parts)

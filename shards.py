@@ -376,6 +376,12 @@ def read_manifest(folder: Path | str) -> dict:
     return manifest
 
 
+def origin(manifest: dict, free: Iterable[str]) -> dict:
+    """What the shards under a manifest are, for a later stage to remember, without the settings that may change."""
+    kept = {name: manifest.get(name) for name in ("stage", "seed", "model", "adapter")}
+    return kept | {"config": {name: value for name, value in manifest.get("config", {}).items() if name not in free}}
+
+
 def check_manifest(folder: Path | str, config: dict, ignore: Iterable[str] = ()) -> dict | None:
     """May this config go on in this folder? None: the folder is fresh. The manifest: same config, go on.
 

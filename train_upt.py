@@ -2,6 +2,7 @@
 
 For each step:
     rollout      G responses to each question (rollout.py)
+    judge        scores of a frozen copy of the model, where the reward asks for them (judge.py)
     reward       what the responses say of each other, by default agreement with their majority (rewards.py)
     advantage    from the rewards of one group
     update       PPO-clip on the LoRA adapter, in minibatches, each gradient summed over micro-batches
@@ -12,6 +13,8 @@ The recipe is MM-UPT's (arXiv 2505.22453), with these departures: LoRA in place 
 come from the trainer's own forward pass, since the sampler's are of a cut distribution; responses whose advantage is 0
 are left out of the backward pass when there is no KL term, which changes no gradient; a step in which no group carries
 a signal makes no update. `gold` is logged as a diagnostic and never trained on, unless the reward is `supervised`.
+`--algorithm sft` is the simplest baseline (LMSI, arXiv 2210.11610): cross-entropy on well-formed responses, weighted
+by their rewards, hence with `majority` on the majority's.
 
     python train_upt.py --data shapes --model models/tiny --reward majority --out runs/x
     python train_upt.py --from-shards runs/scored --out runs/y     # the same update from the output of the stages
@@ -25,7 +28,7 @@ import math
 import shutil
 import signal
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +36,10 @@ import torch
 import tyro
 from tqdm import tqdm
 
+import answers
 import data
+import health
+import judge
 import presets
 import rewards
 import rollout
@@ -42,15 +48,12 @@ import shards
 from eval import heldout
 from policy import TARGETS, Policy
 from runs import Clock, Stopped
+from settings import STORED, claim, jsonable, prepare
 from update import update
-
-STORED = "stored"  # the rewards and advantages that the shards carry
-# Settings that may change when a run goes on. The token budgets change the last bits of what follows.
-FREE = ("out", "device", "resume", "keep", "save_every", "rollout_tokens", "update_tokens", "gradient_checkpointing")
 
 
 @dataclass
-class Config(rollout.Config):
+class Config(judge.Settings, rollout.Config):
     """Settings left at None take the preset's value, else the default for the model (see presets.py)."""
 
     out: Path = Path("runs/train")
@@ -62,9 +65,15 @@ class Config(rollout.Config):
     gpus: int = 1
     """processes; more than one is not supported yet"""
     reward: str | None = None
-    """majority, frequency, gated-frequency, supervised or random; settings go inline: gated-frequency(threshold=.9)"""
+    """a name of rewards.py or FILE.py:NAME; settings go inline: judged(lam_pos=.4,t_h=.9)"""
+    min_share: float = 0.0
+    """skip groups whose majority has a smaller share of the responses"""
+    max_share: float = 1.0
+    """skip groups whose majority has a larger share of the responses"""
     advantage: str | None = None
     """advantage estimator: group-norm, mean, rloo, energy, energy-centred"""
+    algorithm: Literal["grpo", "sft"] = "grpo"
+    """sft: cross-entropy on the well-formed responses, weighted by their rewards"""
     minibatches: int | None = None
     """updates in one step; the step's questions are split among them"""
     update_tokens: int | None = None
@@ -103,10 +112,16 @@ class Config(rollout.Config):
     """linear layers of the language model that get an adapter"""
     gradient_checkpointing: bool | None = None
     """recompute activations in the backward pass; None: on a GPU only"""
+    feature_cache_gib: float = 0.0
+    """keep image features from step to step, up to this much memory"""
     save_every: int = 10
     """steps between checkpoints"""
     keep: int = 2
-    """checkpoints to keep"""
+    """checkpoints to keep; the last healthy one is kept besides"""
+    stop_on_collapse: bool = False
+    """end the run at the first alarm (see health.py), with the last healthy checkpoint's adapter"""
+    select: Literal["last", "label-free"] = "last"
+    """label-free: keep all checkpoints and end with the one whose answers say most about their questions"""
     eval_split: str = "test"
     """split of the held-out evaluation"""
     eval_questions: int | None = None
@@ -120,13 +135,10 @@ class Config(rollout.Config):
             raise ValueError(f"--gpus {self.gpus}: a run uses one process so far; leave it at 1")
         if self.reward == STORED and not self.from_shards:
             raise ValueError("the reward 'stored' is that of scored shards: give them as --from-shards")
-        if self.reward.startswith("judged"):
-            raise ValueError(
-                f"the reward {self.reward!r} needs the judge, which is not part of this version; "
-                f"add --reward frequency to train with the other settings of the preset {self.preset}"
-            )
         if self.reward != STORED:
-            rewards.bind_reward(self.reward, run_seed=self.seed), rewards.bind_advantage(self.advantage)
+            rewards.bind_reward(self.reward, run_seed=self.seed, **self.band())
+            rewards.bind_advantage(self.advantage)
+        self.check_judge()
         if self.temperature == 0 or self.group_size < 2:
             raise ValueError("training needs samples that differ: a temperature above 0 and a group size of 2 or more")
         for name in ("eval_samples", "save_every", "keep", "lora_rank", "lora_alpha", "update_tokens"):
@@ -138,89 +150,23 @@ class Config(rollout.Config):
             raise ValueError(f"--minibatches must be from 1 to questions-per-step ({self.questions_per_step})")
         return self
 
-
-def prepare(config: Config) -> Config:
-    """The settings of a run in full, checked against the run that is in its folder, if there is one."""
-    config = replace(config)
-    if config.resume:
-        if not (config.out / "manifest.json").is_file():
-            raise ValueError(f"--resume: there is no run in {config.out}; start one by leaving --resume out")
-        config = resumed(config)
-    elif config.from_shards:
-        adopt(config)
-    config.resolve()
-    shards.check_manifest(config.out, jsonable(config), ignore=FREE)
-    return config
-
-
-def resumed(config: Config) -> Config:
-    """The settings of the run in config.out; of those in FREE, the ones given now. Others given now are refused."""
-    manifest, default = shards.read_manifest(config.out)["config"], Config()
-    known = {name: _typed(name, value) for name, value in manifest.items() if name not in ("out", "resume")}
-    given = {name for name in known if getattr(config, name) != getattr(default, name)}
-    if other := [name for name in sorted(given - {*FREE}) if getattr(config, name) != known[name]]:
-        raise ValueError(
-            f"--resume takes {other[0]}={known[other[0]]!r} from the run in {config.out}, not "
-            f"{getattr(config, other[0])!r}; leave --{other[0].replace('_', '-')} out, or use another --out"
-        )
-    return replace(config, **{name: value for name, value in known.items() if name not in given & {*FREE}})
-
-
-def claim(config: Config) -> None:
-    """Write the manifests of a new run: of its folder, and of its rollouts, so that they are a stage's output too."""
-    settings = jsonable(config)
-    identity = {"seed": config.seed, "model": config.model, "adapter": config.adapter}
-    if not (config.out / "manifest.json").exists():
-        if not config.from_shards:
-            sampling = {field.name: settings[field.name] for field in fields(rollout.Config)}
-            shards.write_manifest(config.out / "rollouts", stage="rollout", config=sampling, **identity)
-        shards.write_manifest(config.out, stage="train", config=settings, **identity)
-
-
-def adopt(config: Config) -> None:
-    """Take from the shards' manifest how they were sampled; use their own advantages unless others are asked for."""
-    manifest = shards.read_manifest(config.from_shards)
-    rollouts = manifest["config"].get("rollouts_manifest", manifest)
-    sampling = rollouts.get("config")
-    if not sampling or "model" not in sampling:
-        raise ValueError(
-            f"the manifest of {config.from_shards} does not say how the shards were sampled; score them again"
-        )
-    for field in fields(rollout.Config):
-        if field.name in sampling and getattr(config, field.name) is None:
-            setattr(config, field.name, sampling[field.name])
-    shards.check_files(config.from_shards, rollouts, {"model": config.model, "adapter": config.adapter})
-    count = len(shards.ShardReader(config.from_shards).paths)
-    if config.steps is None or config.steps > count:
-        print(f"{config.from_shards} holds {count} shards: {count} steps")
-        config.steps = count
-    if manifest["stage"] == "rewards" and config.reward is None:
-        config.reward = STORED if config.advantage is None else manifest["config"]["reward"]
+    def band(self) -> dict[str, float]:
+        """min_share and max_share where they are given; a reward's inline settings may say them instead."""
+        given = {"min_share": self.min_share, "max_share": self.max_share}
+        return {name: share for name, share in given.items() if share != getattr(Config, name)}
 
 
 def check_questions(questions, held_out, config: Config) -> None:
     """Say what the data cannot give, and refuse what cannot work without gold."""
     if questions is not None:
-        if config.reward.startswith("supervised") and not questions.has_gold:
+        if rewards.needs_gold(config.reward) and not questions.has_gold:
             raise ValueError(
-                f"--reward supervised needs gold answers, and {config.data} has none; use a label-free reward"
+                f"--reward {config.reward} needs gold answers, and {config.data} has none; use a label-free reward"
             )
         if config.questions_per_step > len(questions):
             print(f"{config.data} has {len(questions)} questions: that many a step, not {config.questions_per_step}")
     for source in filter(None, (questions, held_out)):
         print(source.describe())
-
-
-def jsonable(config: Config) -> dict:
-    """The settings as they are stored in JSON."""
-    return json.loads(json.dumps(asdict(config), default=str))
-
-
-def _typed(name: str, value):
-    """A stored setting as the Config holds it."""
-    if name in ("from_shards", "out") and value is not None:
-        return Path(value)
-    return tuple(value) if isinstance(value, list) else value
 
 
 def sampled(
@@ -261,6 +207,23 @@ def stored(policy, path: Path, config: Config, clock: Clock) -> tuple[list, list
     return prompts, groups, {}
 
 
+def rewarded(policy: Policy, prompts: list, groups: list[dict], config: Config, clock: Clock) -> list[dict]:
+    """The groups with rewards and advantages, judged first where the reward asks for it."""
+    if rewards.needs_judge(config.reward) and not all("judge" in r for g in groups for r in g["responses"]):
+        with clock("judge"):
+            groups = judge.judge(policy, prompts, groups, config, config.prompt, config.seed)
+    return rewards.score(groups, config.reward, config.advantage, config.seed, **config.band())
+
+
+def targets(groups: list[dict], style: str) -> list[dict]:
+    """The groups with, as advantage, each response's weight in cross-entropy: its reward, 0 if it is ill-formed."""
+
+    def target(response: dict) -> float:
+        return max(0.0, response["reward"]) if answers.keeps_format(response["text"], style) else 0.0
+
+    return [group | {"responses": [r | {"advantage": target(r)} for r in group["responses"]]} for group in groups]
+
+
 def learning_rate_factor(n: int, warmup: int, total: int) -> float:
     """Linear over the first `warmup` updates, then along a cosine from 1 to 0.1."""
     if n < warmup:
@@ -268,8 +231,11 @@ def learning_rate_factor(n: int, warmup: int, total: int) -> float:
     return 0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, (n - warmup) / max(1, total - warmup)))) / 2
 
 
-def train(policy: Policy, questions: data.Questions | None, config: Config, clock: Clock, check) -> None:
-    """All steps of the loop, from the latest checkpoint if there is one. Raises `Stopped` after saving its state."""
+def train(policy: Policy, questions: data.Questions | None, config: Config, clock: Clock, check) -> dict:
+    """All steps of the loop, from the latest checkpoint if there is one; how it ended (see `finish`).
+
+    Raises `Stopped` after saving its state.
+    """
     folder = config.out / "checkpoints"
     latest = runs.checkpoints(folder)[-1:]
     if latest:
@@ -291,7 +257,10 @@ def train(policy: Policy, questions: data.Questions | None, config: Config, cloc
     step = start
 
     def save(step: int) -> None:
-        runs.save_checkpoint(folder, step, policy, optimizer, schedule, clock.seconds, config.keep)
+        runs.save_checkpoint(folder, step, policy, optimizer, schedule, clock.seconds)
+        if config.select == "last":
+            sick = [row["step"] for row in metrics.rows if row["alarms"]]
+            runs.prune_checkpoints(folder, config.keep, healthy=sick[0] if sick else None)
 
     with tqdm(range(start, config.steps), initial=start, total=config.steps, desc="training", unit="step") as bar:
         for step in bar:
@@ -313,7 +282,9 @@ def train(policy: Policy, questions: data.Questions | None, config: Config, cloc
                 )
                 continue
             if config.reward != STORED:
-                groups = rewards.score(groups, config.reward, config.advantage, config.seed)
+                groups = rewarded(policy, prompts, groups, config, clock)
+            if config.algorithm == "sft":
+                groups = targets(groups, config.prompt)
             if not paths:
                 shards.write_shard(shards.shard_path(config.out / "rollouts", step), groups)
             measure_kl = config.kl_coef == 0 and config.kl_every > 0 and step % config.kl_every == 0
@@ -324,9 +295,30 @@ def train(policy: Policy, questions: data.Questions | None, config: Config, cloc
             bar.write(
                 f"step {step + 1}/{config.steps}: {metrics.write(step, groups, stats, clock.since(before), extra)}"
             )
+            if config.stop_on_collapse and metrics.rows[-1]["alarms"]:
+                bar.write(f"step {step + 1}: stopped by --stop-on-collapse, {' '.join(metrics.rows[-1]['alarms'])}")
+                break
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 save(step + 1)
+    return finish(policy, config, metrics.rows)
+
+
+def finish(policy: Policy, config: Config, rows: list[dict]) -> dict:
+    """Write the adapter that the run ends with and put it on the policy; which one it is and the run's alarms."""
+    alarms = {row["step"]: row["alarms"] for row in rows if row["alarms"]}
+    folders = {runs.step_of(path): path for path in runs.checkpoints(config.out / "checkpoints")}
+    chosen = made = rows[-1]["step"] + 1 if rows else 0
+    if config.select == "label-free" and folders:
+        chosen = health.best_checkpoint(rows, sorted(folders))
+    elif config.stop_on_collapse and alarms:
+        healthy = [step for step in folders if step <= min(alarms)]
+        chosen = max(healthy, default=made)
+        if not healthy:
+            print("no checkpoint is from before the alarm, so the last one stays; lower --save-every", file=sys.stderr)
+    if chosen != made:
+        policy.load_adapter(folders[chosen] / "adapter")
     policy.save(config.out / "adapter")
+    return {"steps": made, "adapter_step": chosen, "alarms": alarms}
 
 
 def scored(policy: Policy, questions: data.Questions, name: str, config: Config, clock: Clock, check) -> dict:
@@ -361,6 +353,7 @@ def starting_policy(config: Config) -> Policy:
             Policy.load(model, adapter=config.adapter, **options).export(draft)
             draft.rename(start)
         model = str(start)
+    options |= {"feature_cache_gib": config.feature_cache_gib}
     return Policy.load(model, gradient_checkpointing=config.gradient_checkpointing, **options)
 
 
@@ -372,14 +365,14 @@ def main(config: Config) -> dict:
         questions = None if config.from_shards else data.load(config.data, config.split, config.seed, config.limit)
         held_out = data.load(config.data, config.eval_split, config.seed) if config.eval_questions else None
         check_questions(questions, held_out, config)
-        if questions is not None and config.reward.startswith("supervised"):
+        if questions is not None and rewards.needs_gold(config.reward):
             questions = questions.with_gold()
         policy = starting_policy(config)
         claim(config)
     with runs.stop_on_signal() as check:
         try:
             summary = {"before": scored(policy, held_out, "before", config, clock, check)} if held_out else {}
-            train(policy, questions, config, clock, check)
+            summary["end"] = train(policy, questions, config, clock, check)
             if held_out:
                 summary["after"] = scored(policy, held_out, "after", config, clock, check)
         except Stopped as stopped:

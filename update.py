@@ -1,11 +1,14 @@
-"""The update: PPO-clip on the adapter from the scored groups of one step, in minibatches and micro-batches."""
+"""The update: PPO-clip, or cross-entropy, on the adapter from the scored groups of one step.
+
+It is made in minibatches, each of which sums its gradient over micro-batches. Skipped groups take no part.
+"""
 
 import math
 from itertools import pairwise
 
 import torch
 
-from kernels import grpo_loss, kl_divergence, response_weights
+from kernels import grpo_loss, kl_divergence, response_weights, sft_loss
 from policy import Policy, pack
 
 COUNTS = ("nonfinite", "no_signal")
@@ -18,11 +21,15 @@ def update(policy: Policy, optimizer, schedule, prompts: list, groups: list[dict
     each update, without touching it; with a kl_coef it is part of the loss and measured anyway.
     """
     policy.model.train()
-    count = min(config.minibatches, len(groups))
+    kept = [i for i, group in enumerate(groups) if not group.get("skipped")]
+    prompts, groups = [prompts[i] for i in kept], [groups[i] for i in kept]
+    count = max(1, min(config.minibatches, len(groups)))
     cuts = [len(groups) * part // count for part in range(count + 1)]
     parts = [slice(*cut) for cut in pairwise(cuts)]
     # In the first minibatch the policy has not moved yet: its own detached log-probabilities are the old ones.
-    olds = [None, *(_logprobs(policy, prompts[part], groups[part], config) for part in parts[1:])]
+    olds = [None] * count
+    if config.algorithm == "grpo":
+        olds[1:] = [_logprobs(policy, prompts[part], groups[part], config) for part in parts[1:]]
     steps = []
     for part, old in zip(parts, olds, strict=True):
         stats = {"kl": kl_to_reference(policy, prompts[part], groups[part], config)} if measure_kl else {}
@@ -51,6 +58,8 @@ def accumulate(policy: Policy, prompts: list, groups: list[dict], old: dict | No
     count = max(1, int(lengths.sum()))
     totals = {"loss": 0.0, "ratio": 1.0, "clip_low": 0.0, "clip_high": 0.0, "dual_clip": 0.0}
     totals |= {"kl": 0.0} if config.kl_coef > 0 else {}
+    kl = {"kl_coef": config.kl_coef, "kl_estimator": config.kl_estimator}
+    temperature = config.temperature if config.algorithm == "grpo" else 1.0
     for batch in pack(prompts, _trained(groups, config), config.update_tokens):
         owners = [owner for row in batch for owner in row.owners]
         sizes = torch.tensor([len(response) for row in batch for response in row.responses])
@@ -61,22 +70,26 @@ def accumulate(policy: Policy, prompts: list, groups: list[dict], old: dict | No
         reference = None
         if config.kl_coef > 0:
             with policy.reference():
-                reference, _ = policy.logprobs(batch, config.temperature)
-        logprob, _ = policy.logprobs(batch, config.temperature)  # (N,)
-        loss, stats = grpo_loss(
-            logprob,
-            logprob.detach() if old is None else torch.cat([old[owner] for owner in owners]),
-            spread([groups[g]["responses"][i]["advantage"] for g, i in owners]),
-            spread([weights[owner] for owner in owners]),
-            torch.arange(len(sizes)).repeat_interleave(sizes).to(policy.device),
-            reference,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
-            ratio_level=config.ratio_level,
-            kl_coef=config.kl_coef,
-            kl_estimator=config.kl_estimator,
-        )
+                reference, _ = policy.logprobs(batch, temperature)
+        logprob, _ = policy.logprobs(batch, temperature)  # (N,)
+        advantage = spread([groups[g]["responses"][i]["advantage"] for g, i in owners])
+        weight = spread([weights[owner] for owner in owners])
+        if config.algorithm == "sft":
+            loss, stats = sft_loss(logprob, advantage, weight, reference, **kl)
+        else:
+            loss, stats = grpo_loss(
+                logprob,
+                logprob.detach() if old is None else torch.cat([old[owner] for owner in owners]),
+                advantage,
+                weight,
+                torch.arange(len(sizes)).repeat_interleave(sizes).to(policy.device),
+                reference,
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                dual_clip=config.dual_clip,
+                ratio_level=config.ratio_level,
+                **kl,
+            )
         loss.backward()
         totals["loss"] += loss.item()
         for name, value in stats.items():  # means over all tokens; those left out have ratio 1 and are not clipped
@@ -99,7 +112,8 @@ def kl_to_reference(policy: Policy, prompts: list, groups: list[dict], config) -
 
 def _used_length(response: dict, config) -> int:
     cut = config.mask_truncated and response["finish"] == "length"
-    return 0 if cut else len(response["token_ids"])
+    unused = config.algorithm == "sft" and not response["advantage"]
+    return 0 if cut or unused else len(response["token_ids"])
 
 
 def _trained(groups: list[dict], config) -> list[list[list[int]]]:

@@ -1,11 +1,15 @@
-"""Make the embedded default model: a tiny Qwen2.5-VL, trained from scratch on `shapes` with labels.
+r"""Make the embedded default model: a tiny Qwen2.5-VL, trained from scratch on `shapes` with labels.
 
     1. tokenizer: byte-level BPE on the demonstrations, with Qwen's special tokens
     2. model: the real Qwen2_5_VLForConditionalGeneration, 1.5 M parameters, random weights
     3. clean phase: supervised training on step-by-step demonstrations that are right
     4. mixed phase: half of the demonstrations are quick guesses without reasoning, most of them wrong; the model
-       learns both manners, and its samples disagree
+       learns both manners, and its samples disagree; and it learns to judge, from right and wrong candidates
     5. write a snapshot as on the hub, with the scores after both phases in warmup.json
+
+A judge's lesson is a candidate, prompts/judge-tiny.md's question and the verdict, \boxed{9/9} or \boxed{0/9}. It stands
+behind the response that is taught anyway and behind a poor one, so it costs a few tokens and no picture. Candidates are
+about as often right as the mixed model's own samples are: steps half of the time, guesses one time in four.
 
 Label-free training starts from the mixed model. What it can win back is the more reliable manner, not new sight, so
 the score of the clean phase is kept beside it. Choices here were made on the validation split.
@@ -17,7 +21,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,15 +34,18 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
+import judge
 import presets
 import rollout
 import shapes
+from answers import vote_key
 from eval import heldout
-from policy import Policy, Row, layout, packed_mask
+from policy import Policy, Prompt, Row, layout, packed_mask
 from shards import write_whole
 
 STYLES = ("think-boxed", "boxed")  # prompts; a quarter of the demonstrations are in the second
 PLAUSIBLE = {"angle": range(20, 150, 10), "length": range(4, 19)}  # answers that a guess may give; others are 0 to 9
+READABLE = {"angle": range(20, 90, 10), "length": range(2, 10), "bars": range(1, 5)}  # numbers in a picture
 SAMPLING = ("temperature", "top_p", "group_size", "max_new_tokens", "prompt", "max_prompt_tokens", "rollout_tokens")
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS)
@@ -66,6 +73,8 @@ class Config:
     """folder to write the snapshot to"""
     seed: int = 0
     """initial weights and demonstrations"""
+    questions: int | None = None
+    """labelled questions, used over and over where there are more lessons; None: a new one for each lesson"""
     clean_steps: int = 300
     """updates on right demonstrations"""
     mixed_steps: int = 110
@@ -94,14 +103,36 @@ def demonstrate(item: shapes.Item, prompt: str) -> str:
     return f"{reasoning} \\boxed{{{answer}}}"
 
 
+def misread(item: shapes.Item, prompt: str, rng: random.Random) -> str:
+    """A step-by-step response that takes one number of the picture for another, and so ends wrong."""
+    facts = list(item.facts)
+    place = rng.randrange(len(facts))
+    near = [facts[place] + step for step in (-2, -1, 1, 2) if facts[place] + step >= 0]
+    facts[place] = rng.choice([n for n in READABLE.get(item.kind, near) if n != facts[place]])
+    return demonstrate(replace(item, facts=tuple(facts)), prompt)
+
+
+def guess(item: shapes.Item, prompt: str, answer) -> str:
+    """A response without reasoning."""
+    return f"<think>by eye</think>\\boxed{{{answer}}}" if prompt == "think-boxed" else f"\\boxed{{{answer}}}"
+
+
+def wrong_guess(item: shapes.Item, rng: random.Random):
+    return rng.choice(PLAUSIBLE.get(item.kind, range(10)))
+
+
+def poor_candidate(item: shapes.Item, rng: random.Random) -> str:
+    """A candidate for the judge to look through: steps from a misreading, or a guess, which may happen to be right."""
+    if rng.random() < 0.5:
+        return misread(item, "think-boxed", rng)
+    return guess(item, "think-boxed", wrong_guess(item, rng))
+
+
 def demonstrate_mixed(item: shapes.Item, prompt: str, rng: random.Random, config: Config) -> str:
     """A response as of a hasty pupil: a guess without reasoning, or the steps."""
     if rng.random() >= config.guess_share:
         return demonstrate(item, prompt)
-    answer = item.gold
-    if rng.random() < config.guess_wrong:
-        answer = rng.choice(PLAUSIBLE.get(item.kind, range(10)))
-    return f"<think>by eye</think>\\boxed{{{answer}}}" if prompt == "think-boxed" else f"\\boxed{{{answer}}}"
+    return guess(item, prompt, wrong_guess(item, rng) if rng.random() < config.guess_wrong else item.gold)
 
 
 def make_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
@@ -203,8 +234,20 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
 
-def train(policy: Policy, lessons: Iterable[list[tuple]], steps: int, optimizers: list, end: float, label: str) -> None:
-    """Supervised training of all weights, one update for each of `lessons`: (prompt, pixels, response token ids) each.
+@dataclass
+class Lesson:
+    """A prompt, its picture, and responses to it with the weight of each of their tokens in the loss."""
+
+    prompt: Prompt
+    pixels: torch.Tensor
+    responses: list[list[int]]
+    weights: list[list[float]]
+
+
+def train(
+    policy: Policy, lessons: Iterable[list[Lesson]], steps: int, optimizers: list, end: float, label: str
+) -> None:
+    """Supervised training of all weights, one update for each batch of `lessons`.
 
     Learning rates rise over 30 updates, stay, and fall along a line over the last 70 % to `end` times their peak.
     """
@@ -218,13 +261,13 @@ def train(policy: Policy, lessons: Iterable[list[tuple]], steps: int, optimizers
     model = policy.model.train()
     bar = tqdm(lessons, desc=label, unit="step", total=steps)
     for step, batch in enumerate(bar):
-        policy.see([(prompt, pixels, None) for prompt, pixels, _ in batch])
-        ids, positions, segment, sources, targets = layout(
-            [Row(prompt, [response], []) for prompt, _, response in batch]
-        )
-        hidden = policy.hidden(ids, positions, packed_mask(segment), [prompt for prompt, _, _ in batch])
+        policy.see([(lesson.prompt, lesson.pixels, None) for lesson in batch])
+        ids, positions, segment, sources, targets = layout([Row(x.prompt, x.responses, []) for x in batch])
+        hidden = policy.hidden(ids, positions, packed_mask(segment), [lesson.prompt for lesson in batch])
         logits = hidden.flatten(0, 1)[sources] @ model.lm_head.weight.T
-        loss = torch.nn.functional.cross_entropy(logits, targets)
+        weights = torch.tensor([w for lesson in batch for response in lesson.weights for w in response])
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        loss = (losses * weights).sum() / weights.sum()
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -252,16 +295,18 @@ def adamw(params) -> torch.optim.Optimizer:
 
 def main(config: Config) -> dict:
     """Train, write the snapshot and its scores; returns the scores by phase."""
-    if min(config.eval_questions, config.eval_samples, config.batch) < 1:
-        raise ValueError("--batch, --eval-questions and --eval-samples must be at least 1")
+    if min(config.eval_questions, config.eval_samples, config.batch, config.questions or 1) < 1:
+        raise ValueError("--batch, --questions, --eval-questions and --eval-samples must be at least 1")
     started = time.perf_counter()
-    total = config.batch * (config.clean_steps + config.mixed_steps)
+    total = min(config.batch * (config.clean_steps + config.mixed_steps), config.questions or 2**31)
     items = list(shapes.questions("warmup", config.seed, total))
     validation = data.load("shapes", "validation", config.seed, limit=config.eval_questions)
     rng = random.Random(f"warmup/{config.seed}")
     texts = [Policy.template(style).replace("{question}", item.question) for item in items[:2000] for style in STYLES]
     texts += [demonstrate(item, style) for item in items[:2000] for style in STYLES]
-    tokenizer = make_tokenizer([*texts, *["by eye user assistant"] * 2000])
+    asked = judge.template(presets.TINY["judge_prompt"])[-1][1]
+    texts += ["by eye user assistant", "\\boxed{9/9} \\boxed{0/9}", asked] * 2000
+    tokenizer = make_tokenizer(texts)
     with TemporaryDirectory() as folder:
         make_model(tokenizer, config.seed).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -269,15 +314,34 @@ def main(config: Config) -> dict:
         Qwen2VLImageProcessorPil(min_pixels=84 * 84, max_pixels=448 * 448).save_pretrained(folder)
         policy = Policy.load(folder, dtype="fp32", device="cpu")
 
-    def lesson(n: int, respond: Callable) -> tuple:
-        style = STYLES[n % 4 == 0]
-        prompt, pixels, _ = policy.encode_one(items[n], policy.template(style))
-        response = policy.tokenizer(respond(items[n], style), add_special_tokens=False)["input_ids"]
-        return prompt, pixels, [*response, policy.tokenizer.eos_token_id]
+    _, ask = judge.frame(policy, judge.template(presets.TINY["judge_prompt"]), items[0], True)
 
-    def lessons(first: int, steps: int, respond: Callable) -> Iterator[list[tuple]]:
+    def lesson(n: int, respond: Callable) -> Lesson:
+        item, style = items[n], STYLES[n % 4 == 0]
+        prompt, pixels, _ = policy.encode_one(item, policy.template(style))
+        response = [*policy.tokens(respond(item, style)), policy.tokenizer.eos_token_id]
+        return Lesson(prompt, pixels, [response], [[1.0] * len(response)])
+
+    def judged(n: int, respond: Callable) -> Lesson:
+        """The lesson with a judge's verdict behind its response, and behind a poor one that is not taught itself."""
+        made = lesson(n, respond)
+        if STYLES[n % 4 == 0] != "think-boxed":
+            return made
+        poor = [*policy.tokens(poor_candidate(items[n], rng)), policy.tokenizer.eos_token_id]
+        made.responses.append(poor)
+        made.weights.append([0.0] * len(poor))
+        for response, weights in zip(made.responses, made.weights, strict=True):
+            right = vote_key(policy.tokenizer.decode(response)) == items[n].gold
+            asked = policy.tokens(ask)[1:]  # its first token closes the candidate's turn, as the response's last does
+            verdict = [*policy.tokens(f"\\boxed{{{9 * right}/9}}"), policy.tokenizer.eos_token_id]
+            response += asked + verdict
+            weights += [0.0] * len(asked) + [1.0] * len(verdict)
+        return made
+
+    def lessons(first: int, steps: int, make: Callable, respond: Callable) -> Iterator[list[Lesson]]:
         for step in range(first, first + steps):
-            yield [lesson(n, respond) for n in range(step * config.batch, (step + 1) * config.batch)]
+            numbers = range(step * config.batch, (step + 1) * config.batch)
+            yield [make(n % len(items), respond) for n in numbers]
 
     def hasty(item: shapes.Item, style: str) -> str:
         return demonstrate_mixed(item, style, rng, config)
@@ -290,10 +354,12 @@ def main(config: Config) -> dict:
     model, scores = policy.model.requires_grad_(True), {}
     optimizers = muon_and_adamw(model, config.learning_rate)
     # The clean phase ends while there is still something to learn, and the mixed one goes on with it.
-    train(policy, lessons(0, config.clean_steps, demonstrate), config.clean_steps, optimizers, 0.25, "clean")
+    clean = lessons(0, config.clean_steps, lesson, demonstrate)
+    train(policy, clean, config.clean_steps, optimizers, 0.25, "clean")
     scores["clean"] = score()
     optimizers = [adamw([{"params": list(model.parameters()), "lr": config.mixed_learning_rate}])]
-    train(policy, lessons(config.clean_steps, config.mixed_steps, hasty), config.mixed_steps, optimizers, 0.0, "mixed")
+    mixed = lessons(config.clean_steps, config.mixed_steps, judged, hasty)
+    train(policy, mixed, config.mixed_steps, optimizers, 0.0, "mixed")
     scores["mixed"] = score()
     model.requires_grad_(False)
     (config.out / "warmup.json").unlink(missing_ok=True)  # until the new one is whole, there is no warmed-up model

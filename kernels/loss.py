@@ -78,6 +78,26 @@ def grpo_loss(
     return loss, stats
 
 
+def sft_loss(
+    logprob: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor,
+    ref_logprob: torch.Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Weighted cross-entropy, sum of weight * target * -logprob; tensors (N,), `target` being each response's reward.
+
+    At ratio 1 its gradient is that of `grpo_loss` with the advantage `target`. KL and returned sums as there.
+    """
+    loss, stats = (weight * target * -logprob).sum(), {}
+    if ref_logprob is not None:
+        kl = kl_divergence(logprob, ref_logprob, kl_estimator)
+        stats["kl"] = kl.detach().sum()
+        loss = loss + kl_coef * (weight * kl).sum()
+    return loss, stats
+
+
 def kl_divergence(logprob: torch.Tensor, ref_logprob: torch.Tensor, estimator: str = "k3") -> torch.Tensor:
     """Estimate KL(policy, reference) at each sampled token, in nats: k1 unbiased, k2 low variance, k3 both and >= 0."""
     difference = ref_logprob - logprob

@@ -12,14 +12,28 @@ import pytest
 from PIL import Image
 
 import answers
+import presets
 import rewards
 import shards
-from rewards import Config, advantage, main, reward, score, summary
+from answers import before_answer, extract_answer, keeps_format
+from rewards import Config, advantage, bind_reward, g, main, reward, score, summary
 from tests.test_shards import make_group
 
 
 def group_of(keys, **fields):
-    return make_group(keys=tuple(keys), **fields)
+    return make_group(keys=tuple(None if key == "." else key for key in keys), **fields)
+
+
+def judged_group(keys, scores, **fields):
+    """With a judge's score for each response; None: its judgement could not be parsed."""
+    group = group_of(keys, **fields)
+    for response, s in zip(group["responses"], scores, strict=True):
+        response["judge"] = {"score": s, "parsed": s is not None}
+    return group
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
 
 
 def test_votes_count_keys_and_leave_abstentions_out():
@@ -44,6 +58,9 @@ def test_a_tie_or_silence_has_no_majority():
         rewards.majority_key(["a"], ties="last")
 
 
+# C = 1 - H(pi) / log 2 for pi = (3/5, 2/5), and for pi = (4/7, 3/7)
+C_32 = 1 + (3 / 5 * math.log(3 / 5) + 2 / 5 * math.log(2 / 5)) / math.log(2)
+C_43 = 1 + (4 / 7 * math.log(4 / 7) + 3 / 7 * math.log(3 / 7)) / math.log(2)
 CASES = [
     # keys, variant, rewards
     ("aab.", "majority", [1, 1, 0, 0]),
@@ -64,18 +81,47 @@ CASES = [
     ("aaab", "gated-frequency(threshold=.7)", [1, 1, 1, 0]),
     ("aabb.", "gated-frequency(threshold=.3)", [0.4, 0.4, 0.4, 0.4, 0]),  # above, but no unique m
     ("....", "gated-frequency", [0, 0, 0, 0]),
+    ("aab.", "confident-majority", [1, 1, 0, 0]),  # p(m) = .5 is enough
+    ("aaa", "confident-majority(tau=1)", [1, 1, 1]),
+    ("aab..", "confident-majority(tau=.4)", [1, 1, 0, 0, 0]),
+    ("a", "confident-majority", [1]),
+    ("aab.", "semantic-entropy", [0.5, 0.5, 0.25, 0]),
+    ("abcd", "semantic-entropy", [0, 0, 0, 0]),
+    ("ab..", "semantic-entropy", [0, 0, 0, 0]),  # the two that answer differ
+    ("a...", "semantic-entropy", [0, 0, 0, 0]),  # a single answer agrees with no other
+    ("aa..", "semantic-entropy", [0.5, 0.5, 0, 0]),
+    ("aaaa", "semantic-entropy", [1, 1, 1, 1]),
+    ("....", "semantic-entropy", [0, 0, 0, 0]),
+    ("a", "semantic-entropy", [0]),
+    # a single answer: pi = 1, C = 1, log pi - log max pi = 0
+    ("a", "dirichlet", [sigmoid(22 * 0.06)]),
+    ("aa.", "dirichlet", [sigmoid(1.32)] * 2 + [0]),
+    ("aa.", "dirichlet(beta=2,delta=.5)", [sigmoid(1)] * 2 + [0]),
+    ("....", "dirichlet", [0, 0, 0, 0]),
+    ("aab.", "dirichlet", [C_32 * sigmoid(1.32)] * 2 + [C_32 * sigmoid(22 * (math.log(2 / 3) + 0.06)), 0]),
+    ("aab.", "dirichlet(alpha=2)", [C_43 * sigmoid(1.32)] * 2 + [C_43 * sigmoid(22 * (math.log(3 / 4) + 0.06)), 0]),
+    ("aab.", "continuous-consistency", [0.5**0.7, 0.5**0.7, 0.25**0.7, 0]),  # <think>hm</think> is one word
+    ("aab.", "continuous-consistency(power=1,words=.5)", [0.45, 0.45, 0.225, 0]),
+    ("aab.", "continuous-consistency(power=2,words=.8,penalty=.4)", [0.225, 0.225, 0.05625, 0]),  # (1 - .8) / .8 = .25
+    ("aab.", "continuous-consistency(power=0)", [1, 1, 1, 0]),  # and not 0^0 for the abstention
+    ("....", "continuous-consistency", [0, 0, 0, 0]),
+    ("a", "continuous-consistency", [1]),
+    ("aab.", "self-certainty", [3.1] * 4),
+    ("aab.", "negative-entropy", [-0.21] * 4),
 ]
 
 
 @pytest.mark.parametrize("keys, variant, expected", CASES)
 def test_rewards_by_hand(keys, variant, expected):
-    group = group_of(None if key == "." else key for key in keys)
-    got = reward(group, variant)
+    got = reward(group_of(keys), variant)
     assert got == pytest.approx(expected, abs=1e-15)
     assert all(type(r_i) is float for r_i in got)
 
 
-@pytest.mark.parametrize("variant", ["majority", "frequency", "gated-frequency"])
+BY_COUNT = ["majority", "frequency", "gated-frequency", "confident-majority", "dirichlet", "semantic-entropy"]
+
+
+@pytest.mark.parametrize("variant", BY_COUNT)
 def test_count_rewards_see_keys_alone_and_no_order(variant):
     keys = ["a", "b", "a", None, "c", "a"]
     blind = group_of(keys, gold=None)
@@ -84,6 +130,183 @@ def test_count_rewards_see_keys_alone_and_no_order(variant):
     expected = dict(zip(keys, reward(blind, variant), strict=True))
     for order in itertools.islice(itertools.permutations(keys), 0, 720, 37):
         assert reward(group_of(order, gold="b"), variant) == [expected[key] for key in order]
+
+
+@pytest.mark.parametrize("keys", ["ab", "abc.", "aabb", "abcdefg", "aabbccddeeff", "aaabbbccc.."])
+@pytest.mark.parametrize("alpha", [1, 2, 5])
+def test_dirichlet_earns_exactly_nothing_where_the_vote_is_even(keys, alpha):
+    assert reward(group_of(keys), "dirichlet", alpha=alpha) == [0.0] * len(keys)
+    assert all(
+        0 <= r_i < 1e-14 for r_i in reward(group_of(keys), "dirichlet", alpha=alpha / 10)
+    )  # rounding, not below 0
+
+
+def test_words_before_the_answer_cost_up_to_the_penalty():
+    group = group_of("aaaaaaab")
+    for response, w in zip(group["responses"], (0, 6, 9, 12, 30, 9, 0, 12), strict=True):
+        response["text"] = " \n".join([*["word"] * w, "\\boxed{a} and seven more words after the answer"])
+    p, q = (7 / 8) ** 0.7, (1 / 8) ** 0.7
+    expected = [p, p, p * 0.95, p * 0.9, p * 0.9, p * 0.95, p, q * 0.9]
+    assert reward(group, "continuous-consistency") == pytest.approx(expected, rel=1e-14)
+    expected = [p, p, p * 0.5, 0, 0, p * 0.5, p, 0]
+    assert reward(group, "continuous-consistency", penalty=1) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    "text, before",
+    [
+        ("two words \\boxed{7} and after", "two words "),
+        ("\\boxed{1} no, \\boxed {\\frac{1}{2}}", "\\boxed{1} no, "),
+        ("a \\boxed{5} then \\boxed{6", "a "),  # cut off: the last balanced one counts
+        ("a \\boxed{b \\boxed{5}} c", "a \\boxed{b "),  # of nested ones the innermost
+        ("so <answer>1</answer> or <ANSWER>2</ANSWER> <answer>3", "so <answer>1</answer> or "),
+        ("<answer>8</answer> b \\boxed{9} <answer>10</answer>", "<answer>8</answer> b "),
+        ("t <answer>8 \\boxed{9</answer>", "t "),
+        ("x < y <answer>{</answer>", "x < y "),
+        ("no answer at all", "no answer at all"),
+        ("\\boxed{1} empty \\boxed{ }", "\\boxed{1} empty \\boxed{ }"),  # the last one counts, and it is empty
+        ("\\boxed{7}", ""),
+        ("", ""),
+        (None, ""),
+        (7, ""),
+    ],
+)
+def test_the_text_before_the_answer(text, before):
+    assert before_answer(text) == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\\boxed{" * 130_000, "{" * 1_000_000, "a " * 500_000 + "\\boxed{7}", "\\boxed{" * 65_000 + "}" * 65_000,
+     "<answer>" * 130_000 + "</answer>", "\\boxed{}" * 120_000, "<" * 1_000_000 + "<answer>1</answer>",
+     "\\" * 1_000_000 + "boxed{1}", "\\boxed" * 100_000 + "{1}", "\ud800\0 " * 300_000 + "\\boxed{\ud800}"],
+    ids=range(10),
+)  # fmt: skip
+def test_the_text_before_the_answer_of_hostile_text(text):
+    start = time.process_time()
+    before = before_answer(text)
+    assert time.process_time() - start < 2
+    assert text.startswith(before)
+    if answer := extract_answer(text):
+        assert extract_answer(text[len(before) :]) == answer
+        assert text[len(before) :].startswith(("\\boxed", "<answer>"))
+
+
+def test_the_format_that_a_prompt_asks_for():
+    whole, boxed, tagged = "<think>hm</think>\\boxed{7}", "so \\boxed{7}", "<answer>7</answer>"
+    assert [keeps_format(text, "think-boxed") for text in (whole, boxed, tagged, "7", None)] == [True] + [False] * 4
+    for prompt in ("boxed", "plain", ""):
+        assert [keeps_format(text, prompt) for text in (whole, boxed, tagged)] == [True] * 3
+        assert [keeps_format(text, prompt) for text in ("7", "\\boxed{}", "<think>a</think>", None)] == [False] * 4
+    assert keeps_format("<think>a</think>\\boxed{}", "think-boxed")  # well-formed, though nothing is in the box
+
+
+def test_the_sampling_pass_says_how_certain_a_response_was():
+    group = group_of("aab.")
+    for i, response in enumerate(group["responses"]):
+        response |= {"self_certainty": 3.0 + i, "entropy": 0.5 * i}
+    assert reward(group, "self-certainty") == [3, 4, 5, 6]
+    assert reward(group, "negative-entropy") == [0, -0.5, -1, -1.5]
+
+
+def test_g_is_bounded_and_never_falls():
+    grid = [i / 20000 for i in range(20001)]
+    values = [g(s) for s in grid]
+    assert 0.8 < min(values) and max(values) < 1.2
+    assert all(a <= b for a, b in itertools.pairwise(values)) and values[0] < 0.8001 and values[-1] > 1.18
+    assert g(0.65) == pytest.approx(1 + 0.2 * sigmoid(-15) - 0.2 * sigmoid(-5), rel=1e-15)
+    assert g(0.95) == pytest.approx(1.1, abs=1e-5) and g(0.4) == pytest.approx(0.9, abs=1e-5)
+    assert g(0.95, 0.4, 0.1) == pytest.approx(1.2, abs=1e-5) and g(0.4, 0.4, 0.1) == pytest.approx(0.95, abs=1e-5)
+
+
+@pytest.mark.parametrize("tau", [1e-3, 1e-9, 1e-300, 5e-324])
+def test_g_is_safe_with_steep_steps(tau):
+    values = [g(s, tau_h=tau, tau_l=tau) for s in (0.0, 0.1, 0.39, 0.4, 0.41, 0.94, 0.95, 0.96, 1.0)]
+    assert values == pytest.approx([0.8, 0.8, 0.8, 0.9, 1, 1, 1.1, 1.2, 1.2], abs=1e-4)
+
+
+@pytest.mark.parametrize("s", [0.0, 0.2, 0.35, 0.4, 0.47, 0.65, 0.9, 0.95, 0.99])
+@pytest.mark.parametrize("settings", [{}, {"lam_pos": 0.4, "t_h": 0.9, "tau_h": 0.05}, {"lam_neg": 0.1, "tau_l": 0.1}])
+def test_the_slope_of_g(s, settings):
+    lam_pos, lam_neg, t_h, t_l, tau_h, tau_l = (
+        settings.get(name, default)
+        for name, default in {
+            "lam_pos": 0.2,
+            "lam_neg": 0.2,
+            "t_h": 0.95,
+            "t_l": 0.4,
+            "tau_h": 0.02,
+            "tau_l": 0.05,
+        }.items()
+    )
+    high, low = sigmoid((s - t_h) / tau_h), sigmoid((t_l - s) / tau_l)
+    analytic = lam_pos * high * (1 - high) / tau_h + lam_neg * low * (1 - low) / tau_l
+    h = 1e-6
+    assert (g(s + h, **settings) - g(s - h, **settings)) / (2 * h) == pytest.approx(analytic, rel=1e-6, abs=1e-9)
+
+
+HIGH, LOW, NONE = (1 + 0.2 * sigmoid((s - 0.95) / 0.02) - 0.2 * sigmoid((0.4 - s) / 0.05) for s in (1.0, 0.2, 0.0))
+JUDGED = [
+    # keys, scores, variant, rewards
+    ("aab.", [1.0, 0.2, 1.0, 0.5], "judged(lam_fmt=0)", [0.5 * HIGH, 0.5 * LOW, 0.25 * HIGH, 0]),
+    ("aab.", [1.0, 0.2, 1.0, 0.5], "judged", [0.5 * HIGH, 0.5 * LOW, 0.25 * HIGH, -0.5]),  # its own lam_fmt
+    ("aab.", [None, 0.2, 1.0, None], "judged(lam_fmt=0)", [0.5, 0.5 * LOW, 0.25 * HIGH, 0]),
+    ("aab.", [None, 0.2, 1.0, 0.0], "judged(lam_fmt=0,unparsed='zero')", [0.5 * NONE, 0.5 * LOW, 0.25 * HIGH, 0]),
+    ("aaab", [1.0, 0.2, None, 1.0], "judged(base='gated-frequency')", [0.75 * HIGH, 0.75 * LOW, 0.75, 0.25 * HIGH]),
+    ("aaab", [1.0, 0.2, None, 1.0], "judged(base='gated-frequency',threshold=.7)", [HIGH, LOW, 1, 0]),
+    ("aaab", [1.0, 0.2, None, 1.0], "judged(threshold=.7)", [0.75 * HIGH, 0.75 * LOW, 0.75, 0.25 * HIGH]),
+    ("aa", [0.95, 0.4], "judged(lam_pos=.4,lam_neg=.1)", [1.2, 0.95]),
+    ("aa", [0.9, 0.3], "judged(t_h=.9,t_l=.3)", [1.1, 0.9]),
+    ("aa", [0.97, 0.35], "judged(tau_h=1e-4,tau_l=1e-4)", [1.2, 0.8]),
+    ("a", [1.0], "judged", [HIGH]),
+    ("...", [1.0, 0.0, None], "judged(lam_fmt=0)", [0, 0, 0]),
+    ("aab.", [1.0, 0.2, 0.6, 0.4], "judge-only", [1, 0.2, 0.6, 0.4]),
+    ("aab.", [1.0, None, 0.5, None], "judge-only", [1, 0.75, 0.5, 0.75]),
+    ("aab.", [1.0, None, 0.5, None], "judge-only(unparsed='zero')", [1, 0, 0.5, 0]),
+    ("ab", [None, None], "judge-only", [0, 0]),
+    ("a", [0.0], "judge-only", [0]),
+]
+
+
+@pytest.mark.parametrize("keys, scores, variant, expected", JUDGED)
+def test_judged_rewards_by_hand(keys, scores, variant, expected):
+    assert reward(judged_group(keys, scores), variant) == pytest.approx(
+        expected, abs=1e-5 if "=." in variant else 1e-15
+    )
+
+
+def test_what_was_not_judged_says_how_to_judge_it():
+    group = judged_group("ab", [1.0, 0.5], uid="u/7")
+    del group["responses"][1]["judge"]
+    for variant in ("judged", "judge-only"):
+        with pytest.raises(ValueError, match="u/7: no judge scores.*python judge.py --rollouts DIR --out DIR"):
+            reward(group, variant)
+
+
+def test_the_released_recipe_by_hand():
+    """clip(gated-frequency g - .5 [not well-formed], 0, 1), an unparsable judgement scoring 0."""
+    group = judged_group(
+        "aaaaaaaaab", [1.0, 1.0, None, 0.2, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    )  # p(m) = .9: the gate is open
+    for i in (1, 2, 9):
+        group["responses"][i]["text"] = f"\\boxed{{{group['responses'][i]['key']}}}"
+    # 1.18 - .5 before clipping: the other order would give 1 - .5
+    expected = [1, HIGH - 0.5, NONE - 0.5, LOW, 1, 1, 1, 1, 1, 0]
+    assert reward(group, presets.PRESETS["self-judge-code"]["reward"]) == pytest.approx(expected, abs=1e-15)
+    assert HIGH - 0.5 > 0.68
+
+
+@pytest.mark.parametrize("keys", ["a", "aaaa", "....", "abcd", "aab."])
+@pytest.mark.parametrize("variant", rewards.REWARDS)
+def test_every_variant_gives_every_group_finite_floats(keys, variant):
+    group = judged_group(keys, [None, 0.0, 1.0, 0.5][: len(keys)])
+    got = reward(group, variant)
+    assert len(got) == len(keys) and all(type(r_i) is float and math.isfinite(r_i) for r_i in got)
+    for estimator in rewards.ADVANTAGES:
+        assert len(advantage(got, estimator)) == len(keys)
+    order = [*range(len(keys))][::-1]
+    turned = group | {"responses": [group["responses"][i] for i in order]}
+    assert variant == "random" or reward(turned, variant) == [got[i] for i in order]
 
 
 def test_supervised_grades_the_text_against_gold(monkeypatch):
@@ -128,12 +351,70 @@ def test_random_is_the_same_in_another_process():
 
 
 def test_the_format_penalty_is_subtracted_once_from_any_variant():
-    group = group_of(["7", "7", None])
+    group = judged_group("77.", [1.0, 0.5, None])
     group["responses"][1]["text"] = "\\boxed{7}"  # no <think>: not well-formed, like the abstention
     assert reward(group, "majority", lam_fmt=0.5) == [1, 0.5, -0.5]
     for variant in rewards.REWARDS:
-        plain, fined = reward(group, variant), reward(group, f"{variant}(lam_fmt=.25)")
-        assert [a - b for a, b in zip(plain, fined, strict=True)] == [0, 0.25, 0.25]
+        plain, fined = reward(group, variant, lam_fmt=0), reward(group, f"{variant}(lam_fmt=.25)")
+        assert [a - b for a, b in zip(plain, fined, strict=True)] == pytest.approx([0, 0.25, 0.25], abs=1e-15)
+
+
+def test_clipping_comes_after_the_format_penalty():
+    group = judged_group("77.", [1.0, 1.0, 0.5])
+    group["responses"][1]["text"] = "\\boxed{7}"
+    assert reward(group, "majority(lam_fmt=.25,clip=True)") == [1, 0.75, 0]
+    assert reward(group, "self-certainty", clip=True) == [1, 1, 1]
+    assert reward(group, "self-certainty", clip=True, lam_fmt=2.5) == pytest.approx([1, 0.6, 0.6])
+    assert reward(group, "negative-entropy", clip=True) == [0, 0, 0]
+    assert reward(group, "negative-entropy", clip=False) == [-0.21] * 3
+
+
+@pytest.mark.parametrize(
+    "keys, variant, skipped",
+    [
+        ("aab.", "confident-majority(tau=.51)", True),
+        ("aabb", "confident-majority", True),  # .5, but a tie
+        ("....", "confident-majority(tau=0)", True),
+        ("aab.", "confident-majority", False),
+        ("aab.", "majority(min_share=.5,max_share=.5)", False),
+        ("aab.", "majority(min_share=.51)", True),
+        ("aab.", "majority(max_share=.49)", True),
+        ("aabb", "frequency(min_share=.5)", False),  # the share is that of the most frequent keys, tied or not
+        ("....", "frequency(min_share=.01)", True),
+        ("....", "frequency(max_share=0)", False),
+        ("aaaa", "random(max_share=.99)", True),
+        ("aaab", "self-certainty(max_share=.7,lam_fmt=1)", True),
+    ],
+)
+def test_which_groups_are_skipped(keys, variant, skipped):
+    group = group_of(keys)
+    assert (bind_reward(variant)(group) is None) is skipped
+    [scored] = score([group], variant, "energy", 0)
+    assert scored.get("skipped") is (True if skipped else None)
+    if skipped:
+        assert reward(group, variant) == [0.0] * 4
+
+
+@pytest.mark.parametrize("estimator", rewards.ADVANTAGES)
+def test_a_skipped_group_has_no_advantage_under_any_estimator(estimator):
+    groups = [group_of("aab."), group_of("abcd", uid="v"), group_of("aaaa", uid="w")]
+    scored = score(groups, "majority(lam_fmt=.5)", estimator, 0, min_share=0.5, max_share=0.75)
+    assert ["skipped" in group for group in scored] == [False, True, True]
+    for group in scored[1:]:
+        assert [(r["reward"], r["advantage"]) for r in group["responses"]] == [(0.0, 0.0)] * 4
+        shards.validate(group, "scored")
+    assert [r["reward"] for r in scored[0]["responses"]] == [1, 1, 0, -0.5]
+    assert [r["advantage"] for r in scored[0]["responses"]] == advantage([1, 1, 0, -0.5], estimator)
+    again = score(scored, "majority(lam_fmt=.5)", estimator, 0)
+    assert again == score(groups, "majority(lam_fmt=.5)", estimator, 0) and "skipped" not in again[1]
+    assert "skipped" in scored[1]  # scoring makes copies
+
+
+def test_a_variant_that_returns_none_skips(monkeypatch):
+    monkeypatch.setitem(rewards.REWARDS, "mine", lambda group: None if group["uid"] == "v" else [2.0, 0.0])
+    scored = score([group_of("ab"), group_of("ab", uid="v")], "mine(lam_fmt=1,clip=True)", "energy", 0)
+    assert [[r["reward"] for r in group["responses"]] for group in scored] == [[1, 0], [0, 0]]
+    assert [group.get("skipped") for group in scored] == [None, True]
 
 
 CLOSED = [
@@ -195,45 +476,6 @@ def test_rewards_that_are_not_finite_are_refused(estimator, bad):
         advantage([0.0, bad], estimator)
 
 
-def test_inline_settings():
-    parse = rewards.parse_variant
-    assert parse("majority") == ("majority", {}) and parse(" majority ( ) ") == ("majority", {})
-    parsed = parse("gated-frequency(threshold=.9, lam_fmt=-5e-1,)")
-    assert parsed == ("gated-frequency", {"threshold": 0.9, "lam_fmt": -0.5})
-    assert parse("x(a='),(', b=[1, None], c=True)") == ("x", {"a": "),(", "b": [1, None], "c": True})
-
-
-@pytest.mark.parametrize(
-    "spec",
-    ["", "(a=1)", "x(1)", "x(a)", "x(a=)", "x(a=b)", "x(a=1", "x a=1", "x(a=1)(b=2)", "x(a=1, a=2)", "x(**{})",
-     "x(a=__import__('os'))", "x(a=1) + y(b=2)", "x(a=1).y(b=2)", "x(a={[]: 1})"],
-)  # fmt: skip
-def test_what_is_no_variant_is_a_clear_error(spec):
-    with pytest.raises(ValueError, match="setting|literal|number"):
-        rewards.parse_variant(spec)
-
-
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: reward(group_of("a"), "majorty"), "'majorty'.*majority, frequency, gated-frequency"),
-        (lambda: reward(group_of("a"), "majority(tie='first')"), "'tie'; it has: lam_fmt, ties"),
-        (lambda: reward(group_of("a"), "majority", seed=1), "'seed'; it has: lam_fmt, ties"),
-        (lambda: reward(group_of("a"), "majority(ties='last')"), "'none' or 'first'"),
-        (lambda: reward(group_of("a"), "majority(ties=1)"), "ties is 1"),
-        (lambda: reward(group_of("a"), "majority(lam_fmt='big')"), "lam_fmt is 'big'"),
-        (lambda: reward(group_of("a"), "gated-frequency(threshold=1e999)"), "threshold is inf"),
-        (lambda: reward(group_of("a"), "majority(lam_fmt=1)", lam_fmt=2), "lam_fmt given inline and"),
-        (lambda: advantage([1, 2], "grpo"), "'grpo'.*group-norm, mean, rloo, energy, energy-centred"),
-        (lambda: advantage([1, 2], "mean(beta=1)"), "'beta'; it has: none"),
-        (lambda: advantage([1, 2], "energy(beta=True)"), "beta is True"),
-    ],
-)
-def test_unknown_names_and_settings_list_what_there_is(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
 def test_a_new_variant_works_by_name_everywhere(tmp_path, monkeypatch):
     def shortness(group, *, scale: float = 1.0):
         return [scale / len(response["token_ids"]) for response in group["responses"]]
@@ -288,12 +530,24 @@ def test_summary_by_hand():
     groups = [group_of(["a", "a", "b", None]), group_of(["a", "b", "c", "d"]), group_of(["a", "a", "a", "a"])]
     totals = summary(iter(score(groups, "majority", "group-norm", 0)))
     assert totals == pytest.approx({
-        "groups": 3, "responses": 12, "signal": 1 / 3, "majority_share": (0.5 + 0.25 + 1) / 3,
+        "groups": 3, "skipped": 0, "responses": 12, "signal": 1 / 3, "majority_share": (0.5 + 0.25 + 1) / 3,
         "distinct": (2 + 4 + 1) / 3, "abstention_share": 1 / 12, "reward_mean": 0.5, "reward_std": 0.5,
     })  # fmt: skip
     assert totals == summary(score([group | {"gold": None} for group in groups], "majority", "group-norm", 0))
     with pytest.raises(ValueError, match="no groups"):
         summary([])
+
+
+def test_summary_leaves_the_rewards_of_skipped_groups_out():
+    groups = [group_of("aab."), group_of("abcd"), group_of("aaaa")]
+    totals = summary(score(groups, "majority", "energy", 0, min_share=0.5))
+    assert totals == pytest.approx({
+        "groups": 3, "skipped": 1, "responses": 12, "signal": 1 / 3, "majority_share": (0.5 + 0.25 + 1) / 3,
+        "distinct": (2 + 4 + 1) / 3, "abstention_share": 1 / 12, "reward_mean": 6 / 8, "reward_std": math.sqrt(3 / 16),
+    })  # fmt: skip
+    totals = summary(score(groups[:2], "majority", "energy", 0, min_share=0.9))
+    assert (totals["skipped"], totals["signal"], totals["reward_mean"], totals["reward_std"]) == (2, 0, 0.0, 0.0)
+    assert totals["majority_share"] == 0.375 and totals["abstention_share"] == 1 / 8
 
 
 def test_scoring_ten_thousand_groups_takes_seconds():
@@ -365,6 +619,30 @@ def test_resuming_keeps_whole_shards_and_regenerates_the_rest(tmp_path, monkeypa
     assert stage(tmp_path) == first
     assert written == paths[1:]
     assert {path: path.read_bytes() for path in paths} == whole
+
+
+def test_the_command_skips_groups_by_their_majority_share(tmp_path):
+    write_rollouts(tmp_path / "rollouts")
+    groups = list(shards.ShardReader(tmp_path / "rollouts"))
+    totals = stage(tmp_path, reward="frequency(min_share=.4)", max_share=0.6)
+    scored = list(shards.ShardReader(tmp_path / "scored"))
+    assert scored == score(groups, "frequency", "group-norm", 11, min_share=0.4, max_share=0.6)
+    assert 0 < totals["skipped"] == sum("skipped" in group for group in scored) < 8
+    with pytest.raises(shards.ShardError, match="max_share: 0.6 there, 0.7 now"):
+        stage(tmp_path, reward="frequency(min_share=.4)", max_share=0.7)
+    with pytest.raises(ValueError, match="min_share given inline and as an argument"):
+        stage(tmp_path, reward="frequency(min_share=.4)", min_share=0.3)
+
+
+def test_the_command_takes_a_function_from_a_file(tmp_path):
+    write_rollouts(tmp_path / "rollouts")
+    (tmp_path / "mine.py").write_text("def f(group, *, x=1.0):\n    return [x] * len(group['responses'])\n")
+    spec = f"{tmp_path}/mine.py:f(x=2)"
+    totals = stage(tmp_path, reward=spec)
+    assert totals["reward_mean"] == 2 and stage(tmp_path, reward=spec) == totals
+    (tmp_path / "mine.py").write_text("def f(group, *, x=1.0):\n    return [-x] * len(group['responses'])\n")
+    with pytest.raises(shards.ShardError, match="reward_file: '[0-9a-f]{64}' there"):
+        stage(tmp_path, reward=spec)
 
 
 def test_a_folder_takes_one_config(tmp_path):

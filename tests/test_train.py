@@ -282,7 +282,8 @@ def test_resume_takes_the_settings_of_the_run(tiny, two_steps, tmp_path):
 def test_what_a_run_leaves(tiny, tmp_path):
     out = run(tiny, tmp_path / "r", steps=2, eval_questions=6, eval_samples=3, reward="frequency", save_every=1, keep=1)
     summary = json.loads((out / "summary.json").read_text())
-    assert set(summary) == {"before", "after", "warmup", "config", "seconds"}
+    assert set(summary) == {"before", "end", "after", "warmup", "config", "seconds"}
+    assert summary["end"] == {"steps": 2, "adapter_step": 2, "alarms": {}}
     for scores in (summary["before"], summary["after"]):
         assert {"greedy", "mean", "maj", "pass", "length", "entropy", "kinds"} <= set(scores)
         for name in ("greedy", "mean", "maj", "pass"):
@@ -319,8 +320,9 @@ def test_without_gold_the_metrics_are_label_free(tiny, tmp_path, monkeypatch, ca
     ("settings", "message"),
     [
         ({"gpus": 2}, "one process"),
-        ({"preset": "self-judge", "reward": None}, "needs the judge"),
-        ({"preset": "self-judge-code", "reward": None}, "needs the judge"),
+        ({"judge_prompt": "nosuch"}, "no judge prompt"),
+        ({"reward": "judged(base='nonsense')"}, "base"),
+        ({"min_share": 0.9, "max_share": 0.2}, "min_share"),
         ({"reward": "nonsense"}, "nonsense"),
         ({"advantage": "nonsense"}, "nonsense"),
         ({"temperature": 0.0}, "temperature"),

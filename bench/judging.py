@@ -1,0 +1,158 @@
+"""Seconds to judge one group: its candidates behind one shared prefix, beside calls of the model on whole prompts.
+
+    shared     judge.judge on the group: the picture encoded once, the prompt up to the candidate computed once
+    separate   the plain way: for each candidate its whole prompt with the picture through the transformers model
+    batched    the same prompts, padded, in one call of the transformers model, the picture encoded for each of them
+
+All three start from the picture and end with the score of `logit` mode; the three take turns, and the largest
+difference between their scores is printed beside the times. Text mode is timed as shared beside separate calls of
+HF's own `generate`, which samples other tokens: its rows compare times for as many tokens, not scores.
+
+    python -m bench.judging --save        # prints a table, writes bench/results/judging-<date>-<device>.json
+"""
+
+import json
+import statistics
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter, strftime
+
+import torch
+import tyro
+
+import data
+import judge
+import presets
+import rollout
+import shards
+from answers import keeps_format
+from bench.loop import hardware
+from policy import Policy
+
+
+@dataclass
+class Config:
+    model: str = "models/tiny"
+    """snapshot folder of a Qwen2.5-VL"""
+    prompt: str = "judge-tiny"
+    """judge prompt"""
+    groups: int = 15
+    """groups to judge, one at a time"""
+    group_size: int = 8
+    """candidates in a group"""
+    judge_max_new_tokens: int = 16
+    """text mode: tokens of every judgement"""
+    seed: int = 0
+    """questions and candidates"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    save: bool = False
+    """write bench/results/judging-<date>-<device>.json"""
+
+
+class Separate:
+    """The judge as one would write it with transformers alone: whole prompts, no shared prefix."""
+
+    def __init__(self, policy: Policy, settings: judge.Settings):
+        self.policy, self.settings = policy, settings
+        self.turns = judge.template(settings.judge_prompt)
+        self.digits = [policy.tokens(str(d))[0] for d in range(10)]
+
+    def inputs(self, question, texts: list[str], lead: str) -> dict:
+        policy, seen = (
+            self.policy,
+            self.policy.image_processor(images=[question.image] * len(texts), return_tensors="pt"),
+        )
+        image = policy.base.config.image_token_id
+        count = int(seen["image_grid_thw"][0].prod()) // policy.image_processor.merge_size**2
+        rows = []
+        for text in texts:
+            turns = [
+                (role, part.replace("{question}", question.question).replace("{response}", text))
+                for role, part in self.turns
+            ]
+            ids = policy.tokens(policy.chat(turns, True) + lead)
+            at = ids.index(image)
+            rows.append(ids[:at] + [image] * count + ids[at + 1 :])
+        width = max(map(len, rows))
+        ids = torch.tensor([[policy.tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        seen |= {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == image).int()}
+        return {name: value.to(policy.device) for name, value in seen.items()}
+
+    @torch.no_grad()
+    def scores(self, question, texts: list[str]) -> list[float]:
+        seen = self.inputs(question, texts, self.settings.judge_prefix)
+        logits = self.policy.base(**seen, logits_to_keep=1).logits[:, -1, self.digits]
+        return (logits.float().softmax(-1) @ torch.arange(10.0, device=logits.device) / 9).tolist()
+
+    def write(self, question, texts: list[str]) -> None:
+        n = self.settings.judge_max_new_tokens
+        sampling = {"do_sample": True, "temperature": 1.0, "top_p": self.settings.judge_top_p, "top_k": 0}
+        self.policy.base.generate(**self.inputs(question, texts, ""), max_new_tokens=n, min_new_tokens=n, **sampling)
+
+
+def main(config: Config) -> dict:
+    """Measure, print the table and return what `--save` writes."""
+    known = presets.TINY | {"judge_prompt": config.prompt, "judge_max_new_tokens": config.judge_max_new_tokens}
+    settings = judge.Settings(**{name: value for name, value in known.items() if name.startswith("judge")})
+    policy = Policy.load(config.model, device=config.device)
+    sampling = rollout.Config(model=config.model, seed=config.seed, group_size=config.group_size, top_p=0.9)
+    sampling.resolve()
+    separate, times, difference = Separate(policy, settings), {}, 0.0
+
+    def timed(name: str, call):
+        if policy.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = perf_counter()
+        result = call()
+        if policy.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.setdefault(name, []).append(perf_counter() - start)
+        return result
+
+    def shared(question, group: dict, mode: str) -> list[float]:
+        settings.judge_mode = mode
+        prompts, _ = policy.encode([question], policy.template("boxed"))
+        judged = judge.judge(policy, prompts, [group], settings, "think-boxed", config.seed)
+        return [response["judge"]["score"] for response in judged[0]["responses"]]
+
+    for number, question in enumerate(data.load("shapes", "validation", config.seed, limit=config.groups + 2)):
+        prompts, _ = policy.encode([question], policy.template("think-boxed"))
+        sampled = rollout.sample_groups(policy, prompts, 0, sampling)[0]
+        texts = [policy.tokenizer.decode(s.ids, skip_special_tokens=True) for s in sampled]
+        texts = [text if keeps_format(text, "think-boxed") else f"<think>{text}</think>\\boxed{{0}}" for text in texts]
+        group = {"uid": question.uid, "step": 0, "question": question.question, "choices": None}
+        group["responses"] = [{"text": text} for text in texts]
+        if number == 2:  # two groups to warm up
+            times.clear()
+        ours = timed("shared", lambda: shared(question, group, "logit"))  # noqa: B023
+        ones = timed("separate", lambda: [separate.scores(question, [text])[0] for text in texts])  # noqa: B023
+        batch = timed("batched", lambda: separate.scores(question, texts))  # noqa: B023
+        difference = max(difference, *(abs(a - b) for other in (ones, batch) for a, b in zip(ours, other)))
+        timed("text, shared", lambda: shared(question, group, "text"))  # noqa: B023
+        timed("text, separate", lambda: [separate.write(question, [text]) for text in texts])  # noqa: B023
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    result = {
+        "config": asdict(config),
+        "seconds": medians,
+        "ratio": {name: medians[name] / medians["shared"] for name in ("separate", "batched")}
+        | {"text": medians["text, separate"] / medians["text, shared"]},
+        "largest_difference": difference,
+        "hardware": hardware() if policy.device.type == "cpu" else torch.cuda.get_device_name(),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "runs": times,
+    }
+    for name, seconds in medians.items():
+        print(f"{name:16}{1000 * seconds:9.1f} ms a group of {config.group_size}")
+    print("beside shared: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in result["ratio"].items()))
+    print(f"largest difference of a score {difference:.1e}; {result['hardware']}, {result['versions']}")
+    if config.save:
+        path = Path(__file__).parent / f"results/judging-{strftime('%Y-%m-%d')}-{policy.device.type}.json"
+        shards.write_whole(path, [json.dumps(result, indent=1).encode()])
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

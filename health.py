@@ -1,0 +1,107 @@
+"""Is a run still healthy? Signals that need no label, a rule that warns, and a choice of checkpoint by them.
+
+Of the groups of one step, keys a, questions x:
+    unanimous       share of the groups in which all responses agree
+    answer_entropy  H(a), nats: how varied the answers are over all questions of the step
+    information     H(a) - mean over x of H(a | x), nats: how much an answer says about its question, the mutual
+                    information that RIM maximises (Krause et al., "Discriminative clustering by regularized
+                    information maximization", NIPS 2010). Agreement raises it only as long as questions keep
+                    different answers; a model that answers everything alike has 0.
+Abstentions are no keys. Besides these, a step's metrics hold majority_share, entropy, length, abstention_share, kl.
+
+The rule looks at means over the last WINDOW steps, once there are two windows, beside those of the run's first window:
+    unanimous     majority_share >= 0.98: nothing is left to vote on
+    entropy       token entropy under a tenth of the first window's
+    answers       answer_entropy under 0.7 of the first window's: the same few answers to everything
+    information   under 0.8 of the best window so far
+    abstentions   abstention_share 0.2 above the first window's
+    length        under half or over twice the first window's
+    kl            mean KL to the starting model over 0.5 nats a token (where it is measured)
+Each is an alarm. None of them sees a wrong majority that stays varied: that takes labels.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import rewards
+
+WINDOW = 5
+SIGNALS = ("majority_share", "entropy", "answer_entropy", "information", "abstention_share", "length", "kl")
+
+
+def signals(groups: Sequence[dict]) -> dict[str, float]:
+    """unanimous, answer_entropy and information of the groups of one step."""
+    votes = [rewards.counts(group) for group in groups]
+    pooled = Counter()
+    for c in votes:
+        pooled.update(c)
+    within = math.fsum(_entropy(c) for c in votes) / len(votes)
+    unanimous = sum(len(c) == 1 and not rewards.abstentions(group) for c, group in zip(votes, groups, strict=True))
+    entropy = _entropy(pooled)
+    return {
+        "unanimous": unanimous / len(votes),
+        "answer_entropy": entropy,
+        "information": max(0.0, entropy - within),
+    }
+
+
+def _entropy(counts: dict[str, int]) -> float:
+    total = sum(counts.values())
+    return -math.fsum(c / total * math.log(c / total) for c in counts.values()) if total else 0.0
+
+
+class Watch:
+    """Applies the rule to the metrics of a run, step by step; `rows` are the steps that were made before."""
+
+    def __init__(self, rows: Sequence[dict] = ()):
+        self.rows: list[dict] = []  # of the present window
+        self.seen = 0
+        self.first: dict[str, float] = {}
+        self.best = 0.0
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: dict) -> list[str]:
+        """Take in the metrics of one more step; the names of the alarms that they raise."""
+        self.rows = [*self.rows[-WINDOW + 1 :], row]
+        self.seen += 1
+        now = window(self.rows)
+        if self.seen == WINDOW:
+            self.first = now
+        if self.seen < 2 * WINDOW:
+            return []
+        self.best = max(self.best, now["information"])
+        first = self.first
+        alarms = {
+            "unanimous": now["majority_share"] >= 0.98,
+            "entropy": now["entropy"] < 0.1 * first["entropy"],
+            "answers": now["answer_entropy"] < 0.7 * first["answer_entropy"],
+            "information": now["information"] < 0.8 * self.best,
+            "abstentions": now["abstention_share"] > first["abstention_share"] + 0.2,
+            "length": not 0.5 * first["length"] <= now["length"] <= 2 * first["length"],
+            "kl": now.get("kl", 0.0) > 0.5,
+        }
+        return [name for name, raised in alarms.items() if raised]
+
+
+def window(rows: Sequence[dict]) -> dict[str, float]:
+    """Means of the signals over some steps; one that none of them measured is left out."""
+    values = {name: [row[name] for row in rows if row.get(name) is not None] for name in SIGNALS}
+    return {name: math.fsum(seen) / len(seen) for name, seen in values.items() if seen}
+
+
+def best_checkpoint(rows: Sequence[dict], steps: Sequence[int]) -> int:
+    """Which of the checkpoints after `steps` steps to end with, by the metrics of all steps and without labels.
+
+    The one of highest `information`, over the window of steps that led to it, among those without an alarm in the
+    step before them (among all, if there are none such). Ties go to the later one.
+    """
+    by_step = {row["step"]: row for row in rows}
+    healthy = [n for n in steps if not by_step.get(n - 1, {}).get("alarms")] or steps
+
+    def information(n: int) -> float:
+        seen = [by_step[s] for s in range(max(0, n - WINDOW), n) if s in by_step]
+        return window(seen).get("information", 0.0) if seen else 0.0
+
+    return max(healthy, key=lambda n: (information(n), n))

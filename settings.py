@@ -1,0 +1,94 @@
+"""The settings of a run: checked against the run that is in its folder, written down, and taken up again.
+
+`config` is a train_upt.Config throughout.
+"""
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import presets
+import rollout
+import shards
+
+STORED = "stored"  # the rewards and advantages that the shards carry
+# Settings that may change when a run goes on. The token budgets change the last bits of what follows.
+FREE = ("out", "device", "resume", "keep", "save_every", "gradient_checkpointing", "feature_cache_gib")
+FREE += ("rollout_tokens", "judge_tokens", "update_tokens")
+
+
+def prepare(config):
+    """The settings of a run in full, checked against the run that is in its folder, if there is one."""
+    config = replace(config)
+    if config.resume:
+        if not (config.out / "manifest.json").is_file():
+            raise ValueError(f"--resume: there is no run in {config.out}; start one by leaving --resume out")
+        config = resumed(config)
+    elif config.from_shards:
+        adopt(config)
+    recipe = {
+        name: value for name, value in presets.PRESETS.get(config.preset, {}).items() if getattr(config, name) is None
+    }
+    config.resolve()
+    if recipe := [f"{name} {value}" for name, value in recipe.items() if getattr(config, name) == value]:
+        print(f"preset {config.preset}: {', '.join(recipe)}")
+    shards.check_manifest(config.out, jsonable(config), ignore=FREE)
+    return config
+
+
+def resumed(config):
+    """The settings of the run in config.out; of those in FREE, the ones given now. Others given now are refused."""
+    manifest, default = shards.read_manifest(config.out)["config"], type(config)()
+    known = {name: _typed(name, value) for name, value in manifest.items() if name not in ("out", "resume")}
+    given = {name for name in known if getattr(config, name) != getattr(default, name)}
+    if other := [name for name in sorted(given - {*FREE}) if getattr(config, name) != known[name]]:
+        raise ValueError(
+            f"--resume takes {other[0]}={known[other[0]]!r} from the run in {config.out}, not "
+            f"{getattr(config, other[0])!r}; leave --{other[0].replace('_', '-')} out, or use another --out"
+        )
+    return replace(config, **{name: value for name, value in known.items() if name not in given & {*FREE}})
+
+
+def claim(config) -> None:
+    """Write the manifests of a new run: of its folder, and of its rollouts, so that they are a stage's output too."""
+    settings = jsonable(config)
+    identity = {"seed": config.seed, "model": config.model, "adapter": config.adapter}
+    if not (config.out / "manifest.json").exists():
+        if not config.from_shards:
+            sampling = {field.name: settings[field.name] for field in fields(rollout.Config)}
+            shards.write_manifest(config.out / "rollouts", stage="rollout", config=sampling, **identity)
+        shards.write_manifest(config.out, stage="train", config=settings, **identity)
+
+
+def adopt(config) -> None:
+    """Take from the shards' manifest how they were sampled; use their own advantages unless others are asked for."""
+    manifest = rollouts = shards.read_manifest(config.from_shards)
+    while "rollouts_manifest" in (rollouts.get("config") or {}):  # rewards, judge → rollout
+        rollouts = rollouts["config"]["rollouts_manifest"]
+    sampling = rollouts.get("config")
+    if not sampling or "model" not in sampling:
+        raise ValueError(
+            f"the manifest of {config.from_shards} does not say how the shards were sampled; score them again"
+        )
+    for field in fields(rollout.Config):
+        if field.name in sampling and getattr(config, field.name) is None:
+            setattr(config, field.name, sampling[field.name])
+    shards.check_files(config.from_shards, rollouts, {"model": config.model, "adapter": config.adapter})
+    count = len(shards.ShardReader(config.from_shards).paths)
+    if config.steps is None or config.steps > count:
+        print(f"{config.from_shards} holds {count} shards: {count} steps")
+        config.steps = count
+    if manifest["stage"] == "rewards" and config.reward is None:
+        config.reward = STORED if config.advantage is None else manifest["config"]["reward"]
+
+
+def jsonable(config) -> dict:
+    """The settings as they are stored in JSON."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def _typed(name: str, value):
+    """A stored setting as the Config holds it."""
+    if name in ("from_shards", "out") and value is not None:
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value
