@@ -5,6 +5,8 @@ REWARD ?=
 ADVANTAGE ?=
 STEPS  ?=
 SEED   ?=
+REWARDS ?=
+SEEDS  ?=
 OUT    ?=
 GPUS   ?= 1
 ARGS   ?=
@@ -22,10 +24,10 @@ MODEL_READY = $(if $(NEEDS_TINY),$(TINY)/warmup.json)
 SAMPLING = --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,seed,$(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup warmup train rollout score eval test lint bench clean one-gpu
+.PHONY: help setup warmup train rollout judge score eval ablate test lint bench clean one-gpu
 
 help:  ## this list
-	@echo "make TARGET [DATA=shapes] [MODEL=] [REWARD=] [ADVANTAGE=] [STEPS=] [SEED=] [OUT=] [GPUS=1] [ARGS=...]"
+	@echo "make TARGET [DATA=shapes] [MODEL=] [REWARD=] [ADVANTAGE=] [STEPS=] [SEED=] [REWARDS=] [SEEDS=] [OUT=] [GPUS=1] [ARGS=...]"
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1	/' | expand -t 12
 
 setup: $(READY)  ## virtual environment in .venv with all requirements
@@ -54,12 +56,20 @@ train: one-gpu $(READY) $(MODEL_READY)  ## label-free training with a before/aft
 rollout: one-gpu $(READY) $(MODEL_READY)  ## sample responses into shards
 	$(PY) rollout.py $(SAMPLING) $(call flag,steps,$(STEPS)) --out "$(or $(OUT),runs/rollouts)" $(ARGS)
 
+judge: one-gpu $(READY)  ## a frozen judge's scores for the shards in runs/rollouts (ARGS="--rollouts DIR" for others)
+	$(PY) judge.py --rollouts runs/rollouts $(call flag,model,$(MODEL)) --out "$(or $(OUT),runs/judged)" $(ARGS)
+
 score: $(READY)  ## rewards and advantages for the shards in runs/rollouts (ARGS="--rollouts DIR" for others)
 	$(PY) rewards.py --rollouts runs/rollouts --reward "$(or $(REWARD),majority)" \
 	  --advantage "$(or $(ADVANTAGE),group-norm)" $(call flag,seed,$(SEED)) --out "$(or $(OUT),runs/scored)" $(ARGS)
 
 eval: one-gpu $(READY) $(MODEL_READY)  ## held-out accuracy of a model (ARGS="--adapter DIR" with an adapter, OUT=FILE.json)
 	$(PY) -m eval.heldout $(SAMPLING) $(call flag,out,$(OUT)) $(ARGS)
+
+ablate: one-gpu $(READY) $(if $(findstring --rollouts,$(ARGS)),,$(MODEL_READY))  ## compare REWARDS="majority frequency ..." over SEEDS=3, or on shards (ARGS="--rollouts DIR")
+	$(PY) ablate.py --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,rewards,$(REWARDS)) \
+	  $(call flag,advantage,$(ADVANTAGE)) $(call flag,steps,$(STEPS)) $(call flag,seeds,$(SEEDS)) \
+	  --out "$(or $(OUT),runs/ablate)" $(ARGS)
 
 test: $(READY)  ## all tests
 	$(PY) -m pytest -q $(ARGS)
@@ -68,9 +78,10 @@ lint: $(READY)  ## ruff, check and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: $(READY) $(TINY)/warmup.json  ## our loop beside TRL's GRPOTrainer
+bench: $(READY) $(TINY)/warmup.json  ## our loop beside TRL's GRPOTrainer, judging beside separate calls
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	$(PY) -m bench.loop $(ARGS)
+	$(PY) -m bench.judging
 
 clean:  ## remove the virtual environment, the embedded model and caches; runs stay
 	rm -rf $(VENV) $(TINY) .pytest_cache .ruff_cache .hypothesis

@@ -356,8 +356,8 @@ class Config:
     """Seed of variants that draw; default: the seed of the rollouts' manifest."""
 
 
-def _shares(config: Config) -> dict[str, float]:
-    """The reward's settings that were given, so that those inline in its name hold otherwise."""
+def band(config) -> dict[str, float]:
+    """min_share and max_share of a Config where they are given, so that those inline in its reward hold otherwise."""
     return {name: getattr(config, name) for name in ("min_share", "max_share") if getattr(config, name) != COMMON[name]}
 
 
@@ -368,7 +368,7 @@ def _score_shards(config: Config, paths: list[Path], seed: int) -> Iterator[dict
         if shards.is_complete(target, source=path):
             groups = shards.read_shard(target)
         else:
-            groups = score(shards.read_shard(path), config.reward, config.advantage, seed, **_shares(config))
+            groups = score(shards.read_shard(path), config.reward, config.advantage, seed, **band(config))
             shards.write_shard(target, groups)
         yield from groups
         del groups  # one shard in memory: this one must be gone before the next is read
@@ -379,7 +379,7 @@ def main(config: Config) -> dict[str, float]:
     if config.out.resolve() == config.rollouts.resolve():
         raise ValueError(f"--out is --rollouts ({config.out}); scored shards need a folder of their own")
     # A misspelt name fails before anything is written.
-    bind_reward(config.reward, **_shares(config)), bind_advantage(config.advantage)
+    bind_reward(config.reward, **band(config)), bind_advantage(config.advantage)
     paths = shards.ShardReader(config.rollouts).paths
     source = shards.read_manifest(config.rollouts) if (config.rollouts / "manifest.json").exists() else {}
     seed = config.seed if config.seed is not None else source.get("seed")
@@ -387,9 +387,7 @@ def main(config: Config) -> dict[str, float]:
         seed = 0
         print(f"{config.rollouts} records no seed, using --seed 0", file=sys.stderr)
     # The rollouts may move or grow by further steps, what they are may not: a folder's scores have one origin.
-    origin = {name: source.get(name) for name in ("stage", "seed", "model", "adapter")}
-    origin["config"] = {name: value for name, value in source.get("config", {}).items() if name not in FREE}
-    settings = asdict(config) | {"seed": seed, "rollouts_manifest": origin}
+    settings = asdict(config) | {"seed": seed, "rollouts_manifest": shards.origin(source, FREE)}
     for role in ("reward", "advantage"):
         if digest := variants.source_digest(settings[role]):
             settings[f"{role}_file"] = digest  # a function of one's own may change between two runs of this stage

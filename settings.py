@@ -10,6 +10,7 @@ from pathlib import Path
 import presets
 import rollout
 import shards
+import variants
 
 STORED = "stored"  # the rewards and advantages that the shards carry
 # Settings that may change when a run goes on. The token budgets change the last bits of what follows.
@@ -39,7 +40,8 @@ def prepare(config):
 def resumed(config):
     """The settings of the run in config.out; of those in FREE, the ones given now. Others given now are refused."""
     manifest, default = shards.read_manifest(config.out)["config"], type(config)()
-    known = {name: _typed(name, value) for name, value in manifest.items() if name not in ("out", "resume")}
+    own = {field.name for field in fields(config)} - {"out", "resume"}
+    known = {name: _typed(name, value) for name, value in manifest.items() if name in own}
     given = {name for name in known if getattr(config, name) != getattr(default, name)}
     if other := [name for name in sorted(given - {*FREE}) if getattr(config, name) != known[name]]:
         raise ValueError(
@@ -80,11 +82,17 @@ def adopt(config) -> None:
         config.steps = count
     if manifest["stage"] == "rewards" and config.reward is None:
         config.reward = STORED if config.advantage is None else manifest["config"]["reward"]
+        if config.advantage is not None:
+            config.min_share, config.max_share = (manifest["config"][name] for name in ("min_share", "max_share"))
 
 
 def jsonable(config) -> dict:
-    """The settings as they are stored in JSON."""
-    return json.loads(json.dumps(asdict(config), default=str))
+    """The settings as they are stored in JSON, with the digest of a file that the reward or the advantage is from."""
+    stored = json.loads(json.dumps(asdict(config), default=str))
+    for role in ("reward", "advantage"):
+        if digest := variants.source_digest(stored[role] or STORED):
+            stored[f"{role}_file"] = digest
+    return stored
 
 
 def _typed(name: str, value):

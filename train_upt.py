@@ -136,7 +136,7 @@ class Config(judge.Settings, rollout.Config):
         if self.reward == STORED and not self.from_shards:
             raise ValueError("the reward 'stored' is that of scored shards: give them as --from-shards")
         if self.reward != STORED:
-            rewards.bind_reward(self.reward, run_seed=self.seed, **self.band())
+            rewards.bind_reward(self.reward, run_seed=self.seed, **rewards.band(self))
             rewards.bind_advantage(self.advantage)
         self.check_judge()
         if self.temperature == 0 or self.group_size < 2:
@@ -149,11 +149,6 @@ class Config(judge.Settings, rollout.Config):
         if not 1 <= self.minibatches <= self.questions_per_step:
             raise ValueError(f"--minibatches must be from 1 to questions-per-step ({self.questions_per_step})")
         return self
-
-    def band(self) -> dict[str, float]:
-        """min_share and max_share where they are given; a reward's inline settings may say them instead."""
-        given = {"min_share": self.min_share, "max_share": self.max_share}
-        return {name: share for name, share in given.items() if share != getattr(Config, name)}
 
 
 def check_questions(questions, held_out, config: Config) -> None:
@@ -212,7 +207,7 @@ def rewarded(policy: Policy, prompts: list, groups: list[dict], config: Config, 
     if rewards.needs_judge(config.reward) and not all("judge" in r for g in groups for r in g["responses"]):
         with clock("judge"):
             groups = judge.judge(policy, prompts, groups, config, config.prompt, config.seed)
-    return rewards.score(groups, config.reward, config.advantage, config.seed, **config.band())
+    return rewards.score(groups, config.reward, config.advantage, config.seed, **rewards.band(config))
 
 
 def targets(groups: list[dict], style: str) -> list[dict]:

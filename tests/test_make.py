@@ -31,7 +31,7 @@ def commands(*arguments: str) -> str:
 
 def test_help_is_the_default_and_lists_every_target():
     text = make().stdout
-    for target in "help setup warmup train rollout score eval test lint bench clean".split():
+    for target in "help setup warmup train rollout judge score eval ablate test lint bench clean".split():
         assert any(line.split()[0] == target and len(line.split()) > 2 for line in text.splitlines()[1:]), target
 
 
@@ -49,8 +49,20 @@ def test_variables_are_flags():
     assert "warmup.py" not in commands("train", "-B", "DATA=geoqa") and "warmup.py" in commands(
         "train", "-B", "DATA=geoqa", "MODEL=models/tiny"
     )
+    assert 'judge.py --rollouts runs/rollouts --model "a/b" --out "runs/j" --judge-mode text' in commands(
+        "judge", "MODEL=a/b", "OUT=runs/j", "ARGS=--judge-mode text"
+    )
     assert 'rewards.py --rollouts runs/rollouts --reward "frequency"' in commands("score", "REWARD=frequency")
     assert '-m eval.heldout --data "shapes" --adapter x' in commands("eval", "ARGS=--adapter x")
+    shown = commands(
+        "ablate", "DATA=geoqa", "MODEL=a/b", "REWARDS=majority judged(t_h=.9)@rloo", "ADVANTAGE=mean", "STEPS=3",
+        "SEEDS=2", "OUT=runs/z", "ARGS=--learning-rate 2e-4",
+    )  # fmt: skip
+    assert (
+        'ablate.py --data "geoqa" --model "a/b" --rewards "majority judged(t_h=.9)@rloo" --advantage "mean" '
+        '--steps "3" --seeds "2" --out "runs/z" --learning-rate 2e-4'
+    ) in shown
+    assert "warmup.py" in commands("ablate", "-B") and "warmup.py" not in commands("ablate", "-B", "ARGS=--rollouts x")
 
 
 def test_more_than_one_gpu_is_refused():

@@ -231,7 +231,8 @@ def test_what_a_function_returns_is_checked(mine):
         reward(group_of("a"), "mine.py:scalar")
 
 
-def test_a_file_is_executed_once_until_it_is_edited(tmp_path):
+def test_a_file_is_executed_once_until_it_is_edited(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path, log = tmp_path / "counted.py", tmp_path / "log"
     text = f"open({str(log)!r}, 'a').write('x')\nf = lambda group: [1.0]\nh = f\n"
     path.write_text(text)

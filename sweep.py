@@ -1,0 +1,332 @@
+"""The online comparison of ablate.py: train with each reward and seed, compare held-out scores and training curves.
+
+    for each seed, for each variant:
+        train_upt.py in a process of its own, `jobs` at a time, output in OUT/<variant>/seed-S/log.txt
+    after every finished run:
+        table.md, table.csv    held-out scores after training and their gain over the base, mean over seeds with 95 %
+                               t-intervals; the gain is paired: each run's score less its own base's
+        curves.png             accuracy, entropy, length and majority share by step, mean and range over seeds
+
+The runs of a seed share questions, sampling noise and initial adapter, and one evaluation of the base: the first of
+them makes it, the others wait for it and take a copy. The same command goes on where it was stopped; finished runs are
+kept. On a CPU rounding depends on the threads of a run, so compare runs made with the same `jobs`.
+"""
+
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import train_upt
+from runs import Stopped, stop_on_signal
+from shards import write_whole
+from stats import markdown, t_interval, write_csv
+
+TRAIN = Path(__file__).with_name("train_upt.py")
+POLL = 0.5  # seconds between looks at the runs
+LOG_LINES = 15  # of a failed run that are shown
+OURS = ("data", "model", "steps", "reward", "advantage", "seed", "out", "resume", "from-shards")
+SCORES = {  # name: factor when printed
+    "greedy": 100, "mean": 100, "maj": 100, "pass": 100, "length": 1, "entropy": 1, "majority_share": 100,
+    "abstentions": 100,
+}  # fmt: skip
+CURVES = {"accuracy": "accuracy of samples", "entropy": "entropy, nats", "length": "length, tokens",
+          "majority_share": "majority share"}  # fmt: skip
+
+
+@dataclass(eq=False)
+class Run:
+    """One training run of the comparison; `label` is its variant as the user wrote it."""
+
+    label: str
+    seed: int
+    folder: Path
+    flags: list[str] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}, seed {self.seed}"
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "summary.json").is_file()
+
+    @property
+    def base(self) -> Path | None:
+        """Its evaluation before training, if it has one that is its own."""
+        path = self.folder / "before.json"
+        return path if path.is_file() and (self.folder / "manifest.json").is_file() else None
+
+    def metrics(self) -> list[str]:
+        """The lines of its metrics.jsonl so far, without one that is being written."""
+        path = self.folder / "metrics.jsonl"
+        return path.read_text().split("\n")[:-1] if path.is_file() else []
+
+
+def plan(config, variants) -> list[Run]:
+    """Every run of the comparison, seed by seed, with its command line."""
+    if config.seeds < 1 or (config.jobs or 1) < 1:
+        raise ValueError(f"--seeds and --jobs must be at least 1, not {config.seeds} and {config.jobs}")
+    extra = shlex.split(config.train)
+    for flag in extra:
+        if flag.startswith("--") and flag[2:].split("=")[0].replace("_", "-") in OURS:
+            raise ValueError(f"{flag}: the runs differ in this or share it; use --rewards, --seeds, --out and the like")
+    slugs = {v.label: re.sub(r"[^\w.=@-]+", "-", v.label).strip("-.") for v in variants}
+    if len({*slugs.values()}) < len(variants):
+        raise ValueError(f"two of {', '.join(slugs)} would share a folder; write them apart, or use two --out")
+    found = []
+    for seed in range(config.seeds):
+        for v in variants:
+            folder = config.out / slugs[v.label] / f"seed-{seed}"
+            given = {"data": config.data, "model": config.model, "steps": config.steps, "reward": v.reward,
+                     "advantage": v.advantage, "seed": seed, "out": folder}  # fmt: skip
+            flags = [part for name, x in given.items() if x is not None for part in (f"--{name}", str(x))]
+            found.append(Run(v.label, seed, folder, flags + extra))
+    return found
+
+
+def check(runs: list[Run]):
+    """The settings of the first run in full. Raises if any run's are wrong, or not those of the run in its folder."""
+    settings = [tyro.cli(train_upt.Config, args=run.flags, prog="train_upt.py") for run in runs]
+    return [train_upt.prepare(config) for config in settings][0]
+
+
+def share_base(run: Run, runs: list[Run]) -> bool:
+    """Give a run the evaluation of its seed's base; whether there is one."""
+    bases = [other.base for other in runs if other.seed == run.seed and other.base]
+    if run.base is None:
+        (run.folder / "before.json").unlink(missing_ok=True)  # of settings that nothing vouches for
+        if bases:
+            write_whole(run.folder / "before.json", [bases[0].read_bytes()])
+    return bool(bases)
+
+
+def start(run: Run, threads: int) -> subprocess.Popen:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10"}
+    with open(run.folder / "log.txt", "ab") as log:
+        # In a session of its own: Ctrl-C reaches this process alone, which then asks each run once.
+        return subprocess.Popen(
+            [sys.executable, str(TRAIN), *run.flags],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+        )  # fmt: skip
+
+
+def stop(processes) -> None:
+    """Ask the runs to stop and wait until they have saved their state; at once on a second signal."""
+    for process in processes:
+        process.terminate()
+    try:
+        for process in processes:
+            process.wait()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+        raise
+
+
+def last_lines(path: Path) -> str:
+    lines = [line.rsplit("\r", 1)[-1] for line in path.read_text(errors="replace").split("\n")]  # a bar's last state
+    return "\n".join(f"    {line}" for line in [line for line in lines if line.strip()][-LOG_LINES:])
+
+
+def execute(runs: list[Run], jobs: int, threads: int, steps: int, shares_base: bool, report) -> list[Run]:
+    """Do the runs that are not finished and return those that failed; `report()` after each that finishes.
+
+    Raises `Stopped` on SIGINT or SIGTERM, after all runs have stopped.
+    """
+    waiting, active, failed = [run for run in runs if not run.finished], {}, []
+    if len(waiting) < len(runs):
+        print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already", file=sys.stderr)
+        report()
+    with stop_on_signal() as look, tqdm(total=steps * len(runs), desc="training", unit="step") as bar:
+
+        def progress() -> None:
+            bar.n = sum(steps if run.finished else len(run.metrics()) for run in runs)
+            bar.refresh()
+
+        progress()
+        bar.initial = bar.n
+        try:
+            while waiting or active:
+                look()
+                for run in [*waiting]:
+                    alone = all(other.seed != run.seed for other in active)
+                    if len(active) < jobs and (not shares_base or share_base(run, runs) or alone):
+                        waiting.remove(run)
+                        active[run] = (start(run, threads), time.monotonic())
+                        bar.write(f"started {run.name}", file=sys.stderr)
+                for run, (process, begun) in [*active.items()]:
+                    if process.poll() is None:
+                        continue
+                    del active[run]
+                    took = f"after {(time.monotonic() - begun) / 60:.1f} min"
+                    if process.returncode == 0 and run.finished:
+                        bar.write(f"finished {run.name} {took}", file=sys.stderr)
+                        report()
+                    else:
+                        failed.append(run)
+                        log = run.folder / "log.txt"
+                        bar.write(f"FAILED {run.name} {took}, exit status {process.returncode}; the end of {log}:\n"
+                                  f"{last_lines(log)}", file=sys.stderr)  # fmt: skip
+                progress()
+                time.sleep(POLL)
+        finally:
+            stop([process for process, _ in active.values()])
+    return failed
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def compare(summaries: dict[str, dict[int, dict]]) -> dict[str, dict]:
+    """{label: {seed: summary.json}} -> {label: {"seeds": n, "after": {score: (mean, half)}, "gain": …}}.
+
+    The first entry, "base", holds the scores before training in "after". `half` is None of a single seed.
+    """
+
+    def intervals(runs: list[dict], value) -> dict[str, tuple]:
+        names = [name for name in SCORES if runs and all(name in run.get("before", ()) for run in runs)]
+        return {name: t_interval([value(run, name) for run in runs]) for name in names}
+
+    def before(run, name):
+        return run["before"][name]["value"]
+
+    def after(run, name):
+        return run["after"][name]["value"]
+
+    bases = {seed: run for found in summaries.values() for seed, run in found.items()}
+    table = {"base": {"seeds": len(bases), "after": intervals([*bases.values()], before), "gain": {}}}
+    for label, found in summaries.items():
+        runs = [*found.values()]
+        gain = intervals(runs, lambda run, name: after(run, name) - before(run, name))
+        table[label] = {"seeds": len(runs), "after": intervals(runs, after), "gain": gain}
+    return table
+
+
+def _cell(score: tuple[float, float | None] | None, name: str, sign: str = "") -> str:
+    if score is None:
+        return "–"
+    digits = 3 if name == "entropy" else 1
+    mean, half = (None if x is None else SCORES[name] * x for x in score)
+    return f"{mean:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+
+
+def report_table(table: dict[str, dict], about: str) -> str:
+    """The comparison as Markdown: scores after training, then gains."""
+    names = [name for name in SCORES if any(name in row["after"] for row in table.values())]
+    head = ["reward", "seeds", *names]
+    after = [[v, str(row["seeds"]), *(_cell(row["after"].get(n), n) for n in names)] for v, row in table.items()]
+    gains = [
+        [v, str(row["seeds"]), *(_cell(row["gain"].get(n), n, "+") for n in names)]
+        for v, row in table.items()
+        if v != "base"
+    ]
+    return "\n\n".join([
+        "# Rewards compared by training", about,
+        "Held-out scores in per cent, length in tokens, entropy in nats; eval/heldout.py says what they are. Mean over "
+        "seeds ± half of its 95 % t-interval, which a single seed has not.",
+        "## After training", markdown([head, *after]),
+        "## Gain over the base, paired by seed", markdown([head, *gains]),
+    ]) + "\n"  # fmt: skip
+
+
+def csv_rows(table: dict[str, dict]) -> list[list]:
+    """The comparison with full precision: shares from 0 to 1, an empty field for what there is not."""
+    rows = [["reward", "seeds", *(f"{n}{part}" for n in SCORES for part in ("", "_half", "_gain", "_gain_half"))]]
+    for label, row in table.items():
+        cells = [x for n in SCORES for of in ("after", "gain") for x in row[of].get(n, (None, None))]
+        rows.append([label, row["seeds"], *cells])
+    return rows
+
+
+def over_seeds(runs: list[list[dict]], name: str) -> tuple[list[int], np.ndarray]:
+    """Steps, and mean, least and greatest of a metric over the runs that have it at the step: (3, steps)."""
+    at: dict[int, list[float]] = {}
+    for run in runs:
+        for row in run:
+            if row.get(name) is not None:
+                at.setdefault(row["step"] + 1, []).append(row[name])
+    steps = sorted(at)
+    return steps, np.array([[np.mean(at[s]), min(at[s]), max(at[s])] for s in steps]).reshape(-1, 3).T
+
+
+def figure(metrics: dict[str, list[list[dict]]]) -> Figure:
+    """Training curves of each variant: the mean over its runs, and their range as a band."""
+    page = Figure(figsize=(10, 7), layout="constrained")
+    axes = page.subplots(2, 2, sharex=True).ravel()
+    for i, (label, runs) in enumerate(metrics.items()):
+        look = {"color": f"C{i % 10}", "ls": ("-", "--", ":", "-.")[i // 10 % 4]}
+        for axis, name in zip(axes, CURVES, strict=True):
+            steps, (mean, low, high) = over_seeds(runs, name)
+            axis.plot(steps, mean, label=label if axis is axes[0] else None, **look)
+            axis.fill_between(steps, low, high, color=look["color"], alpha=0.15, lw=0)
+    for axis, title in zip(axes, CURVES.values(), strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    page.supxlabel("step", fontsize=10)
+    if metrics:
+        page.legend(loc="outside lower center", ncols=4, fontsize=9)
+    return page
+
+
+def write_results(config, runs: list[Run], about: str) -> dict[str, dict]:
+    """Tables and figure of the runs that are finished; returns the table."""
+    done = [run for run in runs if run.finished]
+    summaries: dict[str, dict] = {run.label: {} for run in runs}
+    metrics: dict[str, list] = {run.label: [] for run in done}
+    for run in done:
+        summaries[run.label][run.seed] = json.loads((run.folder / "summary.json").read_text())
+        metrics[run.label].append([*map(json.loads, run.metrics())])
+    table = compare(summaries)
+    picture = io.BytesIO()
+    figure(metrics).savefig(picture, format="png", dpi=110, metadata={"Software": None})
+    write_whole(config.out / "curves.png", [picture.getvalue()])
+    write_whole(config.out / "table.md", [report_table(table, about).encode()])
+    write_csv(config.out / "table.csv", csv_rows(table))
+    return table
+
+
+def main(config, variants) -> dict[str, dict]:
+    """Train and compare; returns the table. A failed run makes the exit status 1, a signal 128 + its number."""
+    runs = plan(config, variants)
+    settings = check(runs)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jobs = min(config.jobs or (1 if torch.cuda.is_available() else cores), len(runs))
+    threads = max(1, cores // jobs)
+    about = f"{settings.data}, {settings.model}, {settings.steps} steps, {config.seeds} seeds"
+    about += f"; settings besides: `{config.train}`" if config.train else ""
+    print(f"{len(runs)} runs, {jobs} at a time with {threads} threads each: {about}", file=sys.stderr)
+
+    def report() -> dict[str, dict]:
+        return write_results(config, runs, about)
+
+    try:
+        failed = execute(runs, jobs, threads, settings.steps, settings.eval_questions > 0, report)
+    except Stopped as stopped:
+        print(f"stopped by {stopped}; the same command goes on from {config.out}", file=sys.stderr)
+        raise SystemExit(128 + getattr(signal.Signals, str(stopped))) from None
+    table = report()
+    print((config.out / "table.md").read_text())
+    print(f"table.md, table.csv and curves.png in {config.out}")
+    if failed:
+        print(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(run.name for run in failed)}", file=sys.stderr)
+        raise SystemExit(1)
+    return table
+
+
+if __name__ == "__main__":
+    raise SystemExit("the online comparison is started by ablate.py: python ablate.py --help")
