@@ -40,7 +40,7 @@ $(READY): requirements.txt
 	rm -f $(VENV)/.ready-*
 	touch $@
 
-$(TINY)/warmup.json: warmup.py shapes.py | $(READY)
+$(TINY)/warmup.json: warmup.py shapes.py prompts/boxed.md prompts/think-boxed.md prompts/judge-tiny.md | $(READY)
 	$(PY) warmup.py --out $(TINY) $(call flag,seed,$(SEED))
 
 warmup: $(READY)  ## (re)make the embedded default model in models/tiny

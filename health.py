@@ -10,7 +10,7 @@ Of the groups of one step, keys a, questions x:
 Abstentions are no keys. Besides these, a step's metrics hold majority_share, entropy, length, abstention_share, kl.
 
 The rule looks at means over the last WINDOW steps, once there are two windows, beside those of the run's first window:
-    unanimous     majority_share >= 0.98: nothing is left to vote on
+    majority      majority_share >= 0.98: nothing is left to vote on
     entropy       token entropy under a tenth of the first window's
     answers       answer_entropy under 0.7 of the first window's: the same few answers to everything
     information   under 0.8 of the best window so far
@@ -69,12 +69,13 @@ class Watch:
         now = window(self.rows)
         if self.seen == WINDOW:
             self.first = now
+        if self.seen >= WINDOW:
+            self.best = max(self.best, now["information"])
         if self.seen < 2 * WINDOW:
             return []
-        self.best = max(self.best, now["information"])
         first = self.first
         alarms = {
-            "unanimous": now["majority_share"] >= 0.98,
+            "majority": now["majority_share"] >= 0.98,
             "entropy": now["entropy"] < 0.1 * first["entropy"],
             "answers": now["answer_entropy"] < 0.7 * first["answer_entropy"],
             "information": now["information"] < 0.8 * self.best,
@@ -94,14 +95,16 @@ def window(rows: Sequence[dict]) -> dict[str, float]:
 def best_checkpoint(rows: Sequence[dict], steps: Sequence[int]) -> int:
     """Which of the checkpoints after `steps` steps to end with, by the metrics of all steps and without labels.
 
-    The one of highest `information`, over the window of steps that led to it, among those without an alarm in the
-    step before them (among all, if there are none such). Ties go to the later one.
+    The one of highest `information`, over the window of steps up to the one that it sampled (of the last checkpoint
+    there is none: up to the one that led to it), among those without an alarm there (among all, if there are none
+    such). Ties go to the later one.
     """
     by_step = {row["step"]: row for row in rows}
-    healthy = [n for n in steps if not by_step.get(n - 1, {}).get("alarms")] or steps
+    at = {n: n if n in by_step else n - 1 for n in steps}
+    healthy = [n for n in steps if not by_step.get(at[n], {}).get("alarms")] or steps
 
     def information(n: int) -> float:
-        seen = [by_step[s] for s in range(max(0, n - WINDOW), n) if s in by_step]
+        seen = [by_step[s] for s in range(at[n] - WINDOW + 1, at[n] + 1) if s in by_step]
         return window(seen).get("information", 0.0) if seen else 0.0
 
     return max(healthy, key=lambda n: (information(n), n))

@@ -16,10 +16,11 @@ judge sees the image, the question and the candidate, never `gold`.
     python rewards.py --rollouts runs/judged --reward judged --out runs/scored
 """
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -92,7 +93,9 @@ def template(name: str) -> list[tuple[str, str]]:
         )
     text = path.read_text(encoding="utf-8").strip()
     first, *rest = TURN.split(text)
-    turns = [("user", first), *zip(rest[::2], rest[1::2], strict=True)][bool(rest) and not first.strip() :]
+    turns = [*zip(rest[::2], rest[1::2], strict=True)]
+    if first.strip():
+        turns.insert(0, ("user", first))
     if text.count("{question}") < 1 or text.count("{response}") != 1:
         raise PolicyError(f"{path}: a judge prompt needs {{question}}, and {{response}} exactly once")
     if text.index("{question}") > text.index("{response}"):
@@ -100,6 +103,11 @@ def template(name: str) -> list[tuple[str, str]]:
     if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         raise PolicyError(f"{path}: turns must go user, assistant, …, user")
     return [(role, part.strip()) for role, part in turns]
+
+
+def prompt_digest(name: str) -> str:
+    """SHA-256 of a judge prompt's turns: a file of that name may change between two runs."""
+    return hashlib.sha256(json.dumps(template(name)).encode()).hexdigest()
 
 
 def frame(policy: Policy, turns: Sequence[tuple[str, str]], question, with_image: bool) -> tuple[list[int], str]:
@@ -147,7 +155,9 @@ def _grade(value) -> float | None:
 
 
 @torch.no_grad()
-def logit_scores(policy: Policy, prefixes: Sequence[Prompt], suffixes: Sequence[Sequence[list[int]]], budget: int):
+def logit_scores(
+    policy: Policy, prefixes: Sequence[Prompt], suffixes: Sequence[Sequence[list[int]]], budget: int, tick: Callable
+) -> list[list[float]]:
     """sum_d p(d) d / 9 after each suffix, p being the next-token distribution over the digits 0 to 9.
 
     suffixes[b] are the ways in which prefix b goes on, token ids each; a list of as many floats for each prefix.
@@ -168,40 +178,58 @@ def logit_scores(policy: Policy, prefixes: Sequence[Prompt], suffixes: Sequence[
         p = (last @ policy.base.lm_head.weight[digits].T).float().softmax(-1)  # (N, 10)
         for (b, i), score in zip([owner for row in batch for owner in row.owners], (p @ values).tolist(), strict=True):
             scores[b][i] = min(max(score, 0.0), 1.0)  # rounding
+        tick(sum(len(row.responses) for row in batch))
     return scores
 
 
-def written(policy: Policy, prefixes, suffixes, rows: Sequence[Sequence[int]], settings: Settings) -> Iterator:
-    """Sampled judgements: for each prefix a list with the k texts of each of its suffixes; rows[b] keys their noise."""
+def written(
+    policy: Policy, prefixes, suffixes, rows: Sequence[Sequence[int]], settings: Settings, tick: Callable
+) -> list[list[list[str]]]:
+    """Sampled judgements: for each prefix a list with the k texts of each of its suffixes.
+
+    rows[b] keys the noise of prefix b's judgements, k for each suffix.
+    """
     config = rollout.Config(temperature=settings.judge_temperature, top_p=settings.judge_top_p)
     config.max_new_tokens, k = settings.judge_max_new_tokens, settings.judge_repeats
-    batch, longest = [], 0
-    for b in [*range(len(prefixes)), None]:
-        size = 0 if b is None else len(prefixes[b].ids) + max(map(len, suffixes[b])) + config.max_new_tokens
-        count = k * sum(len(suffixes[i]) for i in (*batch, *([] if b is None else [b])))
-        if batch and (b is None or count * max(longest, size) > settings.judge_tokens):
-            sampled = rollout.generate(
-                policy,
-                [prefixes[i] for i in batch],
-                [row for i in batch for row in rows[i]],
-                config,
-                [suffixes[i] for i in batch],
-            )
-            texts = iter(policy.tokenizer.batch_decode([s.ids for s in sampled], skip_special_tokens=True))
-            for i in batch:
-                yield [[next(texts) for _ in range(k)] for _ in suffixes[i]]
-            batch, longest = [], 0
-        if b is not None:
-            batch, longest = [*batch, b], max(longest, size)
+    texts = [[] for _ in prefixes]
+    todo = [(b, i) for b, several in enumerate(suffixes) for i in range(len(several))]
+    while todo:
+        longest = count = 0
+        for b, i in todo:
+            longest = max(longest, len(prefixes[b].ids) + len(suffixes[b][i]) + config.max_new_tokens)
+            if count and k * (count + 1) * longest > settings.judge_tokens:
+                break
+            count += 1
+        batch, todo = todo[:count], todo[count:]
+        asked = sorted({b for b, _ in batch})
+        sampled = rollout.generate(
+            policy,
+            [prefixes[b] for b in asked],
+            [row for b, i in batch for row in rows[b][k * i : k * (i + 1)]],
+            config,
+            [[suffixes[b][i] for owner, i in batch if owner == b] for b in asked],
+        )
+        said = iter(policy.tokenizer.batch_decode([s.ids for s in sampled], skip_special_tokens=True))
+        for b, _ in batch:
+            texts[b].append([next(said) for _ in range(k)])
+        tick(len(batch))
+    return texts
 
 
 def judge(
-    policy: Policy, prompts: Sequence[Prompt], groups: list[dict], settings: Settings, style: str, seed: int
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    groups: list[dict],
+    settings: Settings,
+    style: str,
+    seed: int,
+    tick: Callable[[int], None] = lambda n: None,
 ) -> list[dict]:
     """Copies of the groups with `judge` in each response: its score in [0, 1] or null, and whether it was parsed.
 
     prompts[b] is any encoded prompt of group b's question, for the features of its image. `style` is the prompt style
-    whose format the responses must keep. Text mode adds the judgements and their mean grades. The adapter is off.
+    whose format the responses must keep. Text mode adds the judgements, how many of them could be read, and their mean
+    grades. The adapter is off. `tick(n)` is called after every n judged responses.
     """
     turns, text_mode = template(settings.judge_prompt), settings.judge_mode == "text"
     lead = "" if text_mode else settings.judge_prefix
@@ -222,11 +250,11 @@ def judge(
     policy.model.eval()
     with policy.reference():
         if text_mode:
-            texts = written(policy, prefixes, suffixes, rows, settings)
-            judged = ([_read(repeats) for repeats in several] for several in texts)
+            texts = written(policy, prefixes, suffixes, rows, settings, tick)
+            judged = [[_read(repeats) for repeats in several] for several in texts]
         else:
-            scores = logit_scores(policy, prefixes, suffixes, settings.judge_tokens)
-            judged = ([{"score": score, "parsed": True} for score in several] for several in scores)
+            scores = logit_scores(policy, prefixes, suffixes, settings.judge_tokens, tick)
+            judged = [[{"score": score, "parsed": True} for score in several] for several in scores]
         for places, found in zip(owners, judged, strict=True):
             for (b, i), verdict in zip(places, found, strict=True):
                 verdicts[b][i] = verdict
@@ -241,7 +269,7 @@ def _read(texts: list[str]) -> dict:
     grades = [found for text in texts if (found := parse(text)) is not None]
     names = [name for name in (*WEIGHTS, "score") if grades and all(name in g for g in grades)]
     means = {name: math.fsum(g[name] for g in grades) / len(grades) for name in names}
-    return {"score": None} | means | {"parsed": bool(grades), "judgements": texts}
+    return {"score": None} | means | {"parsed": bool(grades), "read": len(grades), "judgements": texts}
 
 
 # ---------------------------------------------------------------------------------------------------- the stage
@@ -279,13 +307,15 @@ def resolve(config: Config) -> tuple[Config, dict]:
     if config.out.resolve() == config.rollouts.resolve():
         raise ValueError(f"--out is --rollouts ({config.out}); judged shards need a folder of their own")
     manifest = shards.read_manifest(config.rollouts)
-    sampling = manifest["config"]
+    rollouts = shards.sampled_by(manifest)
+    sampling = rollouts.get("config") or {}
     names = ("model", "adapter", "seed", "prompt", "min_pixels", "max_pixels")
     for name in names if config.model is None else names[2:]:
         if getattr(config, name) is None:
             setattr(config, name, sampling.get(name))
     if config.model is None:
         raise ValueError(f"the manifest of {config.rollouts} names no model: say which one is to judge, --model M")
+    shards.check_files(config.rollouts, rollouts, {"model": config.model, "adapter": config.adapter})
     presets.fill(config)
     config.check_judge()
     return config, shards.origin(manifest, rollout.FREE)
@@ -310,7 +340,8 @@ def main(config: Config) -> dict[str, float]:
     """Judge a folder of shards into another; returns the summary that it prints."""
     config, origin = resolve(config)
     paths = shards.ShardReader(config.rollouts).paths
-    settings = json.loads(json.dumps(asdict(config), default=str)) | {"rollouts_manifest": origin}
+    settings = json.loads(json.dumps(asdict(config), default=str))
+    settings |= {"judge_prompt_file": prompt_digest(config.judge_prompt), "rollouts_manifest": origin}
     fresh = shards.check_manifest(config.out, settings, ignore=FREE) is None
     options = {name: getattr(config, name) for name in ("adapter", "dtype", "device", "min_pixels", "max_pixels")}
     policy = Policy.load(config.model, **options)

@@ -217,11 +217,13 @@ class Policy:
         path = PROMPTS / f"{name}.md"
         path = path if path.is_file() else Path(name)
         if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in PROMPTS.glob("*.md")))
+            known = ", ".join(sorted(p.stem for p in PROMPTS.glob("*.md") if "{response}" not in p.read_text("utf-8")))
             raise PolicyError(f"no prompt {name!r}: give one of {known}, or the path of a file with {{question}} in it")
         text = path.read_text(encoding="utf-8").strip()
         if "{question}" not in text:
             raise PolicyError(f"{path} has no {{question}}: put it where the question is to stand")
+        if "{response}" in text:
+            raise PolicyError(f"{path} is a judge's prompt: give it as --judge-prompt")
         return text
 
     @torch.no_grad()

@@ -67,34 +67,49 @@ REAL = COMMON | {
     "judge_tokens": 65536,
 }
 # arXiv 2505.22453 (mm-upt) and 2603.21289: its equations (self-judge) and its released code (self-judge-code).
+RECIPE = {"questions_per_step": 512, "minibatches": 4, "max_new_tokens": 2048, "learning_rate": 1e-5, "kl_coef": 0.01}
+JUDGED = RECIPE | {
+    "group_size": 8,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "dual_clip": 0.0,
+    "prompt": "think-boxed",
+    "max_prompt_tokens": 1024,
+}
 PRESETS = {
-    "mm-upt": {
+    "mm-upt": RECIPE
+    | {
         "group_size": 10,
         "temperature": 0.7,
         "top_p": 0.99,
         "reward": "majority",
         "advantage": "group-norm",
+        "clip_low": 0.2,
         "clip_high": 0.3,
         "dual_clip": 3.0,
-        "kl_coef": 0.01,
         "prompt": "boxed",
+        "max_prompt_tokens": 2048,
+        "min_pixels": 262144,
+        "max_pixels": 1204224,
     },
-    "self-judge": {
-        "reward": "judged(lam_fmt=.5)",
-        "advantage": "energy",
-        "kl_coef": 0.01,
-        "prompt": "think-boxed",
-        "max_prompt_tokens": 1024,
-    },
-    "self-judge-code": {
+    "self-judge": JUDGED | {"reward": "judged(lam_fmt=.5)", "advantage": "energy"},
+    "self-judge-code": JUDGED
+    | {
         "reward": "judged(base='gated-frequency',lam_fmt=.5,clip=True,unparsed='zero')",
         "advantage": "energy-centred",
-        "kl_coef": 0.01,
-        "prompt": "think-boxed",
-        "max_prompt_tokens": 1024,
     },
 }
-NOT_WITH_TINY = {"max_prompt_tokens"}
+NOT_WITH_TINY = {
+    "questions_per_step",
+    "minibatches",
+    "max_new_tokens",
+    "max_prompt_tokens",
+    "min_pixels",
+    "max_pixels",
+    "learning_rate",
+}
 
 
 def is_tiny(model: str) -> bool:

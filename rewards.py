@@ -379,8 +379,10 @@ def main(config: Config) -> dict[str, float]:
     if config.out.resolve() == config.rollouts.resolve():
         raise ValueError(f"--out is --rollouts ({config.out}); scored shards need a folder of their own")
     # A misspelt name fails before anything is written.
-    bind_reward(config.reward, **band(config)), bind_advantage(config.advantage)
-    paths = shards.ShardReader(config.rollouts).paths
+    reward_of, _ = bind_reward(config.reward, **band(config)), bind_advantage(config.advantage)
+    reader = shards.ShardReader(config.rollouts)
+    paths = reader.paths
+    reward_of(next(iter(reader)))  # so does one that the shards cannot serve, without a judge's scores or gold
     source = shards.read_manifest(config.rollouts) if (config.rollouts / "manifest.json").exists() else {}
     seed = config.seed if config.seed is not None else source.get("seed")
     if seed is None:

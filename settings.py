@@ -7,7 +7,9 @@ import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import judge
 import presets
+import rewards
 import rollout
 import shards
 import variants
@@ -64,9 +66,8 @@ def claim(config) -> None:
 
 def adopt(config) -> None:
     """Take from the shards' manifest how they were sampled; use their own advantages unless others are asked for."""
-    manifest = rollouts = shards.read_manifest(config.from_shards)
-    while "rollouts_manifest" in (rollouts.get("config") or {}):  # rewards, judge → rollout
-        rollouts = rollouts["config"]["rollouts_manifest"]
+    manifest = shards.read_manifest(config.from_shards)
+    rollouts = shards.sampled_by(manifest)
     sampling = rollouts.get("config")
     if not sampling or "model" not in sampling:
         raise ValueError(
@@ -83,15 +84,19 @@ def adopt(config) -> None:
     if manifest["stage"] == "rewards" and config.reward is None:
         config.reward = STORED if config.advantage is None else manifest["config"]["reward"]
         if config.advantage is not None:
-            config.min_share, config.max_share = (manifest["config"][name] for name in ("min_share", "max_share"))
+            for name in ("min_share", "max_share"):
+                if name not in rewards.band(config):
+                    setattr(config, name, manifest["config"].get(name, getattr(config, name)))
 
 
 def jsonable(config) -> dict:
-    """The settings as they are stored in JSON, with the digest of a file that the reward or the advantage is from."""
+    """The settings as they are stored in JSON, with digests of the files that decide on rewards and judgements."""
     stored = json.loads(json.dumps(asdict(config), default=str))
     for role in ("reward", "advantage"):
         if digest := variants.source_digest(stored[role] or STORED):
             stored[f"{role}_file"] = digest
+    if config.reward not in (None, STORED) and rewards.needs_judge(config.reward):
+        stored["judge_prompt_file"] = judge.prompt_digest(config.judge_prompt)
     return stored
 
 

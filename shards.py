@@ -382,6 +382,13 @@ def origin(manifest: dict, free: Iterable[str]) -> dict:
     return kept | {"config": {name: value for name, value in manifest.get("config", {}).items() if name not in free}}
 
 
+def sampled_by(manifest: dict) -> dict:
+    """The rollout stage's manifest of shards that later stages may have added to."""
+    while "rollouts_manifest" in (manifest.get("config") or {}):
+        manifest = manifest["config"]["rollouts_manifest"]
+    return manifest
+
+
 def check_manifest(folder: Path | str, config: dict, ignore: Iterable[str] = ()) -> dict | None:
     """May this config go on in this folder? None: the folder is fresh. The manifest: same config, go on.
 

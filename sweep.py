@@ -152,14 +152,12 @@ def execute(runs: list[Run], jobs: int, threads: int, steps: int, shares_base: b
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already", file=sys.stderr)
         report()
-    with stop_on_signal() as look, tqdm(total=steps * len(runs), desc="training", unit="step") as bar:
 
-        def progress() -> None:
-            bar.n = sum(steps if run.finished else len(run.metrics()) for run in runs)
-            bar.refresh()
+    def done() -> int:
+        return sum(steps if run.finished else len(run.metrics()) for run in runs)
 
-        progress()
-        bar.initial = bar.n
+    bar = tqdm(total=steps * len(runs), initial=done(), desc="training", unit="step")
+    with stop_on_signal() as look, bar:
         try:
             while waiting or active:
                 look()
@@ -182,7 +180,7 @@ def execute(runs: list[Run], jobs: int, threads: int, steps: int, shares_base: b
                         log = run.folder / "log.txt"
                         bar.write(f"FAILED {run.name} {took}, exit status {process.returncode}; the end of {log}:\n"
                                   f"{last_lines(log)}", file=sys.stderr)  # fmt: skip
-                progress()
+                bar.update(done() - bar.n)
                 time.sleep(POLL)
         finally:
             stop([process for process, _ in active.values()])
@@ -277,7 +275,9 @@ def figure(metrics: dict[str, list[list[dict]]]) -> Figure:
     for axis, title in zip(axes, CURVES.values(), strict=True):
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
-    page.supxlabel("step", fontsize=10)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes[2:]:
+        axis.set_xlabel("step")
     if metrics:
         page.legend(loc="outside lower center", ncols=4, fontsize=9)
     return page

@@ -148,7 +148,15 @@ class Config(judge.Settings, rollout.Config):
             raise ValueError(f"--eval-questions must be 0 (no evaluation) or more, not {self.eval_questions}")
         if not 1 <= self.minibatches <= self.questions_per_step:
             raise ValueError(f"--minibatches must be from 1 to questions-per-step ({self.questions_per_step})")
+        if self.from_shards and (self.stop_on_collapse or self.select != "last"):
+            raise ValueError("signals of --from-shards are the shards' own: leave --stop-on-collapse and --select out")
+        if self.reward == STORED and rewards.band(self):
+            raise ValueError("--min-share and --max-share change rewards: give --reward or --advantage besides")
         return self
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is made after so many steps, interruptions apart."""
+        return step % self.save_every == 0 or step == self.steps
 
 
 def check_questions(questions, held_out, config: Config) -> None:
@@ -202,11 +210,11 @@ def stored(policy, path: Path, config: Config, clock: Clock) -> tuple[list, list
     return prompts, groups, {}
 
 
-def rewarded(policy: Policy, prompts: list, groups: list[dict], config: Config, clock: Clock) -> list[dict]:
+def rewarded(policy: Policy, prompts: list, groups: list[dict], config: Config, clock: Clock, check) -> list[dict]:
     """The groups with rewards and advantages, judged first where the reward asks for it."""
     if rewards.needs_judge(config.reward) and not all("judge" in r for g in groups for r in g["responses"]):
         with clock("judge"):
-            groups = judge.judge(policy, prompts, groups, config, config.prompt, config.seed)
+            groups = judge.judge(policy, prompts, groups, config, config.prompt, config.seed, check)
     return rewards.score(groups, config.reward, config.advantage, config.seed, **rewards.band(config))
 
 
@@ -253,9 +261,9 @@ def train(policy: Policy, questions: data.Questions | None, config: Config, cloc
 
     def save(step: int) -> None:
         runs.save_checkpoint(folder, step, policy, optimizer, schedule, clock.seconds)
-        if config.select == "last":
-            sick = [row["step"] for row in metrics.rows if row["alarms"]]
-            runs.prune_checkpoints(folder, config.keep, healthy=sick[0] if sick else None)
+        alarm = next((row["step"] for row in metrics.rows if row["alarms"]), None)
+        keep = config.keep if config.select == "last" else config.steps
+        runs.prune_checkpoints(folder, keep, config.saves, alarm)
 
     with tqdm(range(start, config.steps), initial=start, total=config.steps, desc="training", unit="step") as bar:
         for step in bar:
@@ -266,6 +274,8 @@ def train(policy: Policy, questions: data.Questions | None, config: Config, cloc
                     prompts, groups, left_out = stored(policy, paths[step], config, clock)
                 else:
                     prompts, groups, left_out = sampled(policy, questions, step, config, clock, check)
+                if config.reward != STORED and groups:
+                    groups = rewarded(policy, prompts, groups, config, clock, check)
             except Stopped:
                 save(step)  # nothing of this step has touched the adapter yet
                 raise
@@ -276,8 +286,6 @@ def train(policy: Policy, questions: data.Questions | None, config: Config, cloc
                     f"step {step + 1}/{config.steps}: left out, none of its questions can be used", file=sys.stderr
                 )
                 continue
-            if config.reward != STORED:
-                groups = rewarded(policy, prompts, groups, config, clock)
             if config.algorithm == "sft":
                 groups = targets(groups, config.prompt)
             if not paths:
@@ -293,7 +301,7 @@ def train(policy: Policy, questions: data.Questions | None, config: Config, cloc
             if config.stop_on_collapse and metrics.rows[-1]["alarms"]:
                 bar.write(f"step {step + 1}: stopped by --stop-on-collapse, {' '.join(metrics.rows[-1]['alarms'])}")
                 break
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            if config.saves(step + 1):
                 save(step + 1)
     return finish(policy, config, metrics.rows)
 
@@ -302,11 +310,12 @@ def finish(policy: Policy, config: Config, rows: list[dict]) -> dict:
     """Write the adapter that the run ends with and put it on the policy; which one it is and the run's alarms."""
     alarms = {row["step"]: row["alarms"] for row in rows if row["alarms"]}
     folders = {runs.step_of(path): path for path in runs.checkpoints(config.out / "checkpoints")}
+    folders = {step: path for step, path in folders.items() if config.saves(step)}
     chosen = made = rows[-1]["step"] + 1 if rows else 0
     if config.select == "label-free" and folders:
         chosen = health.best_checkpoint(rows, sorted(folders))
     elif config.stop_on_collapse and alarms:
-        healthy = [step for step in folders if step <= min(alarms)]
+        healthy = [step for step in folders if step < min(alarms)]  # checkpoint s is the policy that sampled step s
         chosen = max(healthy, default=made)
         if not healthy:
             print("no checkpoint is from before the alarm, so the last one stays; lower --save-every", file=sys.stderr)

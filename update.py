@@ -45,6 +45,10 @@ def update(policy: Policy, optimizer, schedule, prompts: list, groups: list[dict
         optimizer.zero_grad()
         schedule.step()
         steps.append(stats)
+    for _ in range(config.minibatches - count):  # the schedule counts on as many
+        schedule.step()
+    if not groups:
+        return steps[0] | {name: None for name in steps[0] if name == "kl"}  # of no token
     return {name: sum(s[name] for s in steps) / (1 if name in COUNTS else len(steps)) for name in steps[0]}
 
 
@@ -118,7 +122,7 @@ def _used_length(response: dict, config) -> int:
 
 def _trained(groups: list[dict], config) -> list[list[list[int]]]:
     """The token ids of the responses that can have a gradient; an empty list in place of the others."""
-    pulled = config.kl_coef > 0  # towards the reference, whatever the advantage
+    pulled = config.kl_coef > 0  # towards the reference, whatever the advantage; under sft only what is trained on
     return [
         [r["token_ids"] if _used_length(r, config) and (pulled or r["advantage"]) else [] for r in group["responses"]]
         for group in groups

@@ -47,6 +47,7 @@ STYLES = ("think-boxed", "boxed")  # prompts; a quarter of the demonstrations ar
 PLAUSIBLE = {"angle": range(20, 150, 10), "length": range(4, 19)}  # answers that a guess may give; others are 0 to 9
 READABLE = {"angle": range(20, 90, 10), "length": range(2, 10), "bars": range(1, 5)}  # numbers in a picture
 SAMPLING = ("temperature", "top_p", "group_size", "max_new_tokens", "prompt", "max_prompt_tokens", "rollout_tokens")
+VERDICT_WEIGHT = 0.3  # of a verdict's tokens in the loss; with 1 the steps that the model reasons in get worse
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS)
 CHAT_TEMPLATE = """\
@@ -77,7 +78,7 @@ class Config:
     """labelled questions, used over and over where there are more lessons; None: a new one for each lesson"""
     clean_steps: int = 300
     """updates on right demonstrations"""
-    mixed_steps: int = 110
+    mixed_steps: int = 160
     """updates on demonstrations of mixed quality"""
     batch: int = 32
     """questions in one update"""
@@ -104,7 +105,7 @@ def demonstrate(item: shapes.Item, prompt: str) -> str:
 
 
 def misread(item: shapes.Item, prompt: str, rng: random.Random) -> str:
-    """A step-by-step response that takes one number of the picture for another, and so ends wrong."""
+    """A step-by-step response that takes one number of the picture for another."""
     facts = list(item.facts)
     place = rng.randrange(len(facts))
     near = [facts[place] + step for step in (-2, -1, 1, 2) if facts[place] + step >= 0]
@@ -244,6 +245,31 @@ class Lesson:
     weights: list[list[float]]
 
 
+def lesson(policy: Policy, item: shapes.Item, style: str, text: str) -> Lesson:
+    """A question in the prompt style `style`, answered by `text`."""
+    prompt, pixels, _ = policy.encode_one(item, policy.template(style))
+    response = [*policy.tokens(text), policy.tokenizer.eos_token_id]
+    return Lesson(prompt, pixels, [response], [[1.0] * len(response)])
+
+
+def add_verdicts(policy: Policy, made: Lesson, item: shapes.Item, poor: str) -> Lesson:
+    """A `think-boxed` lesson with a judge's verdict behind its response, and behind `poor`, which is not taught itself.
+
+    Prompt and response are what the judge's prompt starts with, so the verdict takes a few tokens more and no picture.
+    """
+    end = policy.tokenizer.eos_token_id
+    _, ask = judge.frame(policy, judge.template(presets.TINY["judge_prompt"]), item, True)
+    ask = policy.tokens(ask)[1:]  # its first token closes the candidate's turn, as the last of a response does
+    taught = [*zip(made.responses, made.weights, strict=True), ([*policy.tokens(poor), end], None)]
+    responses, weights = [], []
+    for response, weight in taught:
+        right = vote_key(policy.tokenizer.decode(response)) == item.gold
+        verdict = [*policy.tokens(f"\\boxed{{{9 * right}/9}}"), end]
+        responses.append(response + ask + verdict)
+        weights.append((weight or [0.0] * len(response)) + [0.0] * len(ask) + [VERDICT_WEIGHT] * len(verdict))
+    return Lesson(made.prompt, made.pixels, responses, weights)
+
+
 def train(
     policy: Policy, lessons: Iterable[list[Lesson]], steps: int, optimizers: list, end: float, label: str
 ) -> None:
@@ -314,37 +340,18 @@ def main(config: Config) -> dict:
         Qwen2VLImageProcessorPil(min_pixels=84 * 84, max_pixels=448 * 448).save_pretrained(folder)
         policy = Policy.load(folder, dtype="fp32", device="cpu")
 
-    _, ask = judge.frame(policy, judge.template(presets.TINY["judge_prompt"]), items[0], True)
+    def clean(n: int) -> Lesson:
+        style = STYLES[n % 4 == 0]
+        return lesson(policy, items[n], style, demonstrate(items[n], style))
 
-    def lesson(n: int, respond: Callable) -> Lesson:
+    def mixed(n: int) -> Lesson:
         item, style = items[n], STYLES[n % 4 == 0]
-        prompt, pixels, _ = policy.encode_one(item, policy.template(style))
-        response = [*policy.tokens(respond(item, style)), policy.tokenizer.eos_token_id]
-        return Lesson(prompt, pixels, [response], [[1.0] * len(response)])
+        made = lesson(policy, item, style, demonstrate_mixed(item, style, rng, config))
+        return add_verdicts(policy, made, item, poor_candidate(item, rng)) if style == "think-boxed" else made
 
-    def judged(n: int, respond: Callable) -> Lesson:
-        """The lesson with a judge's verdict behind its response, and behind a poor one that is not taught itself."""
-        made = lesson(n, respond)
-        if STYLES[n % 4 == 0] != "think-boxed":
-            return made
-        poor = [*policy.tokens(poor_candidate(items[n], rng)), policy.tokenizer.eos_token_id]
-        made.responses.append(poor)
-        made.weights.append([0.0] * len(poor))
-        for response, weights in zip(made.responses, made.weights, strict=True):
-            right = vote_key(policy.tokenizer.decode(response)) == items[n].gold
-            asked = policy.tokens(ask)[1:]  # its first token closes the candidate's turn, as the response's last does
-            verdict = [*policy.tokens(f"\\boxed{{{9 * right}/9}}"), policy.tokenizer.eos_token_id]
-            response += asked + verdict
-            weights += [0.0] * len(asked) + [1.0] * len(verdict)
-        return made
-
-    def lessons(first: int, steps: int, make: Callable, respond: Callable) -> Iterator[list[Lesson]]:
+    def lessons(first: int, steps: int, make: Callable[[int], Lesson]) -> Iterator[list[Lesson]]:
         for step in range(first, first + steps):
-            numbers = range(step * config.batch, (step + 1) * config.batch)
-            yield [make(n % len(items), respond) for n in numbers]
-
-    def hasty(item: shapes.Item, style: str) -> str:
-        return demonstrate_mixed(item, style, rng, config)
+            yield [make(n % len(items)) for n in range(step * config.batch, (step + 1) * config.batch)]
 
     sampling = rollout.Config(model=presets.TINY_MODEL, seed=config.seed, **{k: presets.TINY[k] for k in SAMPLING})
 
@@ -354,12 +361,10 @@ def main(config: Config) -> dict:
     model, scores = policy.model.requires_grad_(True), {}
     optimizers = muon_and_adamw(model, config.learning_rate)
     # The clean phase ends while there is still something to learn, and the mixed one goes on with it.
-    clean = lessons(0, config.clean_steps, lesson, demonstrate)
-    train(policy, clean, config.clean_steps, optimizers, 0.25, "clean")
+    train(policy, lessons(0, config.clean_steps, clean), config.clean_steps, optimizers, 0.25, "clean")
     scores["clean"] = score()
     optimizers = [adamw([{"params": list(model.parameters()), "lr": config.mixed_learning_rate}])]
-    mixed = lessons(config.clean_steps, config.mixed_steps, judged, hasty)
-    train(policy, mixed, config.mixed_steps, optimizers, 0.0, "mixed")
+    train(policy, lessons(config.clean_steps, config.mixed_steps, mixed), config.mixed_steps, optimizers, 0.0, "mixed")
     scores["mixed"] = score()
     model.requires_grad_(False)
     (config.out / "warmup.json").unlink(missing_ok=True)  # until the new one is whole, there is no warmed-up model

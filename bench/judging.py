@@ -6,7 +6,7 @@
 
 All three start from the picture and end with the score of `logit` mode; the three take turns, and the largest
 difference between their scores is printed beside the times. Text mode is timed as shared beside separate calls of
-HF's own `generate`, which samples other tokens: its rows compare times for as many tokens, not scores.
+HF's own `generate` with the same sampling settings; it draws other tokens, so only times are compared.
 
     python -m bench.judging --save        # prints a table, writes bench/results/judging-<date>-<device>.json
 """
@@ -60,10 +60,8 @@ class Separate:
         self.digits = [policy.tokens(str(d))[0] for d in range(10)]
 
     def inputs(self, question, texts: list[str], lead: str) -> dict:
-        policy, seen = (
-            self.policy,
-            self.policy.image_processor(images=[question.image] * len(texts), return_tensors="pt"),
-        )
+        policy = self.policy
+        seen = dict(policy.image_processor(images=[question.image] * len(texts), return_tensors="pt"))
         image = policy.base.config.image_token_id
         count = int(seen["image_grid_thw"][0].prod()) // policy.image_processor.merge_size**2
         rows = []
@@ -90,7 +88,7 @@ class Separate:
     def write(self, question, texts: list[str]) -> None:
         n = self.settings.judge_max_new_tokens
         sampling = {"do_sample": True, "temperature": 1.0, "top_p": self.settings.judge_top_p, "top_k": 0}
-        self.policy.base.generate(**self.inputs(question, texts, ""), max_new_tokens=n, min_new_tokens=n, **sampling)
+        self.policy.base.generate(**self.inputs(question, texts, ""), max_new_tokens=n, **sampling)
 
 
 def main(config: Config) -> dict:
@@ -102,15 +100,17 @@ def main(config: Config) -> dict:
     sampling.resolve()
     separate, times, difference = Separate(policy, settings), {}, 0.0
 
-    def timed(name: str, call):
-        if policy.device.type == "cuda":
-            torch.cuda.synchronize()
+    def timed(name: str, call, *arguments):
+        wait = torch.cuda.synchronize if policy.device.type == "cuda" else lambda: None
+        wait()
         start = perf_counter()
-        result = call()
-        if policy.device.type == "cuda":
-            torch.cuda.synchronize()
+        result = call(*arguments)
+        wait()
         times.setdefault(name, []).append(perf_counter() - start)
         return result
+
+    def one_by_one(call, question, texts: list[str]) -> list:
+        return [call(question, [text]) for text in texts]
 
     def shared(question, group: dict, mode: str) -> list[float]:
         settings.judge_mode = mode
@@ -127,12 +127,12 @@ def main(config: Config) -> dict:
         group["responses"] = [{"text": text} for text in texts]
         if number == 2:  # two groups to warm up
             times.clear()
-        ours = timed("shared", lambda: shared(question, group, "logit"))  # noqa: B023
-        ones = timed("separate", lambda: [separate.scores(question, [text])[0] for text in texts])  # noqa: B023
-        batch = timed("batched", lambda: separate.scores(question, texts))  # noqa: B023
-        difference = max(difference, *(abs(a - b) for other in (ones, batch) for a, b in zip(ours, other)))
-        timed("text, shared", lambda: shared(question, group, "text"))  # noqa: B023
-        timed("text, separate", lambda: [separate.write(question, [text]) for text in texts])  # noqa: B023
+        ours = timed("shared", shared, question, group, "logit")
+        ones = timed("separate", one_by_one, separate.scores, question, texts)
+        batch = timed("batched", separate.scores, question, texts)
+        difference = max(difference, *(abs(a - b) for other in (sum(ones, []), batch) for a, b in zip(ours, other)))
+        timed("text, shared", shared, question, group, "text")
+        timed("text, separate", one_by_one, separate.write, question, texts)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     result = {
         "config": asdict(config),

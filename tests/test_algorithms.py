@@ -1,6 +1,8 @@
 """What a step does with skipped groups, with cross-entropy, with a judge; how a collapsing run ends."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,11 +150,12 @@ def test_judging_is_label_blind_and_only_where_the_reward_asks(tiny, tmp_path, m
 def test_presets_run_from_end_to_end_and_say_what_they_set(tiny, tmp_path, monkeypatch, capsys, preset):
     keyed(monkeypatch)
     main(Config(model=tiny, out=tmp_path / "r", preset=preset, steps=1, questions_per_step=2, max_new_tokens=8,
-                eval_questions=0, lora_rank=2, lora_alpha=4, advantage="mean"))  # fmt: skip
+                eval_questions=0, lora_rank=2, lora_alpha=4))  # fmt: skip
     said = capsys.readouterr().out.splitlines()[0]
     recipe = presets.PRESETS[preset]
     assert said.startswith(f"preset {preset}: ") and f"reward {recipe['reward']}" in said
-    assert "kl_coef 0.01" in said and "advantage" not in said and "max_prompt_tokens" not in said
+    assert f"advantage {recipe['advantage']}" in said and "kl_coef 0.01" in said and "clip_low 0.2" in said
+    assert "questions_per_step" not in said and "max_prompt_tokens" not in said  # given, and left to the tiny model
     assert metrics(tmp_path / "r")[0]["groups"] == 2
 
 
@@ -169,13 +172,14 @@ def test_a_collapsing_run_ends_with_its_last_healthy_checkpoint(tiny, tmp_path, 
     on = run(tiny, tmp_path / "on", steps=6, save_every=1, keep=1)
     assert "COLLAPSE? entropy" in capfd.readouterr().out
     # The latest and, besides, the last one without an alarm before it.
-    assert [runs.step_of(path) for path in runs.checkpoints(on / "checkpoints")] == [4, 6]
+    assert [runs.step_of(path) for path in runs.checkpoints(on / "checkpoints")] == [3, 6]
     stop = dict(steps=6, save_every=2, stop_on_collapse=True, keep=1)
     out = tmp_path / "stop"
     summary = main(Config(model=tiny, out=out, **SMALL | stop | {"eval_questions": 2, "eval_samples": 2}))
-    assert summary["end"] == {"steps": 5, "adapter_step": 4, "alarms": {4: ["entropy"]}}
+    # The checkpoint after 4 steps is the policy that sampled step 4, which raised the alarm.
+    assert summary["end"] == {"steps": 5, "adapter_step": 2, "alarms": {4: ["entropy"]}}
     name = "adapter/adapter_model.safetensors"
-    assert (out / name).read_bytes() == (healthy / "checkpoints/step-000004" / name).read_bytes()
+    assert (out / name).read_bytes() == (healthy / "checkpoints/step-000002" / name).read_bytes()
     # What was evaluated is what was kept.
     policy = Policy.load(tiny, dtype="fp32", device="cpu")
     policy.load_adapter(out / "adapter")
@@ -197,6 +201,35 @@ def test_a_checkpoint_is_chosen_without_labels(tiny, tmp_path, monkeypatch):
     assert (out / name).read_bytes() == (found[1] / name).read_bytes() != (found[2] / name).read_bytes()
     end = json.loads((out / "summary.json").read_text())["end"]
     assert (end["steps"], end["adapter_step"]) == (3, 2)
+
+
+def test_an_interruption_leaves_no_checkpoint_to_choose(tiny, tmp_path, monkeypatch):
+    settings = dict(steps=4, save_every=2, select="label-free")
+    whole = run(tiny, tmp_path / "whole", **settings)
+    real, calls = rollout.generate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(rollout, "generate", interrupted)
+    with pytest.raises(SystemExit):
+        run(tiny, tmp_path / "cut", **settings)
+    assert [runs.step_of(path) for path in runs.checkpoints(tmp_path / "cut/checkpoints")] == [2, 3]
+    cut = run(tiny, tmp_path / "cut", **settings)
+    assert [runs.step_of(path) for path in runs.checkpoints(cut / "checkpoints")] == [2, 4]
+    assert same(cut, whole)
+
+
+@pytest.mark.parametrize(
+    "mistake", [{"stop_on_collapse": True}, {"select": "label-free"}, {"reward": "stored", "min_share": 0.2}]
+)
+def test_shards_have_no_health_and_a_stored_reward_no_band(tiny, tmp_path, mistake):
+    config = Config(model=tiny, out=tmp_path, from_shards=tmp_path, **SMALL | {"steps": 1} | mistake)
+    with pytest.raises(ValueError, match="--stop-on-collapse|--min-share"):
+        config.resolve()
 
 
 def test_kept_features_change_nothing(tiny, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import loop
+from bench import judging, loop
 
 
 def test_summary_of_three_steps():
@@ -35,3 +35,11 @@ def test_other_prompts_on_the_two_sides_stop_the_run(tiny, monkeypatch):
     config = loop.Config(model=tiny, steps=1, warmup=0, questions=2, group_size=2, trl_accumulation=(1,))
     with pytest.raises(RuntimeError, match="different prompts"):
         loop.main(config)
+
+
+def test_judging_behind_a_shared_prefix_gives_the_scores_of_whole_prompts(tiny, capsys):
+    result = json.loads(json.dumps(judging.main(judging.Config(model=tiny, groups=2, judge_max_new_tokens=4))))
+    assert 0 < result["largest_difference"] < 1e-4  # other kernels, other rounding; the same scores
+    assert all(len(result["runs"][name]) == 2 and seconds > 0 for name, seconds in result["seconds"].items())
+    assert result["ratio"]["separate"] == result["seconds"]["separate"] / result["seconds"]["shared"]
+    assert "beside shared: separate" in capsys.readouterr().out

@@ -35,7 +35,7 @@ def row(step: int, **changed) -> dict:
 @pytest.mark.parametrize(
     "alarm, changed",
     [
-        ("unanimous", {"majority_share": 0.985}),
+        ("majority", {"majority_share": 0.985}),
         ("entropy", {"entropy": 0.029}),
         ("answers", {"answer_entropy": 1.9}),
         ("information", {"information": 1.2}),
@@ -64,6 +64,12 @@ def test_alarms_wait_for_two_windows_and_use_means():
     assert watch.add(row(20, entropy=0.0)) == []
 
 
+def test_the_best_window_counts_from_the_first_one_on():
+    watch = health.Watch([row(step) for step in range(5)])
+    alarms = [watch.add(row(5 + step, information=1.0)) for step in range(5)]
+    assert alarms == [[]] * 4 + [["information"]]
+
+
 def test_gentle_gains_raise_no_alarm():
     watch = health.Watch()
     for step in range(60):
@@ -77,7 +83,7 @@ def test_gentle_gains_raise_no_alarm():
 def test_the_checkpoint_with_most_information_is_chosen_among_the_healthy():
     rows = [row(step, information=1 + step / 30 if step < 20 else 1.0, alarms=[]) for step in range(30)]
     assert health.best_checkpoint(rows, [10, 20, 30]) == 20
-    rows[19]["alarms"] = ["length"]
+    rows[20]["alarms"] = ["length"]  # of what the checkpoint after 20 steps sampled
     assert health.best_checkpoint(rows, [10, 20, 30]) == 10  # 1.27 over its window, against 1.0
     for r in rows:
         r["alarms"] = ["length"]
@@ -97,5 +103,5 @@ def test_a_status_line_shows_alarms_and_counts(tmp_path):
     for response in group["responses"]:
         response["key"] = "a"
     lines = [metrics.write(12 + step, [group], update, {}, {"left_out": 0}) for step in range(5)]
-    assert lines[-1].endswith("COLLAPSE? unanimous answers")
+    assert lines[-1].endswith("COLLAPSE? majority answers")
     assert runs.Metrics(tmp_path / "metrics.jsonl", 16).rows == metrics.rows[:16]

@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+import judge
+import presets
 import shapes
 import warmup
 from answers import is_well_formed, vote_key
@@ -97,3 +99,37 @@ def test_text_goes_through_the_tokenizer_unchanged(made):
     text = "<think>4 red + 2 blue = 6</think>\\boxed{6} ü→∠ 3.5°"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer("1234")["input_ids"]) == 4  # Qwen's rule: a digit a token
+
+
+def test_misread_steps_and_poor_candidates():
+    rng, config = random.Random(0), warmup.Config()
+    items = shapes.questions("warmup", 0, 2000)
+    for item in items:
+        text = warmup.misread(item, "think-boxed", rng)
+        assert is_well_formed(text) and text != warmup.demonstrate(item, "think-boxed")
+        assert vote_key(text) != item.gold  # one number changed changes any sum or difference
+    poor = [(item, warmup.poor_candidate(item, rng)) for item in items]
+    guesses = [vote_key(text) == item.gold for item, text in poor if "by eye" in text]
+    assert abs(len(guesses) / len(items) - 0.5) < 0.04 and sum(guesses) / len(guesses) < 0.15
+    assert config.guess_wrong > 0.5
+
+
+def test_a_verdict_stands_where_the_judge_reads_it(tiny):
+    policy = Policy.load(tiny, dtype="fp32", device="cpu")
+    turns = judge.template("judge-tiny")
+    item = shapes.questions("warmup", 0, 5)[3]
+    right = warmup.demonstrate(item, "think-boxed")
+    made = warmup.lesson(policy, item, "think-boxed", right)
+    taught = warmup.add_verdicts(policy, made, item, "<think>by eye</think>\\boxed{no}")
+    prefix, after = judge.frame(policy, turns, item, True)
+    assert policy.place(item.uid, prefix, taught.prompt.features).ids == taught.prompt.ids
+    for text, digit, ids, weights in zip(
+        (right, "<think>by eye</think>\\boxed{no}"), "90", taught.responses, taught.weights, strict=True
+    ):
+        asked = policy.tokens(text + after + presets.TINY["judge_prefix"])
+        assert ids[: len(asked)] == asked and ids[len(asked)] == policy.tokens(digit)[0]
+        said = len(policy.tokens(text)) + 1
+        assert len(weights) == len(ids)
+        assert set(weights[:said]) == {1.0 if digit == "9" else 0.0}  # the poor candidate is judged, not taught
+        verdict = len(policy.tokens("\\boxed{9/9}")) + 1
+        assert set(weights[said:-verdict]) == {0.0} and set(weights[-verdict:]) == {warmup.VERDICT_WEIGHT}
