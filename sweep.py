@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import train_upt
 from runs import Stopped, stop_on_signal
+from settings import prepare
 from shards import write_whole
 from stats import markdown, t_interval, write_csv
 
@@ -101,7 +102,7 @@ def plan(config, variants) -> list[Run]:
 def check(runs: list[Run]):
     """The settings of the first run in full. Raises if any run's are wrong, or not those of the run in its folder."""
     settings = [tyro.cli(train_upt.Config, args=run.flags, prog="train_upt.py") for run in runs]
-    return [train_upt.prepare(config) for config in settings][0]
+    return [prepare(config) for config in settings][0]
 
 
 def share_base(run: Run, runs: list[Run]) -> bool:
