@@ -13,11 +13,14 @@ The rule looks at means over the last WINDOW steps, once there are two windows, 
     majority      majority_share >= 0.98: nothing is left to vote on
     entropy       token entropy under a tenth of the first window's
     answers       answer_entropy under 0.7 of the first window's: the same few answers to everything
-    information   under 0.8 of the best window so far
+    information   under 0.7 of the best window so far
+    hollow        majority_share up by 0.15 or more since the first window, information by less than a fifth of that:
+                  groups agree more and more, but their answers say no more about the questions
     abstentions   abstention_share 0.2 above the first window's
     length        under half or over twice the first window's
     kl            mean KL to the starting model over 0.5 nats a token (where it is measured)
-Each is an alarm. None of them sees a wrong majority that stays varied: that takes labels.
+Each is an alarm, and none is proof: a wrong majority that stays varied takes labels to see. How often they were right
+is in docs/results.md.
 """
 
 import math
@@ -74,11 +77,13 @@ class Watch:
         if self.seen < 2 * WINDOW:
             return []
         first = self.first
+        rise = now["majority_share"] - first["majority_share"]
         alarms = {
             "majority": now["majority_share"] >= 0.98,
             "entropy": now["entropy"] < 0.1 * first["entropy"],
             "answers": now["answer_entropy"] < 0.7 * first["answer_entropy"],
-            "information": now["information"] < 0.8 * self.best,
+            "information": now["information"] < 0.7 * self.best,
+            "hollow": rise >= 0.15 and now["information"] - first["information"] < 0.2 * rise,
             "abstentions": now["abstention_share"] > first["abstention_share"] + 0.2,
             "length": not 0.5 * first["length"] <= now["length"] <= 2 * first["length"],
             "kl": now.get("kl", 0.0) > 0.5,
@@ -96,12 +101,13 @@ def best_checkpoint(rows: Sequence[dict], steps: Sequence[int]) -> int:
     """Which of the checkpoints after `steps` steps to end with, by the metrics of all steps and without labels.
 
     The one of highest `information`, over the window of steps up to the one that it sampled (of the last checkpoint
-    there is none: up to the one that led to it), among those without an alarm there (among all, if there are none
+    there is none: up to the one that led to it), among those from before the first alarm (among all, if there are none
     such). Ties go to the later one.
     """
     by_step = {row["step"]: row for row in rows}
     at = {n: n if n in by_step else n - 1 for n in steps}
-    healthy = [n for n in steps if not by_step.get(at[n], {}).get("alarms")] or steps
+    alarm = next((row["step"] for row in rows if row["alarms"]), math.inf)
+    healthy = [n for n in steps if n < alarm] or steps
 
     def information(n: int) -> float:
         seen = [by_step[s] for s in range(at[n] - WINDOW + 1, at[n] + 1) if s in by_step]

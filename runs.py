@@ -64,15 +64,15 @@ def save_checkpoint(folder: Path, step: int, policy, optimizer, schedule, second
         os.replace(draft, path)
 
 
-def prune_checkpoints(folder: Path, keep: int, planned: Callable[[int], bool], alarm: int | None = None) -> None:
-    """Remove all but the latest `keep` checkpoints and the latest one from before the step of the first alarm.
+def prune_checkpoints(folder: Path, keep: int, planned: Callable[[int], bool], healthy: int) -> None:
+    """Remove all but the latest `keep` checkpoints and the latest one of fewer than `healthy` steps.
 
     `planned(step)` is false of those that an interruption left; they go as soon as they are not the latest, so that
     what is kept does not depend on interruptions.
     """
     found = checkpoints(folder)
     regular = [path for path in found if planned(step_of(path))]
-    spared = [path for path in regular if alarm is not None and step_of(path) < alarm][-1:]
+    spared = [path for path in regular if step_of(path) < healthy][-1:]
     for path in found:
         if path not in {*regular[-max(1, keep) :], *spared, found[-1]}:
             shutil.rmtree(path)

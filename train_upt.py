@@ -117,7 +117,7 @@ class Config(judge.Settings, rollout.Config):
     save_every: int = 10
     """steps between checkpoints"""
     keep: int = 2
-    """checkpoints to keep; the last healthy one is kept besides"""
+    """checkpoints to keep; the last one that is known to be healthy is kept besides"""
     stop_on_collapse: bool = False
     """end the run at the first alarm (see health.py), with the last healthy checkpoint's adapter"""
     select: Literal["last", "label-free"] = "last"
@@ -261,9 +261,10 @@ def train(policy: Policy, questions: data.Questions | None, config: Config, cloc
 
     def save(step: int) -> None:
         runs.save_checkpoint(folder, step, policy, optimizer, schedule, clock.seconds)
-        alarm = next((row["step"] for row in metrics.rows if row["alarms"]), None)
+        # Checkpoint s is the policy that samples step s, so the latest one is known to be healthy a step later.
+        healthy = next((row["step"] for row in metrics.rows if row["alarms"]), step)
         keep = config.keep if config.select == "last" else config.steps
-        runs.prune_checkpoints(folder, keep, config.saves, alarm)
+        runs.prune_checkpoints(folder, keep, config.saves, healthy)
 
     with tqdm(range(start, config.steps), initial=start, total=config.steps, desc="training", unit="step") as bar:
         for step in bar:
@@ -315,7 +316,7 @@ def finish(policy: Policy, config: Config, rows: list[dict]) -> dict:
     if config.select == "label-free" and folders:
         chosen = health.best_checkpoint(rows, sorted(folders))
     elif config.stop_on_collapse and alarms:
-        healthy = [step for step in folders if step < min(alarms)]  # checkpoint s is the policy that sampled step s
+        healthy = [step for step in folders if step < min(alarms)]
         chosen = max(healthy, default=made)
         if not healthy:
             print("no checkpoint is from before the alarm, so the last one stays; lower --save-every", file=sys.stderr)

@@ -35,10 +35,11 @@ def row(step: int, **changed) -> dict:
 @pytest.mark.parametrize(
     "alarm, changed",
     [
-        ("majority", {"majority_share": 0.985}),
+        ("majority", {"majority_share": 0.985, "information": 1.8}),
         ("entropy", {"entropy": 0.029}),
         ("answers", {"answer_entropy": 1.9}),
-        ("information", {"information": 1.2}),
+        ("information", {"information": 1.1}),
+        ("hollow", {"majority_share": 0.76, "information": 1.63}),  # up by .16 and .03: a fifth of .16 is .032
         ("abstentions", {"abstention_share": 0.21}),
         ("length", {"length": 9.0}),
         ("length", {"length": 41.0}),
@@ -103,5 +104,5 @@ def test_a_status_line_shows_alarms_and_counts(tmp_path):
     for response in group["responses"]:
         response["key"] = "a"
     lines = [metrics.write(12 + step, [group], update, {}, {"left_out": 0}) for step in range(5)]
-    assert lines[-1].endswith("COLLAPSE? majority answers")
+    assert lines[-1].endswith("COLLAPSE? majority answers hollow")
     assert runs.Metrics(tmp_path / "metrics.jsonl", 16).rows == metrics.rows[:16]

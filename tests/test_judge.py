@@ -182,7 +182,8 @@ def test_repeats_are_averaged_over_what_can_be_read():
     good, better, bad = (f'{{"answer": {n}, "reasoning": 0, "grounding": 0}}' for n in ("0.4", "1", '"x"'))
     read = judge._read([good, bad, better])
     assert read["score"] == pytest.approx(0.35) and read["answer"] == pytest.approx(0.7) and read["parsed"]
-    assert judge._read([bad, bad]) == {"score": None, "parsed": False, "judgements": [bad, bad]}
+    assert read["read"] == 2
+    assert judge._read([bad, bad]) == {"score": None, "parsed": False, "read": 0, "judgements": [bad, bad]}
 
 
 def test_prompts_are_checked(tmp_path):
