@@ -382,7 +382,8 @@ def offline(config: Config) -> dict:
     figure(scores, votes).savefig(picture, format="png", dpi=110, metadata={"Software": None})
     shards.write_whole(config.out / "reward-by-share.png", [picture.getvalue()])
     print(main_table)
-    print(f"{summary['groups']} groups, {summary['without gold']} of them without gold; all of it in {config.out}")
+    print(f"{summary['groups']} groups, {summary['without gold']} of them without gold")
+    print(f"what the columns mean, and the rest: {config.out / 'variants.md'}")
     print(", ".join(f"{name} {s:.1f} s" for name, s in seconds.items()))
     return {"data": summary, "variants": table, "correlation": matrices, "seconds": seconds}
 

@@ -133,7 +133,7 @@ def _judge_scores(group: dict) -> list[float | None]:
     if any("judge" not in response for response in group["responses"]):
         raise ValueError(
             f"{group.get('uid')}: no judge scores, which this reward needs; judge it: "
-            "python judge.py --rollouts DIR --out DIR"
+            "python judge.py --rollouts DIR --out JUDGED, then use JUDGED"
         )
     return [response["judge"]["score"] for response in group["responses"]]
 

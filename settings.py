@@ -4,6 +4,7 @@
 """
 
 import json
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -72,6 +73,12 @@ def adopt(config) -> None:
     if not sampling or "model" not in sampling:
         raise ValueError(
             f"the manifest of {config.from_shards} does not say how the shards were sampled; score them again"
+        )
+    if sampling.get("split") == config.eval_split and config.eval_questions != 0:
+        print(
+            f"{config.from_shards} was sampled from the split {config.eval_split}, which is evaluated too: the scores "
+            "after training are not held-out ones; sample another split, or give another --eval-split",
+            file=sys.stderr,
         )
     for field in fields(rollout.Config):
         if field.name in sampling and getattr(config, field.name) is None:

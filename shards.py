@@ -403,7 +403,11 @@ def check_manifest(folder: Path | str, config: dict, ignore: Iterable[str] = ())
     manifest = read_manifest(folder)
     old, new = manifest["config"], json.loads(json.dumps(config, default=str))  # as JSON: tuples are lists there
     pairs = {name: (old.get(name, "(none)"), new.get(name, "(none)")) for name in sorted({*old, *new} - {*ignore})}
-    differ = [f"\n  {name}: {there!r} there, {now!r} now" for name, (there, now) in pairs.items() if there != now]
+    differ = [
+        f"\n  {name}: the file has changed" if name.endswith("_file") else f"\n  {name}: {there!r} there, {now!r} now"
+        for name, (there, now) in pairs.items()
+        if there != now
+    ]
     if differ:
         fix = "use another --out, or the same settings to go on where it stopped"
         raise ShardError(f"{folder} was written with other settings:{''.join(differ)}\n{fix}")

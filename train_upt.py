@@ -322,6 +322,8 @@ def finish(policy: Policy, config: Config, rows: list[dict]) -> dict:
             print("no checkpoint is from before the alarm, so the last one stays; lower --save-every", file=sys.stderr)
     if chosen != made:
         policy.load_adapter(folders[chosen] / "adapter")
+    if config.select == "label-free" or chosen != made:
+        print(f"ends with the adapter after {chosen} of {made} steps")
     policy.save(config.out / "adapter")
     return {"steps": made, "adapter_step": chosen, "alarms": alarms}
 

@@ -223,6 +223,15 @@ def test_an_interruption_leaves_no_checkpoint_to_choose(tiny, tmp_path, monkeypa
     assert same(cut, whole)
 
 
+def test_training_on_the_evaluated_split_is_said(tiny, tmp_path, capsys):
+    sampling = dict(model=tiny, split="test", steps=1, questions_per_step=2, group_size=2, max_new_tokens=6)
+    rollout.main(rollout.Config(out=tmp_path / "rollouts", **sampling))
+    settings = SMALL | {"questions_per_step": 2, "eval_questions": 2, "eval_samples": 2}
+    for split, said in (("test", True), ("validation", False)):
+        main(Config(from_shards=tmp_path / "rollouts", out=tmp_path / split, eval_split=split, **settings))
+        assert ("not held-out" in capsys.readouterr().err) == said
+
+
 @pytest.mark.parametrize(
     "mistake", [{"stop_on_collapse": True}, {"select": "label-free"}, {"reward": "stored", "min_share": 0.2}]
 )

@@ -279,7 +279,7 @@ def test_what_was_not_judged_says_how_to_judge_it():
     group = judged_group("ab", [1.0, 0.5], uid="u/7")
     del group["responses"][1]["judge"]
     for variant in ("judged", "judge-only"):
-        with pytest.raises(ValueError, match="u/7: no judge scores.*python judge.py --rollouts DIR --out DIR"):
+        with pytest.raises(ValueError, match="u/7: no judge scores.*python judge.py --rollouts DIR --out JUDGED"):
             reward(group, variant)
 
 
