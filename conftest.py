@@ -4,8 +4,11 @@ import json
 import os
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a network
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -71,7 +74,6 @@ def _config(family: str, tokenizer):
 @pytest.fixture(scope="session")
 def snapshots(tokenizer, tmp_path_factory) -> dict:
     """A folder with a random model of each family, {family: path}; treated like the embedded model's defaults."""
-    import torch
     from transformers import AutoModelForImageTextToText
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

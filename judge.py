@@ -183,13 +183,13 @@ def logit_scores(
 
 
 def written(
-    policy: Policy, prefixes, suffixes, rows: Sequence[Sequence[int]], settings: Settings, tick: Callable
+    policy: Policy, prefixes, suffixes, rows: Sequence[Sequence[int]], seed: int, settings: Settings, tick: Callable
 ) -> list[list[list[str]]]:
     """Sampled judgements: for each prefix a list with the k texts of each of its suffixes.
 
-    rows[b] keys the noise of prefix b's judgements, k for each suffix.
+    rows[b], with the seed, keys the noise of prefix b's judgements, k for each suffix.
     """
-    config = rollout.Config(temperature=settings.judge_temperature, top_p=settings.judge_top_p)
+    config = rollout.Config(temperature=settings.judge_temperature, top_p=settings.judge_top_p, seed=seed)
     config.max_new_tokens, k = settings.judge_max_new_tokens, settings.judge_repeats
     texts = [[] for _ in prefixes]
     todo = [(b, i) for b, several in enumerate(suffixes) for i in range(len(several))]
@@ -245,12 +245,12 @@ def judge(
             suffixes.append([policy.tokens(text + after + lead) for text in texts])
             k = settings.judge_repeats
             uid = f"judge/{group['uid']}"
-            rows.append([row_id(seed, group["step"], uid, i * k + n) for i in kept for n in range(k)])
+            rows.append([row_id(group["step"], uid, i * k + n) for i in kept for n in range(k)])
             owners.append([(b, i) for i in kept])
     policy.model.eval()
     with policy.reference():
         if text_mode:
-            texts = written(policy, prefixes, suffixes, rows, settings, tick)
+            texts = written(policy, prefixes, suffixes, rows, seed, settings, tick)
             judged = [[_read(repeats) for repeats in several] for several in texts]
         else:
             scores = logit_scores(policy, prefixes, suffixes, settings.judge_tokens, tick)

@@ -4,7 +4,7 @@
     r_i  = REWARDS[name]       e.g. majority: 1 if a_i is the group's unique most frequent key, else 0
     r_i -= lam_fmt             where the response is not well-formed (any variant; lam_fmt = 0 by default)
     r_i  = clip(r_i, 0, 1)     with clip=True (any variant), as released code does
-    A_i  = ADVANTAGES[name]    e.g. group-norm: (r_i - mean r) / (std r + eps); see advantages.py
+    A_i  = ADVANTAGES[name]    e.g. group-norm: (r_i - mean r) / (std r + eps); see kernels/advantage.py
 
 A group is skipped, so that it enters no loss, where its variant returns None (confident-majority) or where its
 majority share max_a p(a) is outside [min_share, max_share] (any variant; [0, 1] by default): its rewards and
@@ -35,7 +35,7 @@ from typing import Literal
 import answers
 import shards
 import variants
-from advantages import ADVANTAGES, bind_advantage, mean_of  # noqa: F401
+from kernels.advantage import ADVANTAGES, mean_of
 from variants import Positive
 from votes import abstentions, counts, distinct, keys_of, majority_key, majority_share
 
@@ -264,6 +264,19 @@ def bind_reward(variant: str, *, run_seed: int | None = None, **settings) -> Cal
         return [min(max(r_i, 0.0), 1.0) for r_i in r] if clip else r
 
     return reward_of
+
+
+def bind_advantage(estimator: str, **settings) -> Callable[[list[float]], list[float]]:
+    """The function G rewards -> G advantages that `estimator` names, checked at start-up. G = 1 gives 0 under each."""
+    function, bound = variants.bind("advantage", ADVANTAGES, estimator, settings)
+
+    def advantage_of(rewards: list[float]) -> list[float]:
+        rewards = variants.finite(rewards, len(rewards), f"rewards for {estimator!r}")
+        if len(rewards) < 2:
+            return [0.0] * len(rewards)
+        return variants.finite(function(rewards, **bound), len(rewards), f"advantage {estimator!r}")
+
+    return advantage_of
 
 
 def reward(group: dict, variant: str, **settings) -> list[float]:

@@ -8,8 +8,8 @@ For each step:
     5. sample token by token, with the token's log-probability; finished responses leave the batch
     6. write one shard of groups
 
-The loop in 4 and 5 runs inside HF `generate` (`custom_generate`), which sets up the logits processors and stopping
-criteria. Its noise depends on (seed, step, uid, index, token position) only, so a response does not change with the
+The loop in 4 and 5 runs inside HF `generate` (`custom_generate`), which sets up the stopping criteria; a token and what is
+recorded of its distribution come from one kernel (kernels/sampling.py). Its noise depends on (seed, step, uid, index, token position) only, so a response does not change with the
 batch it was sampled in. Where a step's shard exists already, it is kept: the same command again goes on.
 
     python rollout.py --data shapes --model models/tiny --steps 4 --out runs/rollouts
@@ -155,7 +155,7 @@ def sample_groups(
         tokens = G * (len(prompts[order[0]].ids) + config.max_new_tokens)
         count = max(1, config.rollout_tokens // tokens)
         batch, order = order[:count], order[count:]
-        rows = [row_id(config.seed, step, prompts[i].uid, g) for i in batch for g in range(G)]
+        rows = [row_id(step, prompts[i].uid, g) for i in batch for g in range(G)]
         sampled = generate(policy, [prompts[i] for i in batch], rows, config)
         for place, i in enumerate(batch):
             found[i] = sampled[place * G : (place + 1) * G]
@@ -255,8 +255,8 @@ def generate(
     """Sample len(rows) / len(prompts) responses to each prompt through HF generate; rows are keys from `row_id`.
 
     With `suffixes`, suffixes[b] being the ways in which prompt b goes on (token ids, not empty), every one of them gets
-    an equal share of the rows; the prompts are prefilled once all the same. Of `config`, temperature, top_p, top_k and
-    max_new_tokens are used.
+    an equal share of the rows; the prompts are prefilled once all the same. Of `config`, temperature, top_p, top_k, seed
+    (None: 0) and max_new_tokens are used.
     """
     tokenizer, base = policy.tokenizer, policy.base
     stops = base.generation_config.eos_token_id
@@ -278,9 +278,17 @@ def generate(
         max_new_tokens=config.max_new_tokens,
         eos_token_id=sorted({tokenizer.eos_token_id, *stops} - {None}),
         pad_token_id=pad,
-        suppress_tokens=[token for token in vision if token is not None],
         do_sample=False,  # our own loop samples; everything that would change the scores is off
         repetition_penalty=1.0,
+    )
+    draw = partial(
+        sample,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        seed=config.seed or 0,
+        banned=[token for token in vision if token is not None],
+        statistics=True,
     )
     policy.model.eval()
     return base.generate(
@@ -288,7 +296,7 @@ def generate(
         attention_mask=mask.to(policy.device),
         position_ids=positions.to(policy.device),
         generation_config=settings,
-        custom_generate=partial(_decode, policy=policy, prompts=prompts, rows=rows, config=config, suffixes=suffixes),
+        custom_generate=partial(_decode, policy=policy, prompts=prompts, rows=rows, draw=draw, suffixes=suffixes),
     )
 
 
@@ -302,7 +310,7 @@ def _decode(
     policy,
     prompts,
     rows,
-    config,
+    draw,
     suffixes,
     **kwargs,
 ) -> list[Sampled]:
@@ -336,13 +344,12 @@ def _decode(
     lengths = torch.full((count,), shape[1], device=device)
     stop_ids = torch.tensor(generation_config.eos_token_id, device=device)
     for position in range(shape[1]):
-        logits = model.lm_head(hidden).float()  # (R, V)
-        token = sample(logits_processor(tokens, logits), keys, position, config.temperature, config.top_p, config.top_k)
-        logp = (logits / (config.temperature or 1)).log_softmax(-1)
+        logits = logits_processor(tokens, model.lm_head(hidden))  # (R, V); we set no processor
+        token, logprob, entropy, certainty = draw(logits, row_ids=keys, position=position)
         ids[open_rows, position] = token
-        logprobs[open_rows, position] = logp.gather(1, token[:, None])[:, 0]
-        entropies[open_rows, position] = -(logp.exp() * logp).sum(-1)  # of raw logits, which are finite
-        certainties[open_rows, position] = -logp.mean(-1)
+        logprobs[open_rows, position] = logprob
+        entropies[open_rows, position] = entropy
+        certainties[open_rows, position] = certainty
         tokens = torch.cat([tokens, token[:, None]], 1)
         done = stopping_criteria(tokens, None)
         if done.any():

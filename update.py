@@ -68,26 +68,23 @@ def accumulate(policy: Policy, prompts: list, groups: list[dict], old: dict | No
         owners = [owner for row in batch for owner in row.owners]
         sizes = torch.tensor([len(response) for row in batch for response in row.responses])
 
-        def spread(values, sizes=sizes):  # one value a response -> one a token, (N,)
-            return torch.as_tensor(values, dtype=torch.float32).repeat_interleave(sizes).to(policy.device)
-
         reference = None
         if config.kl_coef > 0:
             with policy.reference():
                 reference, _ = policy.logprobs(batch, temperature)
         logprob, _ = policy.logprobs(batch, temperature)  # (N,)
-        advantage = spread([groups[g]["responses"][i]["advantage"] for g, i in owners])
-        weight = spread([weights[owner] for owner in owners])
+        advantage = torch.tensor([groups[g]["responses"][i]["advantage"] for g, i in owners], dtype=torch.float32)
+        weight = torch.stack([weights[owner] for owner in owners])  # (R,)
+        per_response = {"lengths": sizes.to(policy.device), "weight": weight.to(policy.device)}
         if config.algorithm == "sft":
-            loss, stats = sft_loss(logprob, advantage, weight, reference, **kl)
+            loss, stats = sft_loss(logprob, advantage.to(policy.device), reference, **per_response, **kl)
         else:
             loss, stats = grpo_loss(
                 logprob,
                 logprob.detach() if old is None else torch.cat([old[owner] for owner in owners]),
-                advantage,
-                weight,
-                torch.arange(len(sizes)).repeat_interleave(sizes).to(policy.device),
-                reference,
+                advantage.to(policy.device),
+                ref_logprob=reference,
+                **per_response,
                 clip_low=config.clip_low,
                 clip_high=config.clip_high,
                 dual_clip=config.dual_clip,
@@ -96,8 +93,8 @@ def accumulate(policy: Policy, prompts: list, groups: list[dict], old: dict | No
             )
         loss.backward()
         totals["loss"] += loss.item()
-        for name, value in stats.items():  # means over all tokens; those left out have ratio 1 and are not clipped
-            totals[name] += value.item() / count
+        for name in totals.keys() & stats.keys():  # means over all tokens; those left out have ratio 1, not clipped
+            totals[name] += stats[name].item() / count
     return totals
 
 

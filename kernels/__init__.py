@@ -1,7 +1,38 @@
-"""The numeric kernels of the loop, each a plain PyTorch function."""
+"""The numeric kernels of the loop. Each is a Triton kernel and a plain PyTorch reference behind one function.
 
-from kernels.logprob import linear_logprob
-from kernels.loss import grpo_loss, kl_divergence, response_weights, sft_loss
-from kernels.sample import row_id, sample
+    from kernels import linear_logprob, sample
+    logprob, entropy = linear_logprob(hidden, lm_head.weight, ids, temperature=0.7)
 
-__all__ = ["grpo_loss", "kl_divergence", "linear_logprob", "response_weights", "row_id", "sample", "sft_loss"]
+CUDA tensors take Triton, others the reference; UPT_KERNELS forces either (see dispatch.py). Names are imported when they
+are first used: rewards.py takes its advantages from here and must not wait for torch.
+"""
+
+import os
+import sys
+from importlib import import_module
+
+MODULES = {
+    "selective_log_softmax": "logprob",
+    "linear_logprob": "logprob",
+    "group_advantage": "advantage",
+    "grpo_loss": "loss",
+    "sft_loss": "loss",
+    "kl_divergence": "loss",
+    "response_weights": "loss",
+    "sample": "sampling",
+    "row_id": "sampling",
+}
+__all__ = list(MODULES)
+
+# Triton reads TRITON_INTERPRET while it is imported, which transformers and PEFT do: this is the last moment to set it.
+if os.environ.get("UPT_KERNELS") == "triton" and "triton" not in sys.modules:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def __getattr__(name: str):
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

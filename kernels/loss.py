@@ -1,6 +1,14 @@
-"""The clipped policy-gradient loss on token log-probabilities, with its statistics."""
+"""The clipped policy-gradient loss on token log-probabilities, with its statistics.
+
+Responses come packed, tokens (N,) in the order of `lengths` (R,), or padded, (R, T) with a mask.
+"""
 
 import torch
+
+from kernels.dispatch import use_triton
+
+AGGREGATIONS = ("token", "sequence", "dr-grpo")
+ESTIMATORS = ("k1", "k2", "k3")
 
 
 def response_weights(lengths: torch.Tensor, aggregation: str = "token", max_length: int | None = None) -> torch.Tensor:
@@ -11,26 +19,25 @@ def response_weights(lengths: torch.Tensor, aggregation: str = "token", max_leng
     so that a long response is not diluted (arXiv 2503.20783). A response of length 0 is masked and counts for nothing.
     Weights are taken over a whole minibatch: the loss does not depend on how it is split into micro-batches.
     """
+    _check_aggregation(aggregation, max_length)
     used = lengths > 0
-    count = max(1, int(used.sum()))
+    count = used.sum().clamp(min=1)
     if aggregation == "token":
-        return used / max(1, int(lengths.sum()))
-    if aggregation == "sequence":
-        return used / (count * lengths.clamp(min=1))
-    if aggregation == "dr-grpo":
-        if max_length is None:
-            raise ValueError("dr-grpo divides by the longest response allowed: give max_length")
-        return used / (count * max_length)
-    raise ValueError(f"aggregation must be token, sequence or dr-grpo, not {aggregation!r}")
+        return used / lengths.sum().clamp(min=1)
+    return used / (count * (lengths.clamp(min=1) if aggregation == "sequence" else max_length))
 
 
 def grpo_loss(
     logprob: torch.Tensor,
     old_logprob: torch.Tensor,
     advantage: torch.Tensor,
-    weight: torch.Tensor,
-    owner: torch.Tensor,
+    mask: torch.Tensor | None = None,
     ref_logprob: torch.Tensor | None = None,
+    *,
+    lengths: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    aggregation: str = "token",
+    max_length: int | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float = 0.0,
@@ -38,41 +45,70 @@ def grpo_loss(
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """PPO-clip over response tokens; all tensors (N,) float32 but owner, (N,) int64, the response of each token.
+    """PPO-clip over response tokens. Differentiable with respect to `logprob`; forward and backward are one pass.
+
+    logprob, old_logprob, ref_logprob and mask (R, T), true at response tokens; or packed (N,), with `lengths` (R,) int64
+    and a mask if there is more to leave out. What is masked may hold anything. advantage (R,), or one a token.
 
     ratio rho = exp(logprob - old_logprob), or with ratio_level `sequence` its geometric mean over the response (GSPO,
     arXiv 2507.18071 eq. 7). Loss: sum of weight * max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)), capped for
     A < 0 at -A * dual_clip where dual_clip > 0 (arXiv 1912.09729 eq. 5), plus kl_coef * weight * KL(policy, ref) by
-    the estimator k1, k2 or k3 (http://joschu.net/blog/kl-approx.html). Returns the loss and sums over tokens:
-    `clip_low`, `clip_high`, `dual_clip` (tokens clipped so), `ratio` (of rho - 1) and, with a reference, `kl`.
+    the estimator k1, k2 or k3 (http://joschu.net/blog/kl-approx.html). weight (R,) is that of each token of a response,
+    by default `response_weights` of these responses; for a micro-batch give those of its minibatch.
+
+    Returns the loss and sums over tokens: `clip_low`, `clip_high`, `dual_clip` (tokens clipped so), `ratio` (of
+    rho - 1), `tokens` and, with a reference, `kl`. No sum depends on the order in which threads finish.
+    Raises ValueError for shapes that disagree and for names that it does not know.
     """
-    logratio = logprob - old_logprob
-    if ratio_level == "sequence":
-        size = int(owner.max()) + 1 if len(owner) else 0
-        ones = torch.ones_like(logratio)
-        total = logratio.new_zeros(size).index_add(0, owner, logratio)
-        length = logratio.new_zeros(size).index_add(0, owner, ones)
-        logratio = (total / length.clamp(min=1))[owner]
-    elif ratio_level != "token":
+    _check_aggregation(aggregation, max_length)
+    if ratio_level not in ("token", "sequence"):
         raise ValueError(f"ratio_level must be token or sequence, not {ratio_level!r}")
+    if kl_estimator not in ESTIMATORS:
+        raise ValueError(f"kl_estimator must be k1, k2 or k3, not {kl_estimator!r}")
+    count = _count(logprob, lengths)
+    for name, tensor in {"old_logprob": old_logprob, "mask": mask, "ref_logprob": ref_logprob}.items():
+        if tensor is not None and tensor.shape != logprob.shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {tuple(logprob.shape)} as logprob")
+    if advantage.shape not in ((count,), logprob.shape):
+        raise ValueError(
+            f"advantage is {tuple(advantage.shape)}, expected ({count},), one a response, or {tuple(logprob.shape)}"
+        )
+    if weight is not None and weight.shape != (count,):
+        raise ValueError(f"weight is {tuple(weight.shape)}, expected ({count},), one a response")
+    if use_triton(logprob):
+        from kernels import loss_triton
+
+        return loss_triton.grpo_loss(
+            logprob, old_logprob, advantage, mask, ref_logprob, lengths, weight, aggregation, max_length,
+            clip_low, clip_high, dual_clip, ratio_level, kl_coef, kl_estimator,
+        )  # fmt: skip
+    owner = _owner(logprob, lengths)
+    seen = torch.ones_like(owner, dtype=torch.bool) if mask is None else mask.flatten().bool()
+    logprob = logprob.flatten()
+    logratio = torch.where(seen, logprob - old_logprob.flatten(), 0.0)
+    tokens = torch.zeros(count, dtype=torch.int64, device=owner.device).index_add(0, owner, seen.long())  # (R,)
+    if ratio_level == "sequence":
+        logratio = (logratio.new_zeros(count).index_add(0, owner, logratio) / tokens.clamp(min=1))[owner]
+    weight = response_weights(tokens, aggregation, max_length) if weight is None else weight
+    weight = torch.where(seen, weight.to(logprob.dtype)[owner], 0.0)
+    advantage = advantage.flatten() if advantage.shape != (count,) else advantage[owner]
+    advantage = torch.where(seen, advantage, 0.0)
     ratio = logratio.exp()
     plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(plain, clipped)
-    with torch.no_grad():
-        bound = clipped > plain
-        stats = {
-            "clip_low": (bound & (advantage < 0)).sum(),
-            "clip_high": (bound & (advantage > 0)).sum(),
-            "ratio": (ratio - 1).sum(),
-        }
-    if dual_clip > 0:
-        cap = -advantage * dual_clip
-        over = (advantage < 0) & (loss > cap)
-        loss = torch.where(over, cap, loss)
-        stats["dual_clip"] = over.sum()
-    loss = (weight * loss).sum()
+    cap = -advantage * dual_clip
+    over = (advantage < 0) & (loss > cap) & (dual_clip > 0)
+    bound = clipped > plain
+    stats = {
+        "clip_low": (bound & (advantage < 0)).sum(),
+        "clip_high": (bound & (advantage > 0)).sum(),
+        "dual_clip": over.sum(),
+        "ratio": torch.where(seen, torch.expm1(logratio), 0.0).sum().detach(),
+        "tokens": tokens.sum(),
+    }
+    loss = (weight * torch.where(over, cap, loss)).sum()
     if ref_logprob is not None:
-        kl = kl_divergence(logprob, ref_logprob, kl_estimator)
+        kl = kl_divergence(torch.where(seen, logprob, 0.0), torch.where(seen, ref_logprob.flatten(), 0.0), kl_estimator)
         stats["kl"] = kl.detach().sum()
         loss = loss + kl_coef * (weight * kl).sum()
     return loss, stats
@@ -81,20 +117,23 @@ def grpo_loss(
 def sft_loss(
     logprob: torch.Tensor,
     target: torch.Tensor,
-    weight: torch.Tensor,
     ref_logprob: torch.Tensor | None = None,
+    *,
+    lengths: torch.Tensor,
+    weight: torch.Tensor,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Weighted cross-entropy, sum of weight * target * -logprob; tensors (N,), `target` being each response's reward.
+    """Weighted cross-entropy, sum of weight * target * -logprob, `target` (R,) being each response's reward.
 
-    At ratio 1 its gradient is that of `grpo_loss` with the advantage `target`. KL and returned sums as there.
+    At ratio 1 its gradient is that of `grpo_loss` with the advantage `target`. Packed (N,) and otherwise as there.
     """
-    loss, stats = (weight * target * -logprob).sum(), {}
+    owner = _owner(logprob, lengths)
+    loss, stats = ((weight * target)[owner] * -logprob).sum(), {}
     if ref_logprob is not None:
         kl = kl_divergence(logprob, ref_logprob, kl_estimator)
         stats["kl"] = kl.detach().sum()
-        loss = loss + kl_coef * (weight * kl).sum()
+        loss = loss + kl_coef * (weight[owner] * kl).sum()
     return loss, stats
 
 
@@ -108,3 +147,27 @@ def kl_divergence(logprob: torch.Tensor, ref_logprob: torch.Tensor, estimator: s
     if estimator == "k3":
         return torch.expm1(difference) - difference
     raise ValueError(f"kl_estimator must be k1, k2 or k3, not {estimator!r}")
+
+
+def _count(logprob: torch.Tensor, lengths: torch.Tensor | None) -> int:
+    """How many responses there are."""
+    if logprob.dim() != (2 if lengths is None else 1):
+        raise ValueError(f"expected logprob (R, T), or (N,) with lengths (R,); got {tuple(logprob.shape)}")
+    if lengths is not None and lengths.device.type == "cpu" and int(lengths.sum()) != len(logprob):
+        raise ValueError(f"lengths sum to {int(lengths.sum())}, but there are {len(logprob)} tokens")
+    return len(logprob) if lengths is None else len(lengths)
+
+
+def _owner(logprob: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """The response of each token, (N,) or (R * T,)."""
+    responses = torch.arange(_count(logprob, lengths), device=logprob.device)
+    if lengths is None:
+        return responses.repeat_interleave(logprob.shape[1])
+    return responses.repeat_interleave(lengths.to(logprob.device), output_size=len(logprob))
+
+
+def _check_aggregation(aggregation: str, max_length: int | None) -> None:
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation must be token, sequence or dr-grpo, not {aggregation!r}")
+    if aggregation == "dr-grpo" and max_length is None:
+        raise ValueError("dr-grpo divides by the longest response allowed: give max_length")

@@ -84,11 +84,11 @@ def test_written_judgements_are_those_of_separate_prompts(policy, questions):
     groups, s = groups_of(questions), settings(judge_mode="text", judge_repeats=2, judge_max_new_tokens=7)
     prompts, _ = policy.encode(questions, policy.template("boxed"))
     judged = judge.judge(policy, prompts, groups, s, "think-boxed", 5)
-    config = rollout.Config(temperature=1.0, top_p=0.9, max_new_tokens=7)
+    config = rollout.Config(temperature=1.0, top_p=0.9, max_new_tokens=7, seed=5)
     for question, prompt, group in zip(questions, prompts, judged):
         for i in (0, 1, 3):
             one = policy.place(question.uid, whole(policy, question, SAID[i], ""), prompt.features)
-            rows = [row_id(5, 0, f"judge/{question.uid}", 2 * i + n) for n in range(2)]
+            rows = [row_id(0, f"judge/{question.uid}", 2 * i + n) for n in range(2)]
             alone = rollout.generate(policy, [one], rows, config)
             texts = policy.tokenizer.batch_decode([r.ids for r in alone], skip_special_tokens=True)
             assert group["responses"][i]["judge"]["judgements"] == texts

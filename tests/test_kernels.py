@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import grpo_loss, kl_divergence, linear_logprob, response_weights, row_id, sample
-from kernels.sample import gumbel, philox, to_gumbel
+from kernels.sampling import gumbel, philox, to_gumbel
 
 FULL = 0xFFFFFFFF
 

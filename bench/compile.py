@@ -1,0 +1,146 @@
+"""Compile every Triton kernel to machine code, without a GPU: registers, spills and shared memory of what ships.
+
+The launch functions run on tensors without data at full size, and what they launch, with its block sizes, is compiled
+for sm_80 (A100) and sm_90 (H100, H200) instead of being run. A spilled register fails.
+
+    python -m bench.compile
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from kernels import advantage, advantage_triton, logprob_triton, loss, loss_triton, sampling_triton
+
+TARGETS = (80, 90)
+MODULES = (logprob_triton, advantage_triton, loss_triton, sampling_triton)
+TYPES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.bool: "i1",
+}  # fmt: skip
+
+
+class Recorder:
+    """Stands in for a kernel: a launch is noted instead of made."""
+
+    def __init__(self, kernel, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **settings):
+            named = dict(zip(self.kernel.arg_names, args)) | settings
+            options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+            self.launches.append((self.kernel, named, options))
+
+        return launch
+
+
+def source(kernel, named: dict) -> ASTSource:
+    """What Triton's launcher would compile for these arguments, with its specialisation on 1 and on multiples of 16."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = named[parameter.name]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and special):
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name], attributes[(i,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and special:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def launches() -> list[tuple]:
+    """(kernel, arguments, options) of every launch that full-size calls make, each variant once."""
+    found: list[tuple] = []
+    for module in MODULES:
+        for name, kernel in vars(module).copy().items():
+            if name.endswith("_kernel"):
+                setattr(module, name, Recorder(kernel, found))
+    rows, vocabulary, device = 8192, 152_064, "meta"
+    ids, row = torch.zeros(rows, dtype=torch.long, device=device), torch.zeros(rows, device=device)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        logits = torch.empty(rows, vocabulary, dtype=dtype, device=device)
+        strided = torch.empty(rows, 262_143 * 2, dtype=dtype, device=device)[:, ::2]
+        for z in (logits, strided):
+            logprob_triton.rows(z, ids, 0.7, None)
+            logprob_triton.gradient(z, ids, 0.7, row, row, row, row, torch.empty_like(z))
+        for top_p, top_k, banned in ((1.0, 0, ()), (1.0, 0, range(5)), (0.9, 0, range(5)), (0.9, 50, range(5))):
+            sampling_triton.sample(logits, 0.7, top_p, top_k, 0, ids, 3, banned)
+        sampling_triton.sample(logits, 0.0, 1.0, 0, 0, ids, 3, range(5))
+    full = torch.empty(512, vocabulary, device=device)
+    for narrow in (torch.bfloat16, torch.float16, torch.float32):
+        replaced = torch.empty(1024, vocabulary, dtype=narrow, device=device)[::2]
+        logprob_triton.rows(full, ids[:512], 0.7, replaced)
+    for estimator in advantage.ADVANTAGES:
+        rewards = torch.zeros(512, 8, device=device)
+        advantage_triton.advantage(rewards, estimator, None)
+        advantage_triton.advantage(rewards.flatten(), estimator, ids[:4096])
+    for ratio_level in ("token", "sequence"):
+        for estimator in (None, *loss.ESTIMATORS):
+            for lengths, mask in ((None, torch.ones(512, 16, dtype=torch.bool, device=device)), (ids[:512], None)):
+                for weight, aggregation in ((None, "sequence"), (row[:512], "token")):
+                    logprob = row if lengths is not None else row.view(512, 16)
+                    settings = (aggregation, 99, 0.2, 0.2, 3.0, ratio_level, 0.1, estimator or "k3")
+                    reference = logprob if estimator else None
+                    loss_triton.grpo_loss(logprob, logprob, row[:512], mask, reference, lengths, weight, *settings)
+    return found
+
+
+def resources(compiled, capability: int) -> dict[str, int]:
+    """Registers, spilled bytes and shared memory of a compiled kernel, as the assembler reports them."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        architecture = f"sm_{capability}{'a' if capability == 90 else ''}"
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.findall(r"Used (\d+) registers", report)
+    spilled = re.findall(r"(\d+) bytes spill", report)
+    if not registers or not spilled:
+        raise RuntimeError(f"the assembler's report is not understood:\n{report}")
+    return {
+        "registers": max(map(int, registers)),
+        "spilled": sum(map(int, spilled)),
+        "shared": compiled.metadata.shared,
+    }
+
+
+def main() -> int:
+    """Print the table; returns how many kernels spill."""
+    bad, seen = 0, set()
+    print(f"triton {triton.__version__}\n{'kernel':18}{'arch':>6}{'registers':>11}{'spilled':>9}{'shared':>8}  variant")
+    for kernel, named, options in launches():
+        code = source(kernel, named)
+        variant = ", ".join(
+            [t for t in code.signature.values() if t.startswith("*")][:1]
+            + [f"{kernel.arg_names[i]}={v}" for (i,), v in code.constants.items() if kernel.params[i].is_constexpr]
+        )
+        key = (kernel.fn.__name__, str(code.signature), str(code.constants), str(code.attrs))
+        if key in seen:
+            continue
+        seen.add(key)
+        for capability in TARGETS:
+            found = resources(
+                triton.compile(code, target=GPUTarget("cuda", capability, 32), options=options), capability
+            )
+            bad += found["spilled"] > 0
+            numbers = f"{found['registers']:11}{found['spilled']:9}{found['shared']:8}"
+            print(f"{kernel.fn.__name__:18}{capability:6}{numbers}  {variant}", flush=True)
+    print(f"{len(seen)} variants, {bad} with spilled registers")
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(main() > 0)

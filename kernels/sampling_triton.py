@@ -1,0 +1,154 @@
+"""Sampling in Triton: one program a row, one pass over its logits; top-k and top-p first search for the smallest logit kept.
+
+The search halves the interval of float32 bit patterns, which order like the numbers, until one is left: no sort.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.logprob_triton import absorb
+
+BLOCK = 2048  # logits a program holds at once
+WARPS = 8
+
+
+def sample(logits, temperature, top_p, top_k, seed, row_ids, position, banned) -> tuple[torch.Tensor, ...]:
+    """As in sampling.py: token, log-probability, entropy, self-certainty."""
+    count, size = logits.shape
+    token = torch.empty(count, dtype=torch.int64, device=logits.device)
+    logprob, entropy, certainty = torch.empty(3, count, dtype=torch.float32, device=logits.device)
+    if not count:
+        return token, logprob, entropy, certainty
+    scale, block = 1 / temperature if temperature else 1.0, min(BLOCK, max(128, triton.next_power_of_2(size)))
+    bans = torch.tensor(list(banned) or [-1], dtype=torch.int64, device=logits.device)
+    top_k = top_k if 0 < top_k < size else 0
+    cut = temperature > 0 and (top_k > 0 or top_p < 1)
+    floor = torch.empty(count if cut else 1, dtype=torch.int32, device=logits.device)
+    if cut:
+        floor_kernel[(count,)](
+            logits, bans, floor, logits.stride(0), logits.stride(1), size, scale, top_p, top_k,
+            BANS=len(banned), BITS=16 if logits.dtype == torch.bfloat16 else 32, BLOCK=block, num_warps=WARPS,
+        )  # fmt: skip
+    sample_kernel[(count,)](
+        logits, bans, floor, row_ids.contiguous(), token, logprob, entropy, certainty, logits.stride(0),
+        logits.stride(1), size, scale, position, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF,
+        BANS=len(banned), CUT=cut, GREEDY=temperature == 0, BLOCK=block, num_warps=WARPS,
+    )  # fmt: skip
+    return token, logprob, entropy, certainty
+
+
+@triton.jit
+def is_banned(at, bans, BANS: tl.constexpr):
+    found = at < 0
+    for n in tl.static_range(BANS):
+        found = found | (at == tl.load(bans + n))
+    return found
+
+
+@triton.jit
+def ordered_bits(z):
+    """float32 -> int32 that orders alike; -0 like 0."""
+    bits = (z + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def mass(logits, bans, step, size, scale, top, above, BANS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """How many allowed tokens have ordered bits of at least `above`, or the sum of their exp((z - top) * scale)."""
+    found = 0.0
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + at.to(tl.int64) * step, mask=at < size, other=float("-inf")).to(tl.float32)
+        inside = (at < size) & (is_banned(at, bans, BANS) == 0) & (ordered_bits(z) >= above)
+        weight = 1.0 if COUNT else tl.exp((z - top) * scale)
+        found += tl.sum(tl.where(inside, weight, 0.0), 0)
+    return found
+
+
+@triton.jit
+def search(
+    logits, bans, step, size, scale, top, least, wanted,
+    BANS: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The largest bits, not below `least`, at which the mass above is still as much as wanted."""
+    found = tl.full([], -(2**31), tl.int64)
+    for n in range(BITS):
+        candidate = found + (tl.full([], 1, tl.int64) << (31 - n))
+        above = tl.maximum(candidate, least).to(tl.int32)
+        if mass(logits, bans, step, size, scale, top, above, BANS, COUNT, BLOCK) >= wanted:
+            found = candidate
+    return tl.maximum(found, least)
+
+
+@triton.jit
+def floor_kernel(
+    logits, bans, floor, stride, step, size, scale, top_p, top_k,
+    BANS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    top = float("-inf")
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + at.to(tl.int64) * step, mask=at < size, other=float("-inf")).to(tl.float32)
+        top = tl.maximum(top, tl.max(tl.where(is_banned(at, bans, BANS), float("-inf"), z), 0))
+    least = tl.full([], -(2**31), tl.int64)
+    if top_k > 0:
+        least = search(logits, bans, step, size, scale, top, least, top_k, BANS, True, BITS, BLOCK)
+    if top_p < 1:
+        whole = mass(logits, bans, step, size, scale, top, least.to(tl.int32), BANS, False, BLOCK)
+        least = search(logits, bans, step, size, scale, top, least, top_p * whole, BANS, False, BITS, BLOCK)
+    tl.store(floor + row, least.to(tl.int32))
+
+
+@triton.jit
+def gumbel(words):
+    """As `to_gumbel` of sampling.py. -log(1 - u) for small u by its series: the difference would lose its digits."""
+    u = tl.minimum((words.to(tl.float32) + 0.5) * (1 / 4294967296), 1 - 1 / 16777216)
+    series = u / 7
+    for n in tl.static_range(6, 1, -1):
+        series = u * (1 / n + series)
+    return -tl.log(tl.where(u < 0.0625, u * (1 + series), -tl.log(1 - u)))
+
+
+@triton.jit
+def noise_words(key, block, position, seed_low, seed_high):
+    """Words (4 * len(block),) in the order of the vocabulary: entry v is word v % 4 of counter v // 4."""
+    zero = tl.zeros_like(block)
+    w0, w1, w2, w3 = tl.philox(key, block, zero + position.to(tl.int32), zero + seed_low, zero + seed_high)
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@triton.jit(do_not_specialize=["position", "seed_low", "seed_high"])
+def sample_kernel(
+    logits, bans, floor, row_ids, token, logprob, entropy, certainty, stride, step, size, scale,
+    position, seed_low, seed_high,
+    BANS: tl.constexpr, CUT: tl.constexpr, GREEDY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    key = tl.load(row_ids + row)
+    top, weights, weighted, total = float("-inf"), 0.0, 0.0, 0.0
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    chosen = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + at.to(tl.int64) * step, mask=at < size, other=0.0).to(tl.float32)
+        total += tl.sum(z, 0)
+        top, weights, weighted = absorb(z, at < size, top, weights, weighted, scale, tl.zeros_like(at))
+        allowed = (at < size) & (is_banned(at, bans, BANS) == 0)
+        if CUT:
+            allowed = allowed & (ordered_bits(z) >= tl.load(floor + row))
+        score = z * scale
+        if not GREEDY:
+            score += gumbel(noise_words(key, start // 4 + tl.arange(0, BLOCK // 4), position, seed_low, seed_high))
+        score = tl.where(allowed, score, float("-inf"))
+        chosen = tl.where(score > best, at, chosen)
+        best = tl.maximum(score, best)
+    found = tl.min(tl.where(best == tl.max(best, 0), chosen, size), 0)  # of equal scores the first token
+    log_sum = tl.log(weights)
+    tl.store(token + row, found.to(tl.int64))
+    tl.store(logprob + row, (tl.load(logits + found.to(tl.int64) * step).to(tl.float32) - top) * scale - log_sum)
+    tl.store(entropy + row, log_sum - weighted / weights)
+    tl.store(certainty + row, top * scale + log_sum - total / size * scale)
