@@ -70,31 +70,30 @@ def launches() -> list[tuple]:
                 setattr(module, name, Recorder(kernel, found))
     rows, vocabulary, device = 8192, 152_064, "meta"
     ids, row = torch.zeros(rows, dtype=torch.long, device=device), torch.zeros(rows, device=device)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        logits = torch.empty(rows, vocabulary, dtype=dtype, device=device)
-        strided = torch.empty(rows, 262_143 * 2, dtype=dtype, device=device)[:, ::2]
-        for z in (logits, strided):
-            logprob_triton.rows(z, ids, 0.7, None)
-            logprob_triton.gradient(z, ids, 0.7, row, row, row, row, torch.empty_like(z))
-        for top_p, top_k, banned in ((1.0, 0, ()), (1.0, 0, range(5)), (0.9, 0, range(5)), (0.9, 50, range(5))):
-            sampling_triton.sample(logits, 0.7, top_p, top_k, 0, ids, 3, banned)
-        sampling_triton.sample(logits, 0.0, 1.0, 0, 0, ids, 3, range(5))
+    logits = torch.empty(rows, vocabulary, dtype=torch.bfloat16, device=device)
+    strided = torch.empty(rows, 262_143 * 2, device=device)[:, ::2]  # fp32, the widest
+    for z in (logits, strided):
+        logprob_triton.rows(z, ids, 0.7, None)
+        logprob_triton.gradient(z, ids, 0.7, row, row, row, row, torch.empty_like(z))
+        for top_p, top_k in ((1.0, 0), (0.9, 50)):
+            sampling_triton.sample(z, 0.7, top_p, top_k, 0, ids, 3, range(5))
+    sampling_triton.sample(logits, 0.0, 1.0, 0, 0, ids, 3, ())
     full = torch.empty(512, vocabulary, device=device)
-    for narrow in (torch.bfloat16, torch.float16, torch.float32):
-        replaced = torch.empty(1024, vocabulary, dtype=narrow, device=device)[::2]
-        logprob_triton.rows(full, ids[:512], 0.7, replaced)
+    for narrow in (torch.bfloat16, torch.float32):
+        logprob_triton.rows(full, ids[:512], 0.7, full.view(narrow)[:, :vocabulary])
     for estimator in advantage.ADVANTAGES:
-        rewards = torch.zeros(512, 8, device=device)
-        advantage_triton.advantage(rewards, estimator, None)
-        advantage_triton.advantage(rewards.flatten(), estimator, ids[:4096])
-    for ratio_level in ("token", "sequence"):
-        for estimator in (None, *loss.ESTIMATORS):
-            for lengths, mask in ((None, torch.ones(512, 16, dtype=torch.bool, device=device)), (ids[:512], None)):
-                for weight, aggregation in ((None, "sequence"), (row[:512], "token")):
-                    logprob = row if lengths is not None else row.view(512, 16)
-                    settings = (aggregation, 99, 0.2, 0.2, 3.0, ratio_level, 0.1, estimator or "k3")
-                    reference = logprob if estimator else None
-                    loss_triton.grpo_loss(logprob, logprob, row[:512], mask, reference, lengths, weight, *settings)
+        advantage_triton.advantage(torch.zeros(512, 8, device=device), estimator, None)
+    advantage_triton.advantage(row, "group-norm", ids)
+    mask = torch.ones(512, 16, dtype=torch.bool, device=device)
+    padded = (mask, None, None, "sequence", None), ("sequence", "token")
+    packed = (None, ids[:512], row[:512], "token", None), ("token", "sequence")
+    for (mask, lengths, weight, aggregation, limit), levels in (padded, packed):
+        logprob = row.view(512, 16) if lengths is None else row
+        for level in levels:
+            settings = (aggregation, limit, 0.2, 0.2, 3.0, level, 0.1, "k3")
+            loss_triton.grpo_loss(logprob, logprob, row[:512], mask, logprob, lengths, weight, *settings)
+    settings = ("token", None, 0.2, 0.2, 0.0, "token", 0.0, "k3")
+    loss_triton.grpo_loss(row, row, row, None, None, ids[:512], None, *settings)  # an advantage a token
     return found
 
 

@@ -59,6 +59,7 @@ def selective_log_softmax(
     if logits.dim() != 2 or ids.shape != logits.shape[:1] or logits.shape[1] < 1:
         raise ValueError(f"expected logits (N, V) and ids (N,); got {tuple(logits.shape)}, {tuple(ids.shape)}")
     _check(logits, ids, logits.shape[1], temperature)
+    logits = logits if torch.is_grad_enabled() else logits.detach()
     found = _SelectiveLogSoftmax.apply(logits, ids, float(temperature), in_place)
     return found if statistics else found[:2]
 
@@ -92,11 +93,14 @@ def linear_logprob(
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("the head must be frozen: call weight.requires_grad_(False)")
     if needs_grad is not None and (needs_grad.shape != ids.shape or needs_grad.dtype != torch.bool):
-        raise ValueError(f"needs_grad must be bool {tuple(ids.shape)}, not {needs_grad.dtype} {tuple(needs_grad.shape)}")
+        raise ValueError(
+            f"needs_grad must be bool {tuple(ids.shape)}, not {needs_grad.dtype} {tuple(needs_grad.shape)}"
+        )
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 row, not {chunk}")
     _check(hidden, ids, weight.shape[0], temperature)
     chunk = chunk or default_chunk(weight)
+    hidden = hidden if torch.is_grad_enabled() else hidden.detach()  # a Function is not told
     return _LinearLogprob.apply(hidden, weight, ids, float(temperature), chunk, needs_grad)
 
 

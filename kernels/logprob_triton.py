@@ -46,8 +46,8 @@ def absorb(z, inside, top, total, weighted, scale, dropped):
     new = tl.maximum(top, tl.max(tl.where(inside, z, float("-inf")), 0))
     base = tl.where(new == float("-inf"), 0.0, new)  # a row of -inf so far: -inf - -inf would be nan
     shift = tl.where(top == float("-inf"), 0.0, (top - base) * scale)
-    gap = tl.maximum((z - base) * scale, -1e30)  # -inf has weight 0, and 0 * -inf would be nan
-    weight = tl.where(inside & (gap > -1e30) & (dropped == 0), tl.exp(gap), 0.0)
+    gap = tl.where(z == float("-inf"), -1e30, (z - base) * scale)  # its weight is 0, and 0 * -inf would be nan
+    weight = tl.where(inside & (dropped == 0), tl.exp(gap), 0.0)
     weighted = tl.exp(shift) * (weighted + shift * total) + tl.sum(weight * gap, 0)
     total = tl.exp(shift) * total + tl.sum(weight, 0)
     return new, total, weighted

@@ -173,4 +173,4 @@ def grpo_kernel(
     tl.store(partial + 4, ratio_sum)
     tl.store(partial + 5, kl_sum)
     tl.store(partial + 6, tokens)
-    tl.store(partial + 7, (tokens > 0).to(tl.float32))
+    tl.store(partial + 7, tl.minimum(tokens, 1.0))

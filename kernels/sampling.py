@@ -108,7 +108,9 @@ def philox(key: torch.Tensor, counter: tuple[torch.Tensor | int, ...]) -> list[t
 def noise_words(rows: torch.Tensor, position: int, size: int, seed: int = 0) -> torch.Tensor:
     """The 32-bit words (R, size), as int64, behind the noise of rows (R,) at one token position."""
     blocks = torch.arange((size + 3) // 4, device=rows.device)
-    position, low, high = (torch.zeros_like(rows)[:, None] + word for word in (position, seed & MASK, seed >> 32 & MASK))
+    position, low, high = (
+        torch.zeros_like(rows)[:, None] + word for word in (position, seed & MASK, seed >> 32 & MASK)
+    )
     return torch.stack(philox(rows[:, None], (blocks[None, :], position, low, high)), -1).flatten(1)[:, :size]
 
 

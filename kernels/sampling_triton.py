@@ -116,7 +116,9 @@ def gumbel(words):
 def noise_words(key, block, position, seed_low, seed_high):
     """Words (4 * len(block),) in the order of the vocabulary: entry v is word v % 4 of counter v // 4."""
     zero = tl.zeros_like(block)
-    w0, w1, w2, w3 = tl.philox(key, block, zero + position.to(tl.int32), zero + seed_low, zero + seed_high)
+    w0, w1, w2, w3 = tl.philox(
+        key, block, zero + position.to(tl.int32), zero + seed_low.to(tl.int32), zero + seed_high.to(tl.int32)
+    )
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
 
 
