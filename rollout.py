@@ -8,9 +8,10 @@ For each step:
     5. sample token by token, with the token's log-probability; finished responses leave the batch
     6. write one shard of groups
 
-The loop in 4 and 5 runs inside HF `generate` (`custom_generate`), which sets up the stopping criteria; a token and what is
-recorded of its distribution come from one kernel (kernels/sampling.py). Its noise depends on (seed, step, uid, index, token position) only, so a response does not change with the
-batch it was sampled in. Where a step's shard exists already, it is kept: the same command again goes on.
+The loop in 4 and 5 runs inside HF `generate` (`custom_generate`), which sets up the stopping criteria; a token and what
+is recorded of its distribution come from one kernel (kernels/sampling.py). Its noise depends on seed, step, uid, index
+and token position only, so a response does not change with the batch it was sampled in. Where a step's shard exists
+already, it is kept: the same command again goes on.
 
     python rollout.py --data shapes --model models/tiny --steps 4 --out runs/rollouts
 """
@@ -255,8 +256,8 @@ def generate(
     """Sample len(rows) / len(prompts) responses to each prompt through HF generate; rows are keys from `row_id`.
 
     With `suffixes`, suffixes[b] being the ways in which prompt b goes on (token ids, not empty), every one of them gets
-    an equal share of the rows; the prompts are prefilled once all the same. Of `config`, temperature, top_p, top_k, seed
-    (None: 0) and max_new_tokens are used.
+    an equal share of the rows; the prompts are prefilled once all the same. Of `config`, temperature, top_p, top_k,
+    seed (None: 0) and max_new_tokens are used.
     """
     tokenizer, base = policy.tokenizer, policy.base
     stops = base.generation_config.eos_token_id

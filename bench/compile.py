@@ -6,10 +6,12 @@ for sm_80 (A100) and sm_90 (H100, H200) instead of being run. A spilled register
     python -m bench.compile
 """
 
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -17,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from kernels import advantage, advantage_triton, logprob_triton, loss, loss_triton, sampling_triton
+from kernels import advantage, advantage_triton, logprob_triton, loss_triton, sampling_triton
 
 TARGETS = (80, 90)
 MODULES = (logprob_triton, advantage_triton, loss_triton, sampling_triton)
@@ -116,29 +118,35 @@ def resources(compiled, capability: int) -> dict[str, int]:
     }
 
 
-def main() -> int:
-    """Print the table; returns how many kernels spill."""
-    bad, seen = 0, set()
-    print(f"triton {triton.__version__}\n{'kernel':18}{'arch':>6}{'registers':>11}{'spilled':>9}{'shared':>8}  variant")
+def variants() -> list[tuple]:
+    """(name, source, options, description) of what has to be compiled, each once."""
+    found = {}
     for kernel, named, options in launches():
         code = source(kernel, named)
-        variant = ", ".join(
-            [t for t in code.signature.values() if t.startswith("*")][:1]
-            + [f"{kernel.arg_names[i]}={v}" for (i,), v in code.constants.items() if kernel.params[i].is_constexpr]
-        )
+        types = [kind for kind in code.signature.values() if kind.startswith("*")]
+        chosen = [i for (i,) in code.constants if kernel.params[i].is_constexpr]
+        flags = [f"{kernel.arg_names[i]}={code.constants[(i,)]}" for i in chosen]
         key = (kernel.fn.__name__, str(code.signature), str(code.constants), str(code.attrs))
-        if key in seen:
-            continue
-        seen.add(key)
-        for capability in TARGETS:
-            found = resources(
-                triton.compile(code, target=GPUTarget("cuda", capability, 32), options=options), capability
-            )
-            bad += found["spilled"] > 0
-            numbers = f"{found['registers']:11}{found['spilled']:9}{found['shared']:8}"
-            print(f"{kernel.fn.__name__:18}{capability:6}{numbers}  {variant}", flush=True)
-    print(f"{len(seen)} variants, {bad} with spilled registers")
-    return bad
+        found[key] = (kernel.fn.__name__, code, options, ", ".join([types[0], *flags]))
+    return list(found.values())
+
+
+def measure(code: ASTSource, options: dict, capability: int) -> dict[str, int]:
+    return resources(triton.compile(code, target=GPUTarget("cuda", capability, 32), options=options), capability)
+
+
+def main() -> int:
+    """Print the table; returns how many compilations spill."""
+    todo = [(*variant, capability) for variant in variants() for capability in TARGETS]
+    print(f"triton {triton.__version__}\n{'kernel':18}{'arch':>6}{'registers':>11}{'spilled':>9}{'shared':>8}  variant")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(lambda job: measure(job[1], job[2], job[4]), todo))
+    for (name, _, _, description, capability), numbers in zip(todo, found, strict=True):
+        figures = f"{numbers['registers']:11}{numbers['spilled']:9}{numbers['shared']:8}"
+        print(f"{name:18}{capability:6}{figures}  {description}")
+    spilling = sum(numbers["spilled"] > 0 for numbers in found)
+    print(f"{len(todo) // len(TARGETS)} variants, {spilling} with spilled registers")
+    return spilling
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     from kernels import linear_logprob, sample
     logprob, entropy = linear_logprob(hidden, lm_head.weight, ids, temperature=0.7)
 
-CUDA tensors take Triton, others the reference; UPT_KERNELS forces either (see dispatch.py). Names are imported when they
-are first used: rewards.py takes its advantages from here and must not wait for torch.
+CUDA tensors take Triton, others the reference; UPT_KERNELS forces either (see dispatch.py). Names are imported when
+they are first used: rewards.py takes its advantages from here and must not wait for torch.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Advantages: the rewards of a group -> as many floats. The reference, in float64, and its form for tensors.
 
-The functions of the table take one group of G >= 2 rewards; a group of one gets 0 under each estimator. Sums are exactly
-rounded (fsum), so the order of the responses changes no bit.
+The functions of the table take one group of G >= 2 rewards; a group of one gets 0 under each estimator. Sums are
+exactly rounded (fsum), so the order of the responses changes no bit.
 """
 
 import inspect

@@ -3,9 +3,10 @@
 Everything is formed from the gaps d = (z - max z) / T, taken in float32 before the division, so that logits of 1e4 cost
 no digits and a logit of -inf is a token of probability 0. Per row:
 
-    log p(y) = d_y - log S,   S = sum_v exp(d_v),   H = log S - sum_v exp(d_v) d_v / S,   1 - p(y) = sum_{v != y} exp(d_v) / S
+    S = sum_v exp(d_v),   log p(y) = d_y - log S,   H = log S - sum_v exp(d_v) d_v / S
+    1 - p(y) = sum_{v != y} exp(d_v) / S
 
-The last is what onehot(y) - p has at the target: 1 - p(y) by subtraction loses every digit near p(y) = 1.
+The last is what onehot(y) - p has at the target: by subtraction it loses every digit near p(y) = 1.
 
 `linear_logprob` uses that under LoRA the head is frozen. The gradient of a log-probability with respect to its hidden
 state is then one vector, d log p(y) / dh = (1/T) W^T (onehot(y) - p). It is formed chunk by chunk in the forward pass
@@ -48,8 +49,9 @@ def selective_log_softmax(
 ) -> tuple[torch.Tensor, ...]:
     """log softmax(logits / temperature) at `ids`, and the entropy of that distribution, in one pass over the logits.
 
-    logits (N, V) in bf16, fp16, fp32 or fp64 and of any strides, ids (N,) int64 in [0, V). Returns (N,), (N,) in nats, float32
-    (float64 for float64 logits); with `statistics` also logsumexp and mean over the vocabulary of logits / temperature.
+    logits (N, V) in bf16, fp16, fp32 or fp64 and of any strides, ids (N,) int64 in [0, V). Returns (N,), (N,) in nats,
+    float32 (float64 for float64 logits); with `statistics` also logsumexp and mean over the vocabulary of
+    logits / temperature.
     The log-probability is differentiable; the others are values without a gradient. Neither pass stores the softmax.
     With `in_place` the backward pass writes the gradient over the logits, which saves their size in memory: nothing
     else may need them, and the graph can be gone through once only.

@@ -47,8 +47,8 @@ def grpo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """PPO-clip over response tokens. Differentiable with respect to `logprob`; forward and backward are one pass.
 
-    logprob, old_logprob, ref_logprob and mask (R, T), true at response tokens; or packed (N,), with `lengths` (R,) int64
-    and a mask if there is more to leave out. What is masked may hold anything. advantage (R,), or one a token.
+    logprob, old_logprob, ref_logprob and mask (R, T), true at response tokens; or packed (N,), with `lengths` (R,)
+    int64 and a mask if there is more to leave out. What is masked may hold anything. advantage (R,), or one a token.
 
     ratio rho = exp(logprob - old_logprob), or with ratio_level `sequence` its geometric mean over the response (GSPO,
     arXiv 2507.18071 eq. 7). Loss: sum of weight * max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)), capped for

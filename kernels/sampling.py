@@ -1,9 +1,9 @@
 """Sampling with counter-based noise: a token depends on its logits, its row and its position, on nothing else.
 
-The token is the one with the largest z / T + Gumbel noise (the Gumbel-max rule), which draws from softmax(z / T) without
-sorting or normalising it. The noise is Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011): its key is the row, a 64-bit hash of (step, uid, index), its counter the vocabulary entry, the token's position
-and the seed. So the same row draws the same noise in any batch, on any number of processes, in any order.
+The token is the one with the largest z / T + Gumbel noise (the Gumbel-max rule), which draws from softmax(z / T)
+without sorting or normalising it. The noise is Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1,
+2, 3", SC 2011): its key is the row, a 64-bit hash of (step, uid, index), its counter the vocabulary entry, the token's
+position and the seed. So the same row draws the same noise in any batch, on any number of processes, in any order.
 """
 
 from collections.abc import Sequence

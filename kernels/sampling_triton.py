@@ -1,6 +1,6 @@
-"""Sampling in Triton: one program a row, one pass over its logits; top-k and top-p first search for the smallest logit kept.
+"""Sampling in Triton: one program a row, one pass over its logits. Top-k and top-p first find the smallest logit kept.
 
-The search halves the interval of float32 bit patterns, which order like the numbers, until one is left: no sort.
+That search halves the interval of float32 bit patterns, which order like the numbers, until one is left: no sort.
 """
 
 import torch

@@ -15,9 +15,17 @@ import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kernels import group_advantage, grpo_loss, linear_logprob, logprob_triton, row_id, sample, selective_log_softmax
+from kernels import (
+    group_advantage,
+    grpo_loss,
+    linear_logprob,
+    logprob_triton,
+    row_id,
+    sample,
+    sampling_triton,
+    selective_log_softmax,
+)
 from kernels import sampling as reference_sampling
-from kernels import sampling_triton
 from kernels.advantage import ADVANTAGES
 from kernels.dispatch import use_triton
 
