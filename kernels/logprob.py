@@ -261,5 +261,6 @@ def _gradient(logits, ids, temperature, top, log_sum, others, grad, out) -> None
 
 
 def _cached(logits: torch.Tensor) -> Iterator[slice]:
-    step = max(1, CACHED_ELEMENTS // logits.shape[1])
+    """Slices of the rows. On a CPU eager PyTorch goes over each several times, so it has to stay in the cache."""
+    step = len(logits) or 1 if logits.is_cuda else max(1, CACHED_ELEMENTS // logits.shape[1])
     return (slice(start, start + step) for start in range(0, len(logits), step))

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -64,11 +65,50 @@ class Guarded:
         self.buffers.clear()
 
 
+class Bounded:
+    """The interpreter's memory access, refusing what is outside the tensors that a kernel was given."""
+
+    def __init__(self, monkeypatch):
+        from triton.runtime import interpreter
+
+        self.real, self.starts, self.ends = interpreter._interpreter, np.zeros(0), np.zeros(0)
+        prepare = interpreter.GridExecutor._init_args_hst
+
+        def prepared(executor, args, settings):
+            tensors = [t for t in [*args, *settings.values()] if isinstance(t, torch.Tensor) and t.numel()]
+            spans = [(t.data_ptr(), sum((n - 1) * s for n, s in zip(t.shape, t.stride())) + 1) for t in tensors]
+            spans = sorted((start, start + size * t.itemsize) for (start, size), t in zip(spans, tensors))
+            self.starts = np.array([start for start, _ in spans])
+            self.ends = np.maximum.accumulate([end for _, end in spans])  # of all that start no later
+            return prepare(executor, args, settings)
+
+        monkeypatch.setattr(interpreter, "_interpreter", self)
+        monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", prepared)
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def check(self, pointers, mask, size):
+        used = np.broadcast_to(pointers, mask.shape)[mask.astype(bool)].astype(np.int64)
+        place = np.searchsorted(self.starts, used, side="right") - 1
+        assert (place >= 0).all() and (used + size <= self.ends[place]).all(), "memory of no tensor"
+
+    def load(self, pointers, mask, other, dtype):
+        self.check(pointers, mask, np.dtype(dtype).itemsize)
+        return self.real.load(pointers, mask, other, dtype)
+
+    def store(self, pointers, value, mask):
+        self.check(pointers, mask, value.dtype.itemsize)
+        return self.real.store(pointers, value, mask)
+
+
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     monkeypatch.setenv("UPT_KERNELS", "triton")
     if (request.param == "cuda") != torch.cuda.is_available():
         pytest.skip("on a machine with a GPU the kernels run there, elsewhere in the interpreter")
+    if request.param == "interpreter":
+        Bounded(monkeypatch)
     for module in ("logprob_triton", "sampling_triton"):  # several blocks in small shapes
         monkeypatch.setattr(importlib.import_module(f"kernels.{module}"), "BLOCK", 128)
     return "cuda" if request.param == "cuda" else "cpu"
