@@ -24,11 +24,11 @@ MODEL_READY = $(if $(NEEDS_TINY),$(TINY)/warmup.json)
 SAMPLING = --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,seed,$(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup warmup train rollout judge score eval ablate test lint bench clean one-gpu
+.PHONY: help setup warmup train rollout judge score eval ablate test lint bench bench-gpu clean one-gpu
 
 help:  ## this list
 	@echo "make TARGET [DATA=shapes] [MODEL=] [REWARD=] [ADVANTAGE=] [STEPS=] [SEED=] [REWARDS=] [SEEDS=] [OUT=] [GPUS=1] [ARGS=...]"
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1	/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1	/' | expand -t 12
 
 setup: $(READY)  ## virtual environment in .venv with all requirements
 
@@ -78,10 +78,14 @@ lint: $(READY)  ## ruff, check and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: $(READY) $(TINY)/warmup.json  ## our loop beside TRL's GRPOTrainer, judging beside separate calls
+bench: $(READY) $(TINY)/warmup.json  ## the kernels beside naive PyTorch, our loop beside TRL's, judging beside separate calls
+	$(PY) -m bench.kernels
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	$(PY) -m bench.loop $(ARGS)
 	$(PY) -m bench.judging
+
+bench-gpu: $(READY)  ## all that needs an NVIDIA GPU: its tests, the kernels beside their peers, the loop at full size
+	PYTHON=$(PY) bash bench/gpu.sh
 
 clean:  ## remove the virtual environment, the embedded model and caches; runs stay
 	rm -rf $(VENV) $(TINY) .pytest_cache .ruff_cache .hypothesis

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from bench import judging, loop
+from bench import fullsize, judging, kernels, loop
 
 
 def test_summary_of_three_steps():
@@ -43,3 +44,43 @@ def test_judging_behind_a_shared_prefix_gives_the_scores_of_whole_prompts(tiny, 
     assert all(len(result["runs"][name]) == 2 and seconds > 0 for name, seconds in result["seconds"].items())
     assert result["ratio"]["separate"] == result["seconds"]["separate"] / result["seconds"]["shared"]
     assert "beside shared: separate" in capsys.readouterr().out
+
+
+def test_peak_memory_of_a_call():
+    def form():
+        held = torch.empty(10**6)  # 4 MB
+        for _ in range(3):
+            torch.empty(2 * 10**6)  # 8 MB, gone before the next
+        return held
+
+    assert kernels.peak(form) == pytest.approx(12e6, rel=0.01)
+
+
+def test_the_kernels_beside_naive_forms_of_the_same_result(capsys):
+    config = kernels.Config(shapes=("24x300x16",), pairs=3, device="cpu")
+    result = json.loads(json.dumps(kernels.main(config)))
+    (found,) = result["results"]
+    assert found["shape"] == {"N": 24, "V": 300, "D": 16}
+    jobs = {(row["job"], row["form"]): row for row in found["rows"]}
+    assert all(row["ms"] > 0 and row["extra_mb"] >= 0 for row in found["rows"])
+    assert all(row["ratio"] == 1 for (_, form), row in jobs.items() if form == "naive")
+    assert "linear_logprob forward + backward" in capsys.readouterr().out
+    # What is timed has to be the same job: the forms' results agree.
+    hidden, weight, ids = torch.randn(24, 16), torch.randn(300, 16), torch.randint(300, (24,))
+    ours = kernels.linear_logprob(hidden, weight, ids)[0]
+    torch.testing.assert_close(ours, kernels.naive_linear(hidden, weight, ids), atol=1e-5, rtol=1e-5)
+    rewards = torch.rand(5, 8)
+    torch.testing.assert_close(kernels.group_advantage(rewards, "group-norm"), kernels.naive_advantage(rewards))
+    x, old, reference = (-torch.rand(3, 7) for _ in range(3))
+    advantage, mask = torch.randn(3), torch.rand(3, 7) < 0.7
+    loss, _ = kernels.grpo_loss(x, old, advantage, mask, reference, kl_coef=0.01)
+    torch.testing.assert_close(loss, kernels.naive_loss(x, old, advantage, mask, reference))
+
+
+def test_the_full_size_check_at_a_small_size(capsys):
+    config = fullsize.Config("tiny-random", questions=2, group_size=2, image_tokens=32, max_new_tokens=5, steps=1)
+    result = json.loads(json.dumps(fullsize.main(config)))
+    for way in ("kernels", "eager"):
+        (step,) = result["steps"][way]
+        assert 2 * 2 <= step["tokens"] <= 2 * 2 * 5 and step["prompt_tokens"] > 32 and step["update_s"] > 0
+        assert way in capsys.readouterr().out or way == "eager"

@@ -4,6 +4,7 @@ Without a GPU they run in Triton's interpreter and are compiled, but not run, fo
 """
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import shards
+import train_upt
 from kernels import (
     group_advantage,
     grpo_loss,
@@ -29,6 +32,7 @@ from kernels import (
 from kernels import sampling as reference_sampling
 from kernels.advantage import ADVANTAGES
 from kernels.dispatch import use_triton
+from tests.test_train import SMALL
 
 GUARD = 64
 DTYPES = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # relative rounding of a stored value
@@ -293,7 +297,7 @@ def test_group_advantage(device, guarded, sizes, seed, dense, offset, estimator)
         rewards, ids = torch.rand(len(sizes), sizes[0], dtype=torch.float64), None
         rewards[:, 0], rewards[:, -1] = 0.0, 0.1
     else:
-        ids = torch.cat([torch.full((size,), 1000 - 7 * i) for i, size in enumerate(sizes)])
+        ids = torch.cat([torch.full((size,), -7 * i) for i, size in enumerate(sizes)])  # 0 is one of them
         ids = ids[torch.randperm(len(ids))]
         rewards = torch.rand(len(ids), dtype=torch.float64)
         for name in ids.unique():
@@ -468,6 +472,45 @@ def test_dispatch(monkeypatch):
     monkeypatch.setenv("UPT_KERNELS", "cuda")
     with pytest.raises(ValueError, match="UPT_KERNELS is 'cuda', expected one of auto, triton, reference"):
         use_triton(torch.zeros(1))
+
+
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        return self.kernel[grid]
+
+
+def test_the_loop_runs_on_them(tiny, tmp_path, device, monkeypatch):
+    """A step of training with the kernels samples the same tokens and makes the same update as with the references."""
+    counted, homes = {}, {"rows": "logprob", "sample": "sampling", "floor": "sampling", "grpo": "loss"}
+    for name, home in homes.items():
+        module = importlib.import_module(f"kernels.{home}_triton")
+        counted[name] = Counted(getattr(module, f"{name}_kernel"))
+        monkeypatch.setattr(module, f"{name}_kernel", counted[name])
+    settings = SMALL | {"questions_per_step": 2, "group_size": 2, "max_new_tokens": 6, "learning_rate": 1e-4}
+    settings |= {"top_p": 0.9, "kl_coef": 0.1, "minibatches": 2, "steps": 1, "dtype": "fp32", "device": device}
+    metrics, groups = {}, {}
+    for way in ("triton", "reference"):
+        monkeypatch.setenv("UPT_KERNELS", way)
+        before = {name: kernel.launches for name, kernel in counted.items()}
+        train_upt.main(train_upt.Config(model=tiny, out=tmp_path / way, **settings))
+        used = {name for name, kernel in counted.items() if kernel.launches > before[name]}
+        assert used == (set(counted) if way == "triton" else set())
+        metrics[way] = json.loads((tmp_path / way / "metrics.jsonl").read_text())
+        groups[way] = shards.read_shard(tmp_path / way / "rollouts" / "step-000000.jsonl")
+    for mine, theirs in zip(*groups.values(), strict=True):
+        for a, b in zip(mine["responses"], theirs["responses"], strict=True):
+            assert a["token_ids"] == b["token_ids"]
+            assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4)
+            assert (a["entropy"], a["self_certainty"]) == pytest.approx((b["entropy"], b["self_certainty"]), abs=1e-4)
+    for name in ("loss", "grad_norm", "kl", "ratio", "clip_low", "clip_high"):
+        assert metrics["triton"][name] == pytest.approx(metrics["reference"][name], rel=1e-3, abs=1e-6), name
+    assert metrics["triton"]["grad_norm"] > 0
 
 
 def outside(code: str, **environment) -> subprocess.CompletedProcess:
