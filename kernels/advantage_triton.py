@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.dispatch import on
+
 ROWS, COLUMNS = 16, 64  # responses a program answers for, and others it looks at at once
 
 
@@ -13,7 +15,9 @@ def advantage(
     """As `group_advantage`. In ragged groups every program looks through all responses for the members of its own."""
     rewards, count = rewards.contiguous(), rewards.numel()
     out = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
-    if count:
+    if not count:
+        return out
+    with on(rewards):
         advantage_kernel[(triton.cdiv(count, ROWS),)](
             rewards, rewards if group_ids is None else group_ids.contiguous(), out, count, rewards.shape[-1],
             eps, beta, estimator, group_ids is not None, ROWS, COLUMNS,

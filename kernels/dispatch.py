@@ -28,3 +28,8 @@ def use_triton(tensor: torch.Tensor) -> bool:
                 "imported: set TRITON_INTERPRET=1 in the environment too"
             )
     return True
+
+
+def on(tensor: torch.Tensor) -> torch.cuda.device_of:
+    """A context in which kernels are launched on the tensor's own device, which need not be the current one."""
+    return torch.cuda.device_of(tensor)

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.dispatch import on
 from kernels.logprob import Rows
 
 BLOCK = 4096  # logits a program holds at once: 16 a thread
@@ -14,8 +15,10 @@ def rows(logits: torch.Tensor, ids: torch.Tensor, temperature: float, replaced: 
     """As in logprob.py: every logit is read once, and once more where `replaced` is asked for."""
     count, size = logits.shape
     found = Rows(*torch.empty(len(Rows._fields), count, dtype=torch.float32, device=logits.device))
-    if count:
-        out = logits if replaced is None else replaced
+    out = logits if replaced is None else replaced
+    if not count:
+        return found
+    with on(logits):
         rows_kernel[(count,)](
             logits, ids, out, *found, logits.stride(0), logits.stride(1), ids.stride(0), out.stride(0), out.stride(1),
             size, 1 / temperature, replaced is not None, _block(size), num_warps=WARPS,
@@ -26,7 +29,9 @@ def rows(logits: torch.Tensor, ids: torch.Tensor, temperature: float, replaced: 
 def gradient(logits, ids, temperature, top, log_sum, others, grad, out) -> None:
     """As in logprob.py: one read and one write; a row whose `grad` is 0 is not read."""
     count, size = logits.shape
-    if count:
+    if not count:
+        return
+    with on(logits):
         gradient_kernel[(count, triton.cdiv(size, _block(size)))](
             logits, ids, top, log_sum, others, grad, out, logits.stride(0), logits.stride(1), ids.stride(0),
             grad.stride(0), out.stride(0), out.stride(1), size, 1 / temperature, _block(size), num_warps=WARPS,

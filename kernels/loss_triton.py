@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.dispatch import on
 from kernels.loss import ESTIMATORS
 
 BLOCK = 512  # tokens at once
@@ -46,14 +47,15 @@ class _GrpoLoss(torch.autograd.Function):
         gradient = torch.empty(logprob.shape, dtype=torch.float32, device=logprob.device)
         partial = torch.empty(count, len(SUMS), dtype=torch.float32, device=logprob.device)
         if count:
-            grpo_kernel[(count,)](
-                logprob, old, advantage, mask, reference, weight, lengths, ends, gradient, partial,
-                logprob.shape[-1], clip_low, clip_high, dual_clip, kl_coef,
-                PER_TOKEN=advantage.shape != (count,), PACKED=lengths is not None, MASKED=mask is not None,
-                WEIGHTED=weight is not None, PER_LENGTH=weight is None and aggregation == "sequence",
-                SEQUENCE_RATIO=ratio_level == "sequence",
-                ESTIMATOR=0 if reference is None else 1 + ESTIMATORS.index(kl_estimator), BLOCK=BLOCK,
-            )  # fmt: skip
+            with on(logprob):
+                grpo_kernel[(count,)](
+                    logprob, old, advantage, mask, reference, weight, lengths, ends, gradient, partial,
+                    logprob.shape[-1], clip_low, clip_high, dual_clip, kl_coef,
+                    PER_TOKEN=advantage.shape != (count,), PACKED=lengths is not None, MASKED=mask is not None,
+                    WEIGHTED=weight is not None, PER_LENGTH=weight is None and aggregation == "sequence",
+                    SEQUENCE_RATIO=ratio_level == "sequence",
+                    ESTIMATOR=0 if reference is None else 1 + ESTIMATORS.index(kl_estimator), BLOCK=BLOCK,
+                )  # fmt: skip
         sums = partial.sum(0)  # (8,), in a fixed order
         loss, tokens, used = sums[0], sums[SUMS.index("tokens")], sums[SUMS.index("used")]
         if weight is not None:

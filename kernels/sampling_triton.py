@@ -3,10 +3,13 @@
 That search halves the interval of float32 bit patterns, which order like the numbers, until one is left: no sort.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
+from kernels.dispatch import on
 from kernels.logprob_triton import absorb
 
 BLOCK = 2048  # logits a program holds at once
@@ -18,32 +21,53 @@ def sample(logits, temperature, top_p, top_k, seed, row_ids, position, banned) -
     count, size = logits.shape
     token = torch.empty(count, dtype=torch.int64, device=logits.device)
     logprob, entropy, certainty = torch.empty(3, count, dtype=torch.float32, device=logits.device)
-    if not count:
-        return token, logprob, entropy, certainty
-    scale, block = 1 / temperature if temperature else 1.0, min(BLOCK, max(128, triton.next_power_of_2(size)))
-    bans = torch.tensor(list(banned) or [-1], dtype=torch.int64, device=logits.device)
-    top_k = top_k if 0 < top_k < size else 0
-    cut = temperature > 0 and (top_k > 0 or top_p < 1)
-    floor = torch.empty(count if cut else 1, dtype=torch.int32, device=logits.device)
-    if cut:
-        floor_kernel[(count,)](
-            logits, bans, floor, logits.stride(0), logits.stride(1), size, scale, top_p, top_k,
-            BANS=len(banned), BITS=16 if logits.dtype == torch.bfloat16 else 32, BLOCK=block, num_warps=WARPS,
-        )  # fmt: skip
-    sample_kernel[(count,)](
-        logits, bans, floor, row_ids.contiguous(), token, logprob, entropy, certainty, logits.stride(0),
-        logits.stride(1), size, scale, position, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF,
-        BANS=len(banned), CUT=cut, GREEDY=temperature == 0, BLOCK=block, num_warps=WARPS,
-    )  # fmt: skip
+    cut = temperature > 0 and (0 < top_k < size or top_p < 1)
+    floor = floors(logits, temperature, top_p, top_k, banned) if cut else None
+    if count:
+        with on(logits):
+            sample_kernel[(count,)](
+                logits, _on_device(tuple(banned), logits.device), floor, row_ids.contiguous(), token, logprob, entropy,
+                certainty, logits.stride(0), logits.stride(1), size, 1 / temperature if temperature else 1.0, position,
+                seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, BANS=len(banned), CUT=cut, GREEDY=temperature == 0,
+                BLOCK=_block(size), num_warps=WARPS,
+            )  # fmt: skip
     return token, logprob, entropy, certainty
 
 
+def floors(logits, temperature, top_p, top_k, banned) -> torch.Tensor:
+    """The smallest logit that top-k and top-p keep in each row, (R,) int32 in the order of `ordered_bits`."""
+    count, size = logits.shape
+    floor = torch.empty(count, dtype=torch.int32, device=logits.device)
+    if count:
+        with on(logits):
+            floor_kernel[(count,)](
+                logits, _on_device(tuple(banned), logits.device), floor, logits.stride(0), logits.stride(1), size,
+                1 / temperature, top_p, top_k if top_k < size else 0, BANS=len(banned),
+                BITS=16 if logits.dtype == torch.bfloat16 else 32, BLOCK=_block(size), num_warps=WARPS,
+            )  # fmt: skip
+    return floor
+
+
+def _block(size: int) -> int:
+    return min(BLOCK, max(128, triton.next_power_of_2(size)))
+
+
+@lru_cache(maxsize=64)
+def _on_device(banned: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The banned tokens where the kernel finds them; copied once, not at every token."""
+    return torch.tensor(banned or (-1,), dtype=torch.int64, device=device)
+
+
 @triton.jit
-def is_banned(at, bans, BANS: tl.constexpr):
-    found = at < 0
+def block_at(start, logits, bans, step, size, BANS: tl.constexpr, BLOCK: tl.constexpr):
+    """Places of a block in the vocabulary, whether they are in it, whether they may be drawn, and their logits."""
+    at = start + tl.arange(0, BLOCK)
+    inside = at < size
+    allowed = inside
     for n in tl.static_range(BANS):
-        found = found | (at == tl.load(bans + n))
-    return found
+        allowed = allowed & (at != tl.load(bans + n))
+    z = tl.load(logits + at.to(tl.int64) * step, mask=inside, other=float("-inf")).to(tl.float32)
+    return at, inside, allowed, z
 
 
 @triton.jit
@@ -58,11 +82,9 @@ def mass(logits, bans, step, size, scale, top, above, BANS: tl.constexpr, COUNT:
     """How many allowed tokens have ordered bits of at least `above`, or the sum of their exp((z - top) * scale)."""
     found = 0.0
     for start in range(0, size, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + at.to(tl.int64) * step, mask=at < size, other=float("-inf")).to(tl.float32)
-        inside = (at < size) & (is_banned(at, bans, BANS) == 0) & (ordered_bits(z) >= above)
+        _, _, allowed, z = block_at(start, logits, bans, step, size, BANS, BLOCK)
         weight = 1.0 if COUNT else tl.exp((z - top) * scale)
-        found += tl.sum(tl.where(inside, weight, 0.0), 0)
+        found += tl.sum(tl.where(allowed & (ordered_bits(z) >= above), weight, 0.0), 0)
     return found
 
 
@@ -90,9 +112,8 @@ def floor_kernel(
     logits += row * stride
     top = float("-inf")
     for start in range(0, size, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + at.to(tl.int64) * step, mask=at < size, other=float("-inf")).to(tl.float32)
-        top = tl.maximum(top, tl.max(tl.where(is_banned(at, bans, BANS), float("-inf"), z), 0))
+        _, _, allowed, z = block_at(start, logits, bans, step, size, BANS, BLOCK)
+        top = tl.maximum(top, tl.max(tl.where(allowed, z, float("-inf")), 0))
     least = tl.full([], -(2**31), tl.int64)
     if top_k > 0:
         least = search(logits, bans, step, size, scale, top, least, top_k, BANS, True, BITS, BLOCK)
@@ -135,11 +156,9 @@ def sample_kernel(
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     chosen = tl.zeros([BLOCK], tl.int32)
     for start in range(0, size, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + at.to(tl.int64) * step, mask=at < size, other=0.0).to(tl.float32)
-        total += tl.sum(z, 0)
-        top, weights, weighted = absorb(z, at < size, top, weights, weighted, scale, tl.zeros_like(at))
-        allowed = (at < size) & (is_banned(at, bans, BANS) == 0)
+        at, inside, allowed, z = block_at(start, logits, bans, step, size, BANS, BLOCK)
+        total += tl.sum(tl.where(inside, z, 0.0), 0)
+        top, weights, weighted = absorb(z, inside, top, weights, weighted, scale, tl.zeros_like(at))
         if CUT:
             allowed = allowed & (ordered_bits(z) >= tl.load(floor + row))
         score = z * scale

@@ -219,6 +219,13 @@ def test_a_second_backward_over_overwritten_logits_is_refused(device):
         logprob.sum().backward()
 
 
+def test_an_id_outside_the_vocabulary_reads_nothing_and_gives_nan(device):
+    """On a GPU nobody waits to look at the ids."""
+    logits, ids = torch.randn(4, 9, device=device), torch.tensor([-1, 0, 8, 9], device=device)
+    found = logprob_triton.rows(logits, ids, 1.0, None)
+    assert found.logprob.isnan().tolist() == [True, False, False, True]
+
+
 def test_what_has_no_value_is_nan(device):
     logits = torch.zeros(3, 9, device=device)
     logits[0], logits[1, 3] = float("-inf"), float("nan")
@@ -455,6 +462,19 @@ def test_sample(device, guarded, case, top_p, top_k, cold, seed, position, banne
     exact = in_float64(logits.double(), found[0], temperature or 1.0)
     for value, wanted in zip(found[1:], (exact[0], exact[1], exact[2] - exact[3]), strict=True):
         close(value, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 1), (1.0, 3), (1.0, 250), (0.9, 0), (0.5, 0), (0.8, 4)])
+def test_the_smallest_logit_kept(device, dtype, top_p, top_k):
+    logits = torch.randn(2, 257, generator=torch.Generator().manual_seed(0)).mul_(3).to(dtype)
+    logits[0, -1], logits[1, 0], logits[1, 128] = 9.0, 8.5, -0.0  # the likeliest is the last, the first
+    banned = [int(logits[0, :-1].argmax()), 7]
+    bits = sampling_triton.floors(logits.to(device), 0.7, top_p, top_k, banned).cpu()
+    order = logits.float().view(torch.int32) ^ ((logits.float().view(torch.int32) >> 31) & 0x7FFFFFFF)
+    allowed = logits.float().index_fill(1, torch.tensor(banned), float("-inf"))
+    expected = allowed >= 0.7 * reference_sampling._floor(allowed / 0.7, top_p, top_k) - 1e-5
+    assert torch.equal((order >= bits[:, None]) & allowed.isfinite(), expected & allowed.isfinite())
 
 
 # ------------------------------------------------------------------------------------------- dispatch and machine code
