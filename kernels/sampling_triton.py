@@ -13,7 +13,7 @@ from kernels.dispatch import on
 from kernels.logprob_triton import absorb
 
 BLOCK = 2048  # logits a program holds at once
-WARPS = 8
+WARPS = 16  # there are few rows in decoding: each gets many threads
 
 
 def sample(logits, temperature, top_p, top_k, seed, row_ids, position, banned) -> tuple[torch.Tensor, ...]:
