@@ -1,4 +1,4 @@
-"""The two passes of logprob.py in Triton: one program a row forward, one a block of a row backward."""
+"""The passes of logprob.py in Triton: one program a row forward, one a block of a row backward."""
 
 import torch
 import triton
@@ -12,17 +12,23 @@ WARPS = 8
 
 
 def rows(logits: torch.Tensor, ids: torch.Tensor, temperature: float, replaced: torch.Tensor | None) -> Rows:
-    """As in logprob.py: every logit is read once, and once more where `replaced` is asked for."""
+    """As in logprob.py: every logit is read once, and once more where it is replaced."""
     count, size = logits.shape
     found = Rows(*torch.empty(len(Rows._fields), count, dtype=torch.float32, device=logits.device))
-    out = logits if replaced is None else replaced
     if not count:
         return found
     with on(logits):
+        # The same kernel with and without a gradient, so that the values are the same to the bit.
         rows_kernel[(count,)](
-            logits, ids, out, *found, logits.stride(0), logits.stride(1), ids.stride(0), out.stride(0), out.stride(1),
-            size, 1 / temperature, replaced is not None, _block(size), num_warps=WARPS,
+            logits, ids, *found, logits.stride(0), logits.stride(1), ids.stride(0), size, 1 / temperature, _block(size),
+            num_warps=WARPS,
         )  # fmt: skip
+        if replaced is not None:
+            replace_kernel[(count,)](
+                logits, ids, found.top, found.log_sum, found.others, replaced, logits.stride(0), logits.stride(1),
+                ids.stride(0), replaced.stride(0), replaced.stride(1), size, 1 / temperature, _block(size),
+                num_warps=WARPS,
+            )  # fmt: skip
     return found
 
 
@@ -60,8 +66,8 @@ def absorb(z, inside, top, total, weighted, scale, dropped):
 
 @triton.jit
 def rows_kernel(
-    logits, ids, out, logprob, entropy, top_out, log_sum_out, others_out, mean_out, factor_out,
-    stride, step, ids_step, out_stride, out_step, size, scale, REPLACE: tl.constexpr, BLOCK: tl.constexpr,
+    logits, ids, logprob, entropy, top_out, log_sum_out, others_out, mean_out, factor_out,
+    stride, step, ids_step, size, scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -87,16 +93,25 @@ def rows_kernel(
     tl.store(others_out + row, others)
     tl.store(mean_out + row, total / size * scale)
     tl.store(factor_out + row, scale)
-    if REPLACE:
-        out += row * out_stride
-        for start in range(0, size, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            z = tl.load(logits + at.to(tl.int64) * step, mask=at < size, other=float("-inf")).to(tl.float32)
-            p = tl.exp((z - top) * scale - log_sum)
-            value = tl.where(at == target, others, -p)
-            # `out` may be the same memory in a narrower type: it is written only where all threads have read.
-            tl.debug_barrier()
-            tl.store(out + at.to(tl.int64) * out_step, value.to(out.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def replace_kernel(
+    logits, ids, top, log_sum, others, out,
+    stride, step, ids_step, out_stride, out_step, size, scale, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    out += row * out_stride
+    target = tl.load(ids + row * ids_step)
+    top, log_sum, others = tl.load(top + row), tl.load(log_sum + row), tl.load(others + row)
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z = tl.load(logits + at.to(tl.int64) * step, mask=at < size, other=float("-inf")).to(tl.float32)
+        value = tl.where(at == target, others, -tl.exp((z - top) * scale - log_sum))
+        # `out` may be the same memory in a narrower type: it is written only where all threads have read.
+        tl.debug_barrier()
+        tl.store(out + at.to(tl.int64) * out_step, value.to(out.dtype.element_ty), mask=at < size)
 
 
 @triton.jit
