@@ -44,8 +44,8 @@ class Config:
     """CPU: how often the forms take turns"""
     milliseconds: int = 1000
     """GPU: how long each form is repeated"""
-    threads: int | None = None
-    """CPU: threads; None: torch's choice"""
+    threads: int = 1
+    """CPU: threads"""
     device: str = "auto"
     """auto, cpu or cuda"""
     save: bool = False
@@ -388,8 +388,7 @@ def installed(name: str) -> str | None:
 def main(config: Config) -> dict:
     """Measure, print the tables and return what `--save` writes."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads)
     shapes = [
         tuple(map(int, shape.split("x"))) for shape in config.shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES)
     ]

@@ -214,13 +214,11 @@ def _rows(logits, ids, temperature, replaced=None) -> Rows:
         from kernels import logprob_triton
 
         return logprob_triton.rows(logits, ids, temperature, replaced)
-    count, dtype = len(logits), _result_type(logits)
-    found = Rows(*(torch.empty(count, dtype=dtype, device=logits.device) for _ in Rows._fields))
+    dtype, found = _result_type(logits), []
     for part in _cached(logits):
         z, target = logits[part], ids[part, None]
-        if replaced is None:  # in the other case nobody asks for it
-            found.mean[part] = z.mean(-1, dtype=dtype) / temperature
         top = z.amax(-1, keepdim=True).to(dtype)
+        mean = z.mean(-1, dtype=dtype) / temperature if replaced is None else top[:, 0]  # there nobody asks for it
         gap = z.to(dtype) - top
         if temperature != 1:
             gap.div_(temperature)
@@ -232,17 +230,16 @@ def _rows(logits, ids, temperature, replaced=None) -> Rows:
         weighted = gap.mul_(weight).sum(-1)
         if weighted.isnan().any():  # from a logit of -inf: it has weight 0, and 0 * -inf is nan
             weighted = gap.nansum(-1)
-        weighted += torch.where(own > 0, own * own_gap, 0.0)
-        found.top[part], found.log_sum[part], found.others[part] = top[:, 0], total.log(), others / total
-        found.logprob[part] = own_gap - found.log_sum[part]
-        found.entropy[part] = found.log_sum[part] - weighted / total
+        weighted += torch.special.xlogy(own, own)
+        log_sum, factor = total.log(), -1 / (total * temperature)
         if replaced is not None:
             weight.scatter_(-1, target, -others[:, None])
-            found.factor[part] = -1 / (total * temperature)
             if replaced.dtype != dtype:  # not normalised, the row could leave the range of fp16
                 replaced[part] = weight.div_(-total[:, None])
-                found.factor[part] = 1 / temperature
-    return found
+                factor = torch.full_like(total, 1 / temperature)
+        entropy = log_sum - weighted / total
+        found.append(Rows(own_gap - log_sum, entropy, top[:, 0], log_sum, others / total, mean, factor))
+    return Rows(*map(torch.cat, zip(*found, strict=True)))
 
 
 def _gradient(logits, ids, temperature, top, log_sum, others, grad, out) -> None:
@@ -263,4 +260,4 @@ def _gradient(logits, ids, temperature, top, log_sum, others, grad, out) -> None
 def _cached(logits: torch.Tensor) -> Iterator[slice]:
     """Slices of the rows. On a CPU eager PyTorch goes over each several times, so it has to stay in the cache."""
     step = len(logits) or 1 if logits.is_cuda else max(1, CACHED_ELEMENTS // logits.shape[1])
-    return (slice(start, start + step) for start in range(0, len(logits), step))
+    return (slice(start, start + step) for start in range(0, len(logits) or 1, step))
