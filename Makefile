@@ -85,6 +85,7 @@ bench: $(READY) $(TINY)/warmup.json  ## the kernels beside naive PyTorch, our lo
 	$(PY) -m bench.judging
 
 bench-gpu: $(READY)  ## all that needs an NVIDIA GPU: its tests, the kernels beside their peers, the loop at full size
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	PYTHON=$(PY) bash bench/gpu.sh
 
 clean:  ## remove the virtual environment, the embedded model and caches; runs stay

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from unittest.mock import patch
 
 import torch
 import triton
@@ -66,10 +68,17 @@ def source(kernel, named: dict) -> ASTSource:
 def launches() -> list[tuple]:
     """(kernel, arguments, options) of every launch that full-size calls make, each variant once."""
     found: list[tuple] = []
-    for module in MODULES:
-        for name, kernel in vars(module).copy().items():
-            if name.endswith("_kernel"):
-                setattr(module, name, Recorder(kernel, found))
+    with ExitStack() as stack:
+        for module in MODULES:
+            for name, kernel in vars(module).copy().items():
+                if name.endswith("_kernel"):
+                    stack.enter_context(patch.object(module, name, Recorder(kernel, found)))
+        call_all()
+    return found
+
+
+def call_all() -> None:
+    """Every call at full size that launches another variant of a kernel, on tensors without data."""
     rows, vocabulary, device = 8192, 152_064, "meta"
     ids, row = torch.zeros(rows, dtype=torch.long, device=device), torch.zeros(rows, device=device)
     logits = torch.empty(rows, vocabulary, dtype=torch.bfloat16, device=device)
@@ -96,7 +105,6 @@ def launches() -> list[tuple]:
             loss_triton.grpo_loss(logprob, logprob, row[:512], mask, logprob, lengths, weight, *settings)
     settings = ("token", None, 0.2, 0.2, 0.0, "token", 0.0, "k3")
     loss_triton.grpo_loss(row, row, row, None, None, ids[:512], None, *settings)  # an advantage a token
-    return found
 
 
 def resources(compiled, capability: int) -> dict[str, int]:

@@ -9,7 +9,7 @@ prompts have a random picture; it never means to stop, so all responses reach th
     eager      the same loop with log_softmax over whole logits, softmax and multinomial in their place
 
 Rollout is the vision tower, prefill and sampling; update is forward, backward, clipping and AdamW on the LoRA adapter,
-with advantages drawn at random. Both ways train the same responses. The first step of either is not timed.
+with alternating advantages. Each way trains the responses that it sampled. The first step of either is not timed.
 """
 
 import json
@@ -87,8 +87,8 @@ def build(config: Config, device: str) -> policy.Policy:
     template = policy.Policy.template("think-boxed")
     tokenizer = warmup.make_tokenizer([template])
     token_id = tokenizer.convert_tokens_to_ids
-    heads = language["hidden_size"] // language["num_attention_heads"]
-    sections = [heads // 8, heads * 3 // 16, heads * 3 // 16]
+    size = language["hidden_size"] // language["num_attention_heads"]  # of a head
+    sections = [size // 8, size * 3 // 16, size * 3 // 16]
     architecture = Qwen2_5_VLConfig(
         text_config=language
         | {
@@ -213,8 +213,8 @@ def main(config: Config) -> dict:
                 stack.enter_context(patch(name, function))
             try:
                 steps[way] = [loop.step(number) for number in range(config.steps + 1)][1:]
-            except torch.cuda.OutOfMemoryError as error:
-                steps[way] = str(error).splitlines()[0]
+            except Exception as error:  # a failure of one is a result beside the other's
+                steps[way] = f"{type(error).__name__}: {error}".splitlines()[0]
         loop.optimizer.zero_grad()
     result = {
         "date": strftime("%Y-%m-%d"),
@@ -228,6 +228,8 @@ def main(config: Config) -> dict:
     if config.save:
         path = Path(__file__).parent / f"results/fullsize-{config.model}-{result['date']}-{device}.json"
         shards.write_whole(path, [json.dumps(result, indent=1).encode()])
+    if isinstance(steps["kernels"], str):
+        raise SystemExit(f"the loop with our kernels failed: {steps['kernels']}")
     return result
 
 

@@ -4,8 +4,8 @@
 #     bash bench/gpu.sh                                # about 15 minutes on an H200
 #     MODEL=qwen2.5-vl-3b-random bash bench/gpu.sh     # the full-size loop with another model, see bench/fullsize.py
 #
-# Results go to bench/results/. Peers that are not installed (pip install -r requirements-bench.txt) are left out. PYTHON
-# names the interpreter; by default that of .venv, where `make setup` made one.
+# Results go to bench/results/. Peers that are not installed are left out; `make bench-gpu` installs them first. PYTHON
+# names the interpreter, by default that of .venv, where `make setup` made one; LIMIT is in seconds, for each part.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${PYTHON:-}" ]; then
@@ -16,7 +16,7 @@ failed=0
 
 part() {
     echo "== $*"
-    "$@" || { echo "== FAILED: $*"; failed=1; }
+    timeout "${LIMIT:-1200}" "$@" || { echo "== FAILED: $*"; failed=1; }
 }
 
 part "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no NVIDIA GPU is visible to torch"; print(torch.cuda.get_device_name())'

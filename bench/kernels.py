@@ -9,10 +9,12 @@
 
 On a GPU every time is a median by CUDA events with a cold L2 cache, or of replays of a CUDA graph for what takes
 microseconds; ceilings are a copy of 4 GB (bytes read and written) and cuBLAS's product of the same N x D x V, measured
-in the same run. A form that fails, for want of memory or of its package, is listed with its error. On a CPU the forms
-take turns, `pairs` times, and a ratio is the median over the turns; memory is the allocator's peak.
+in the same run. A form that fails, for want of memory or of its package, is listed with its error, and what has been
+measured is saved after every shape. On a CPU the forms take turns, `pairs` times, and a ratio is the median over the
+turns of a form's time to that of `naive`; memory is the allocator's peak. Gradients count as memory, inputs do not.
 """
 
+import gc
 import json
 import math
 import os
@@ -102,12 +104,8 @@ def naive_loss(logprob, old, advantage, mask, reference):
     return (loss * mask).sum() / mask.sum()
 
 
-def there_and_back(logprob: Callable, leaf: torch.Tensor, grad: torch.Tensor) -> Callable[[], None]:
-    def run():
-        leaf.grad = None
-        logprob(leaf).backward(grad)
-
-    return run
+def there_and_back(logprob: Callable, leaf: torch.Tensor, grad: torch.Tensor) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(logprob(leaf), leaf, grad)  # whose memory is free again after the call
 
 
 def without_grad(function: Callable) -> Callable[[], object]:
@@ -124,7 +122,7 @@ def liger_linear(hidden, weight, ids):
 def cce_linear(hidden, weight, ids):
     from cut_cross_entropy import linear_cross_entropy
 
-    return -linear_cross_entropy(hidden, weight, ids, reduction="none")
+    return -linear_cross_entropy(hidden, weight, ids, reduction="none", filter_eps=None)  # all of the gradient, as ours
 
 
 def liger_selective(logits, ids):
@@ -189,6 +187,8 @@ def cases(shape: tuple[int, int, int], device: str) -> list[Callable[[], Case]]:
             OURS: lambda h: linear_logprob(h, weight, ids)[0],
         }
         if gpu:
+            for rows in (256, 1024):
+                forms[f"{OURS}, chunk {rows}"] = lambda h, rows=rows: linear_logprob(h, weight, ids, chunk=rows)[0]
             forms["cce"] = lambda h: cce_linear(h, weight, ids)
             if backward:
                 forms["liger (sum only)"] = lambda h: liger_linear(h, weight, ids)
@@ -208,20 +208,25 @@ def cases(shape: tuple[int, int, int], device: str) -> list[Callable[[], Case]]:
         forms: Forms = {OURS: lambda: torch.autograd.grad(logprob, hidden, grad, retain_graph=True)}
         return Case("linear_logprob backward alone", forms, bytes=2 * hidden.nbytes)
 
-    def sampling(top_p: float) -> Case:
-        rows = 128 if gpu else 64
+    def sampling(top_p: float, rows: int) -> Case:
         logits, ids = random(rows, size), torch.tensor([row_id(0, "bench", i) for i in range(rows)], device=device)
         ways = {"temperature": 0.7, "top_p": top_p, "top_k": 0, "seed": 0, "row_ids": ids, "position": 7}
         forms: Forms = {
             "naive": lambda: naive_sample(logits, 0.7, top_p),
+            "compiled": compiled(lambda: naive_sample(logits, 0.7, top_p), dynamic=False),
             OURS: lambda: sample(logits, statistics=True, **ways),
         }
+        forms = {name: form for name, form in forms.items() if form}
         return Case(f"sample {rows} rows, top-p {top_p}", forms, bytes=logits.nbytes)
 
     def advantage() -> Case:
         rewards = torch.rand(512, 8, device=device, generator=generator)
-        forms: Forms = {"naive": lambda: naive_advantage(rewards), OURS: lambda: group_advantage(rewards, "group-norm")}
-        return Case("group_advantage 512 x 8", forms, tiny=True)
+        forms: Forms = {
+            "naive": lambda: naive_advantage(rewards),
+            "compiled": compiled(lambda: naive_advantage(rewards), dynamic=False),
+            OURS: lambda: group_advantage(rewards, "group-norm"),
+        }
+        return Case("group_advantage 512 x 8", {name: form for name, form in forms.items() if form}, tiny=True)
 
     def loss() -> Case:
         old, reference = (random(512, 256, dtype=torch.float32) for _ in range(2))
@@ -237,7 +242,8 @@ def cases(shape: tuple[int, int, int], device: str) -> list[Callable[[], Case]]:
         return Case("grpo_loss 512 x 256, forward + backward", run, tiny=True)
 
     found = [lambda b=b: selective(b) for b in (False, True)] + [lambda b=b: linear(b) for b in (False, True)]
-    found += [lambda p=p: sampling(p) for p in (1.0, 0.9)] + [advantage, loss]
+    found += [lambda p=p, n=n: sampling(p, n) for n in ((8, 128) if gpu else (64,)) for p in (1.0, 0.9)]
+    found += [advantage, loss]
     return found + ([in_place_backward, linear_backward] if gpu else [])
 
 
@@ -292,6 +298,7 @@ def on_cpu(case: Case, config: Config) -> dict[str, dict]:
 def peak(form: Callable) -> int:
     """The most bytes that CPU tensors made in a call hold at once, by the allocator's own events."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's notices of its own
+    gc.collect()  # nothing older may be freed meanwhile
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         form()
     with tempfile.TemporaryDirectory() as folder:
@@ -327,7 +334,12 @@ def measured(shape: tuple[int, int, int], config: Config, device: str) -> dict:
     ceiling = ceilings(shape, config) if device == "cuda" else {}
     rows = []
     for build in cases(shape, device):
-        case = build()
+        torch.compiler.reset()  # it stops compiling after a few shapes of the same code
+        try:
+            case = build()
+        except torch.OutOfMemoryError as error:
+            rows.append({"job": build.__name__, "form": OURS, "error": str(error).splitlines()[0]})
+            continue
         for name, figures in (on_gpu if device == "cuda" else on_cpu)(case, config).items():
             row = {"job": case.job, "form": name, **figures}
             if ceiling and "ms" in figures and case.bytes:
@@ -348,11 +360,12 @@ def table(found: dict) -> str:
     for row in found["rows"]:
         if row["job"] != job:
             job = row["job"]
-            lines.append(f"{job:46}{'ms':>10}{'extra MB':>10}")
+            tail = f"{'time / naive':>15}" if "ratio" in row else ""
+            lines.append(f"{job:46}{'ms':>10}{'extra MB':>10}{tail}")
         if "error" in row:
             lines.append(f"  {row['form']:44}{row['error'][:70]}")
             continue
-        tail = f"{row['ratio']:9.2f} x naive" if "ratio" in row else ""
+        tail = f"{row['ratio']:15.2f}" if "ratio" in row else ""
         tail += f"{row['share_of_copy']:9.0%} of copy" if "share_of_copy" in row else ""
         tail += f"{row['times_product']:9.2f} x product" if "times_product" in row else ""
         lines.append(f"  {row['form']:44}{row['ms']:10.3f}{row['extra_mb']:10.1f}{tail}")
@@ -385,13 +398,23 @@ def installed(name: str) -> str | None:
         return None
 
 
+def parsed(shape: str) -> tuple[int, int, int]:
+    try:
+        count, size, width = map(int, shape.split("x"))
+    except ValueError:
+        raise ValueError(
+            f"--shapes: expected tokens x vocabulary x hidden size, as 512x8192x512, not {shape!r}"
+        ) from None
+    return count, size, width
+
+
 def main(config: Config) -> dict:
     """Measure, print the tables and return what `--save` writes."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     torch.set_num_threads(config.threads)
-    shapes = [
-        tuple(map(int, shape.split("x"))) for shape in config.shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES)
-    ]
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU is visible to torch")
+    shapes = [parsed(shape) for shape in config.shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES)]
     machine = torch.cuda.get_device_name() if device == "cuda" else hardware()
     packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
     result = {
@@ -402,15 +425,15 @@ def main(config: Config) -> dict:
         "results": [],
     }
     print(machine, result["versions"], sep="\n")
+    path = Path(__file__).parent / f"results/kernels-{result['date']}-{device}.json"
     for shape in shapes:
         result["results"].append(measured(shape, config, device))
         print(table(result["results"][-1]), flush=True)
+        if config.save:
+            shards.write_whole(path, [json.dumps(result, indent=1).encode()])
+            if device == "cuda":
+                chart(result["results"], path.with_suffix(".png"))
     failed = [row for found in result["results"] for row in found["rows"] if "error" in row]
-    if config.save:
-        path = Path(__file__).parent / f"results/kernels-{result['date']}-{device}.json"
-        shards.write_whole(path, [json.dumps(result, indent=1).encode()])
-        if device == "cuda":
-            chart(result["results"], path.with_suffix(".png"))
     if ours := [f"{row['job']}: {row['error']}" for row in failed if row["form"].startswith(OURS)]:
         raise SystemExit("\n".join(["our own kernels failed:", *ours]))
     return result

@@ -3,6 +3,11 @@
     from kernels import linear_logprob, sample
     logprob, entropy = linear_logprob(hidden, lm_head.weight, ids, temperature=0.7)
 
+    selective_log_softmax, linear_logprob               log-probability and entropy, from logits or a frozen head
+    sample, row_id                                      tokens by counter-based noise
+    group_advantage                                     rewards -> advantages
+    grpo_loss, sft_loss, response_weights, kl_divergence
+
 CUDA tensors take Triton, others the reference; UPT_KERNELS forces either (see dispatch.py). Names are imported when
 they are first used: rewards.py takes its advantages from here and must not wait for torch.
 """
@@ -30,6 +35,10 @@ if os.environ.get("UPT_KERNELS") == "triton" and "triton" not in sys.modules:
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *MODULES])
 
 
 def __getattr__(name: str):

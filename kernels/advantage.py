@@ -91,6 +91,10 @@ def group_advantage(
     if rewards.dim() != (2 if group_ids is None else 1) or (group_ids is not None and group_ids.shape != rewards.shape):
         found = tuple(rewards.shape), None if group_ids is None else tuple(group_ids.shape)
         raise ValueError(f"expected rewards (B, G), or (N,) with group_ids (N,); got {found[0]}, {found[1]}")
+    if group_ids is not None and group_ids.dtype != torch.int64:
+        raise ValueError(f"group_ids must be int64, not {group_ids.dtype}")
+    if not (settings.get("eps", 0.0) >= 0 and math.isfinite(settings.get("beta", 1.0))):
+        raise ValueError(f"expected eps >= 0 and a finite beta, not {settings}")
     if not rewards.is_floating_point():
         rewards = rewards.float()
     dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32

@@ -67,7 +67,7 @@ def advantage_kernel(
     if ESTIMATOR == "mean":
         value = r - mean
     elif ESTIMATOR == "group-norm":
-        value = (r - mean) / (tl.sqrt(spread / tl.maximum(n - 1, 1.0)) + eps)
+        value = tl.where(r == mean, 0.0, (r - mean) / (tl.sqrt(spread / tl.maximum(n - 1, 1.0)) + eps))
     elif ESTIMATOR == "rloo":
         value = (r - mean) * n / tl.maximum(n - 1, 1.0)
     elif ESTIMATOR == "energy":

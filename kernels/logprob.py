@@ -14,10 +14,12 @@ and saved, (N, D); the backward pass of any loss of the log-probabilities is a s
 than `chunk` x V logits exists at any time, and no gradient of the head is ever formed.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import use_triton
 
@@ -26,6 +28,7 @@ from kernels.dispatch import use_triton
 CPU_ELEMENTS = 2**21
 GPU_ELEMENTS = 80 * 2**20
 CACHED_ELEMENTS = 2**19  # what eager PyTorch goes over several times at once, so that it stays in a CPU's cache
+CONVERTED_ROWS = 2048  # rows of a bf16 or fp16 head that are there in float32 at once, on a CPU
 
 
 class Rows(NamedTuple):
@@ -55,11 +58,14 @@ def selective_log_softmax(
     The log-probability is differentiable; the others are values without a gradient. Neither pass stores the softmax.
     With `in_place` the backward pass writes the gradient over the logits, which saves their size in memory: nothing
     else may need them, and the graph can be gone through once only.
-    Raises ValueError when shapes disagree or temperature is not positive. An id outside the vocabulary is an error
-    where that can be seen without waiting for the device; on a GPU its log-probability is nan.
+    Raises ValueError when shapes disagree, temperature is not positive or rows to write over share memory. An id
+    outside the vocabulary is an error where that can be seen without waiting for the device; on a GPU its
+    log-probability is nan.
     """
     if logits.dim() != 2 or ids.shape != logits.shape[:1] or logits.shape[1] < 1:
         raise ValueError(f"expected logits (N, V) and ids (N,); got {tuple(logits.shape)}, {tuple(ids.shape)}")
+    if in_place and any(step == 0 < size - 1 for step, size in zip(logits.stride(), logits.shape)):
+        raise ValueError("in_place needs logits of their own memory, not expanded ones: use in_place=False or .clone()")
     _check(logits, ids, logits.shape[1], temperature)
     logits = logits if torch.is_grad_enabled() else logits.detach()
     found = _SelectiveLogSoftmax.apply(logits, ids, float(temperature), in_place)
@@ -81,8 +87,9 @@ def linear_logprob(
     Returns (N,), (N,) in nats, float32 (float64 for float64 states).
     The log-probability is differentiable with respect to `hidden`; the entropy is a value without a gradient. Without
     gradients (torch.no_grad) values are the same to the bit and the second product is not made. Rows that `needs_grad`,
-    (N,) bool, leaves out skip it too, and get a gradient of 0.
-    On a GPU logits are float32 whatever the type of the head: bf16 logits are off by up to 0.03 nats.
+    (N,) bool, leaves out skip it too, and get a gradient of 0; they are computed in other chunks than the rest, for
+    which the product may round differently.
+    Logits are float32 whatever the type of the head: rounded to bf16 they would be off by up to 0.4 per cent.
     Raises ValueError when shapes disagree, temperature is not positive or the head would need a gradient.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or ids.shape != hidden.shape[:1]:
@@ -115,10 +122,13 @@ def default_chunk(weight: torch.Tensor) -> int:
 def _check(values: torch.Tensor, ids: torch.Tensor, size: int, temperature: float) -> None:
     if not values.is_floating_point() or ids.dtype != torch.int64:
         raise ValueError(f"expected floating-point values and int64 ids, got {values.dtype} and {ids.dtype}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive to have log-probabilities, not {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite to have log-probabilities, not {temperature}")
+    if size < 1:
+        raise ValueError("the vocabulary is empty")
     if ids.device.type == "cpu" and len(ids) and not 0 <= ids.min() <= ids.max() < size:
-        raise ValueError(f"ids must be in [0, {size}), found {ids.min().item()} to {ids.max().item()}")
+        found = f"{ids.min().item()} to {ids.max().item()}"
+        raise ValueError(f"ids must be in [0, {size}), found {found}: leave masked tokens out or give them any id")
 
 
 # ------------------------------------------------------------------------------------------------ gradients
@@ -136,6 +146,7 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         return rows.logprob, rows.entropy, logsumexp, rows.mean
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, *_):
         if ctx.spent:
             raise RuntimeError("selective_log_softmax(in_place=True) has overwritten its logits: backward works once")
@@ -143,6 +154,8 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         out = logits.detach() if ctx.in_place else torch.empty_like(logits)
         ctx.spent = ctx.in_place
         _gradient(logits, ids, ctx.temperature, *rows, grad, out)
+        if ctx.in_place:  # Triton's writes go unseen: who else has saved the logits shall get autograd's error
+            torch.autograd.graph.increment_version(logits)
         return out, None, None, None
 
 
@@ -172,6 +185,7 @@ class _LinearLogprob(torch.autograd.Function):
         return logprob, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
         jacobian, trained = ctx.saved_tensors
         if trained is None:
@@ -191,10 +205,15 @@ def _parts(count, chunk, trained, needs_grad, with_grad) -> Iterator[tuple[slice
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """hidden @ weight.T in float32, or float64 for float64."""
-    if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)  # not rounded to the head's type on the way
-    return torch.mm(hidden, weight.T).to(_result_type(weight))
+    """hidden @ weight.T in float32, or float64 for float64, not rounded to a narrower type on the way."""
+    if weight.dtype == _result_type(weight):
+        return torch.mm(hidden, weight.T)
+    if weight.is_cuda:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    logits = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
+    for part, found in zip(weight.split(CONVERTED_ROWS), logits.split(CONVERTED_ROWS, 1)):
+        torch.mm(hidden.float(), part.float().T, out=found)
+    return logits
 
 
 def _result_type(values: torch.Tensor) -> torch.dtype:
@@ -235,7 +254,7 @@ def _rows(logits, ids, temperature, replaced=None) -> Rows:
         if replaced is not None:
             weight.scatter_(-1, target, -others[:, None])
             if replaced.dtype != dtype:  # not normalised, the row could leave the range of fp16
-                replaced[part] = weight.div_(-total[:, None])
+                replaced[part] = weight.div_(-total[:, None]).to(replaced.dtype)  # a copy: it shares memory with z
                 factor = torch.full_like(total, 1 / temperature)
         entropy = log_sum - weighted / total
         found.append(Rows(own_gap - log_sum, entropy, top[:, 0], log_sum, others / total, mean, factor))

@@ -9,6 +9,8 @@ from kernels.logprob import Rows
 
 BLOCK = 4096  # logits a program holds at once: 16 a thread
 WARPS = 8
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 def rows(logits: torch.Tensor, ids: torch.Tensor, temperature: float, replaced: torch.Tensor | None) -> Rows:
@@ -21,7 +23,7 @@ def rows(logits: torch.Tensor, ids: torch.Tensor, temperature: float, replaced: 
         # The same kernel with and without a gradient, so that the values are the same to the bit.
         rows_kernel[(count,)](
             logits, ids, *found, logits.stride(0), logits.stride(1), ids.stride(0), size, 1 / temperature, _block(size),
-            num_warps=WARPS,
+            _block(size) * logits.element_size() // 16, num_warps=WARPS,  # a lane takes 16 bytes at a time
         )  # fmt: skip
         if replaced is not None:
             replace_kernel[(count,)](
@@ -38,7 +40,7 @@ def gradient(logits, ids, temperature, top, log_sum, others, grad, out) -> None:
     if not count:
         return
     with on(logits):
-        gradient_kernel[(count, triton.cdiv(size, _block(size)))](
+        gradient_kernel[(count * triton.cdiv(size, _block(size)),)](
             logits, ids, top, log_sum, others, grad, out, logits.stride(0), logits.stride(1), ids.stride(0),
             grad.stride(0), out.stride(0), out.stride(1), size, 1 / temperature, _block(size), num_warps=WARPS,
         )  # fmt: skip
@@ -49,41 +51,71 @@ def _block(size: int) -> int:
 
 
 @triton.jit
-def absorb(z, inside, top, total, weighted, scale, dropped):
-    """Take logits z into the running max, sum of weights and weighted sum of gaps of an online softmax.
+def gaps(z, base, scale):
+    """(z - base) * scale, kept finite: its weight is 0 by then, and 0 times it is summed. A nan stays one."""
+    return tl.maximum((z - base) * scale, -1e30, propagate_nan=tl.PropagateNan.ALL)
 
-    Weights are exp((z - top) * scale), gaps the exponent. `dropped` entries count for the max but not for the sums.
+
+@triton.jit
+def absorb(z, at, target, top, total, weighted, scale):
+    """Take logits z (L, K) into L online softmaxes: running max, sum of weights and weighted sum of gaps, (L,) each.
+
+    Gaps are (z - top) * scale and weights 2^gap. The logit whose place `at` is `target`, if there is one, counts for
+    the max but not for the sums.
     """
-    new = tl.maximum(top, tl.max(tl.where(inside, z, float("-inf")), 0))
-    base = tl.where(new == float("-inf"), 0.0, new)  # a row of -inf so far: -inf - -inf would be nan
-    shift = tl.where(top == float("-inf"), 0.0, (top - base) * scale)
-    gap = tl.where(z == float("-inf"), -1e30, (z - base) * scale)  # its weight is 0, and 0 * -inf would be nan
-    weight = tl.where(inside & (dropped == 0), tl.exp(gap), 0.0)
-    weighted = tl.exp(shift) * (weighted + shift * total) + tl.sum(weight * gap, 0)
-    total = tl.exp(shift) * total + tl.sum(weight, 0)
-    return new, total, weighted
+    new = tl.maximum(top, tl.max(z, 1))
+    base = tl.where(new == float("-inf"), 0.0, new)  # nothing but -inf so far: -inf - -inf would be nan
+    shift = gaps(top, base, scale)
+    kept = tl.exp2(shift)
+    gap = gaps(z, base[:, None], scale)
+    weight = tl.exp2(gap)
+    if target is not None:
+        weight = tl.where(at == target, 0.0, weight)
+    weighted = kept * (weighted + shift * total) + tl.sum(weight * gap, 1)
+    return new, kept * total + tl.sum(weight, 1), weighted
+
+
+@triton.jit
+def merged(top, total, weighted, scale):
+    """One online softmax of many."""
+    new = tl.max(top, 0)
+    shift = gaps(top, tl.where(new == float("-inf"), 0.0, new), scale)
+    kept = tl.exp2(shift)
+    return new, tl.sum(kept * total, 0), tl.sum(kept * (weighted + shift * total), 0)
 
 
 @triton.jit
 def rows_kernel(
     logits, ids, logprob, entropy, top_out, log_sum_out, others_out, mean_out, factor_out,
-    stride, step, ids_step, size, scale, BLOCK: tl.constexpr,
+    stride, step, ids_step, size, scale, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     target = tl.load(ids + row * ids_step)
-    top, others, weighted, total = float("-inf"), 0.0, 0.0, 0.0
+    scale = tl.cast(scale, tl.float32)
+    steepness = scale * LOG2_E
+    # Every lane goes its own way through the row, a few neighbouring logits at a time; threads meet only at the end.
+    top = tl.full([LANES], float("-inf"), tl.float32)
+    others, weighted, total = tl.zeros_like(top), tl.zeros_like(top), tl.zeros_like(top)
+    WIDTH: tl.constexpr = BLOCK // LANES
     for start in range(0, size, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + at.to(tl.int64) * step, mask=at < size, other=0.0).to(tl.float32)
-        total += tl.sum(z, 0)
-        top, others, weighted = absorb(z, at < size, top, others, weighted, scale, (at == target).to(tl.int32))
+        at = start + tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        z = tl.load(logits + at.to(tl.int64) * step, mask=at < size, other=float("-inf")).to(tl.float32)
+        if start + BLOCK <= size:
+            total += tl.sum(z, 1)
+        else:
+            total += tl.sum(tl.where(at < size, z, 0.0), 1)
+        if (target >= start) & (target < start + BLOCK):
+            top, others, weighted = absorb(z, at, target, top, others, weighted, steepness)
+        else:
+            top, others, weighted = absorb(z, at, None, top, others, weighted, steepness)
+    top, others, weighted = merged(top, others, weighted, steepness)
     # An id outside the vocabulary reads nothing and gives nan.
     known = (target >= 0) & (target < size)
     own = tl.load(logits + target * step, mask=known, other=float("nan")).to(tl.float32)
     gap = (own - top) * scale
     weight = tl.exp(gap)
-    weighted += tl.where(weight > 0, weight * gap, 0.0)
+    weighted = weighted * LN_2 + tl.where(weight > 0, weight * gap, 0.0)
     log_sum = tl.log(others + weight)
     others = others / (others + weight)
     tl.store(logprob + row, gap - log_sum)
@@ -91,8 +123,17 @@ def rows_kernel(
     tl.store(top_out + row, top)
     tl.store(log_sum_out + row, log_sum)
     tl.store(others_out + row, others)
-    tl.store(mean_out + row, total / size * scale)
+    tl.store(mean_out + row, tl.sum(total, 0) / size * scale)
     tl.store(factor_out + row, scale)
+
+
+@triton.jit
+def onehot_less_p(z, start, at, target, top, log_sum, others, scale, BLOCK: tl.constexpr):
+    """onehot - p of the block of logits z that begins at `start`."""
+    value = -tl.exp2((z - top) * (scale * LOG2_E) - log_sum * LOG2_E)
+    if (target >= start) & (target < start + BLOCK):
+        value = tl.where(at == target, others, value)
+    return value
 
 
 @triton.jit
@@ -108,7 +149,7 @@ def replace_kernel(
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
         z = tl.load(logits + at.to(tl.int64) * step, mask=at < size, other=float("-inf")).to(tl.float32)
-        value = tl.where(at == target, others, -tl.exp((z - top) * scale - log_sum))
+        value = onehot_less_p(z, start, at, target, top, log_sum, others, tl.cast(scale, tl.float32), BLOCK)
         # `out` may be the same memory in a narrower type: it is written only where all threads have read.
         tl.debug_barrier()
         tl.store(out + at.to(tl.int64) * out_step, value.to(out.dtype.element_ty), mask=at < size)
@@ -119,15 +160,18 @@ def gradient_kernel(
     logits, ids, top, log_sum, others, grad, out,
     stride, step, ids_step, grad_step, out_stride, out_step, size, scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(size, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    start = tl.program_id(0) % blocks * BLOCK
+    at = start + tl.arange(0, BLOCK)
     place = out + row * out_stride + at.to(tl.int64) * out_step
+    scale = tl.cast(scale, tl.float32)
     pull = tl.load(grad + row * grad_step).to(tl.float32) * scale
     if pull == 0:
         tl.store(place, tl.zeros([BLOCK], out.dtype.element_ty), mask=at < size)
     else:
         target = tl.load(ids + row * ids_step)
-        z = tl.load(logits + row * stride + at.to(tl.int64) * step, mask=at < size, other=float("-inf"))
-        p = tl.exp((z.to(tl.float32) - tl.load(top + row)) * scale - tl.load(log_sum + row))
-        value = tl.where(at == target, tl.load(others + row), -p) * pull
+        z = tl.load(logits + row * stride + at.to(tl.int64) * step, mask=at < size, other=float("-inf")).to(tl.float32)
+        of_row = tl.load(top + row), tl.load(log_sum + row), tl.load(others + row)
+        value = pull * onehot_less_p(z, start, at, target, of_row[0], of_row[1], of_row[2], scale, BLOCK)
         tl.store(place, value.to(out.dtype.element_ty), mask=at < size)

@@ -9,6 +9,7 @@ from kernels.dispatch import use_triton
 
 AGGREGATIONS = ("token", "sequence", "dr-grpo")
 ESTIMATORS = ("k1", "k2", "k3")
+LARGEST = 80.0  # a log-ratio above it counts as it: exp stays finite, and so do gradients of what is clipped
 
 
 def response_weights(lengths: torch.Tensor, aggregation: str = "token", max_length: int | None = None) -> torch.Tensor:
@@ -48,23 +49,32 @@ def grpo_loss(
     """PPO-clip over response tokens. Differentiable with respect to `logprob`; forward and backward are one pass.
 
     logprob, old_logprob, ref_logprob and mask (R, T), true at response tokens; or packed (N,), with `lengths` (R,)
-    int64 and a mask if there is more to leave out. What is masked may hold anything. advantage (R,), or one a token.
+    int64, which sum to N, and a mask if there is more to leave out. What is masked may hold anything. advantage (R,),
+    or one a token, of the shape of logprob; where both shapes are the same, one a response.
 
     ratio rho = exp(logprob - old_logprob), or with ratio_level `sequence` its geometric mean over the response (GSPO,
     arXiv 2507.18071 eq. 7). Loss: sum of weight * max(-A rho, -A clip(rho, 1 - clip_low, 1 + clip_high)), capped for
     A < 0 at -A * dual_clip where dual_clip > 0 (arXiv 1912.09729 eq. 5), plus kl_coef * weight * KL(policy, ref) by
     the estimator k1, k2 or k3 (http://joschu.net/blog/kl-approx.html). weight (R,) is that of each token of a response,
-    by default `response_weights` of these responses; for a micro-batch give those of its minibatch.
+    by default `response_weights` of these responses; for a micro-batch give those of its minibatch. A log-ratio above
+    80 counts as 80. Only logprob gets a gradient.
 
     Returns the loss and sums over tokens: `clip_low`, `clip_high`, `dual_clip` (tokens clipped so), `ratio` (of
     rho - 1), `tokens` and, with a reference, `kl`. No sum depends on the order in which threads finish.
-    Raises ValueError for shapes that disagree and for names that it does not know.
+    Raises ValueError for shapes that disagree, settings out of range, names that it does not know, and kl_coef without
+    ref_logprob; whether `lengths` on a GPU sum to N is not looked at: tokens beyond N or beyond the sum are left out.
     """
-    _check_aggregation(aggregation, max_length)
+    _check_aggregation(aggregation, max_length if weight is None else 1)
+    if not (0 <= clip_low <= 1 and clip_high >= 0 and (dual_clip == 0 or dual_clip > 1)):
+        raise ValueError(
+            f"expected 0 <= clip_low <= 1, clip_high >= 0 and dual_clip 0 or above 1, not {clip_low=}, {clip_high=}, "
+            f"{dual_clip=}"
+        )
+    if mask is not None and mask.is_floating_point():
+        raise ValueError(f"mask must be bool or integer, not {mask.dtype}: give mask.bool()")
     if ratio_level not in ("token", "sequence"):
         raise ValueError(f"ratio_level must be token or sequence, not {ratio_level!r}")
-    if kl_estimator not in ESTIMATORS:
-        raise ValueError(f"kl_estimator must be k1, k2 or k3, not {kl_estimator!r}")
+    _check_kl(kl_coef, kl_estimator, ref_logprob)
     count = _count(logprob, lengths)
     for name, tensor in {"old_logprob": old_logprob, "mask": mask, "ref_logprob": ref_logprob}.items():
         if tensor is not None and tensor.shape != logprob.shape:
@@ -75,6 +85,9 @@ def grpo_loss(
         )
     if weight is not None and weight.shape != (count,):
         raise ValueError(f"weight is {tuple(weight.shape)}, expected ({count},), one a response")
+    old_logprob, advantage = old_logprob.detach(), advantage.detach()
+    ref_logprob = None if ref_logprob is None else ref_logprob.detach()
+    weight = None if weight is None else weight.detach()
     if use_triton(logprob):
         from kernels import loss_triton
 
@@ -84,7 +97,7 @@ def grpo_loss(
         )  # fmt: skip
     owner = _owner(logprob, lengths)
     seen = torch.ones_like(owner, dtype=torch.bool) if mask is None else mask.flatten().bool()
-    logprob = logprob.flatten()
+    logprob = logprob.flatten().to(torch.promote_types(logprob.dtype, torch.float32))
     logratio = torch.where(seen, logprob - old_logprob.flatten(), 0.0)
     tokens = torch.zeros(count, dtype=torch.int64, device=owner.device).index_add(0, owner, seen.long())  # (R,)
     if ratio_level == "sequence":
@@ -93,24 +106,26 @@ def grpo_loss(
     weight = torch.where(seen, weight.to(logprob.dtype)[owner], 0.0)
     advantage = advantage.flatten() if advantage.shape != (count,) else advantage[owner]
     advantage = torch.where(seen, advantage, 0.0)
-    ratio = logratio.exp()
+    ratio = logratio.clamp(max=LARGEST).exp()
     plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(plain, clipped)
     cap = -advantage * dual_clip
     over = (advantage < 0) & (loss > cap) & (dual_clip > 0)
     bound = clipped > plain
     stats = {
-        "clip_low": (bound & (advantage < 0)).sum(),
-        "clip_high": (bound & (advantage > 0)).sum(),
-        "dual_clip": over.sum(),
-        "ratio": torch.where(seen, torch.expm1(logratio), 0.0).sum().detach(),
-        "tokens": tokens.sum(),
+        "clip_low": bound & (advantage < 0),
+        "clip_high": bound & (advantage > 0),
+        "dual_clip": over,
+        "ratio": torch.where(seen, torch.expm1(logratio.detach().clamp(max=LARGEST)), 0.0),
+        "tokens": tokens,
     }
+    stats = {name: value.sum(dtype=loss.dtype) for name, value in stats.items()}
     loss = (weight * torch.where(over, cap, loss)).sum()
     if ref_logprob is not None:
         kl = kl_divergence(torch.where(seen, logprob, 0.0), torch.where(seen, ref_logprob.flatten(), 0.0), kl_estimator)
         stats["kl"] = kl.detach().sum()
-        loss = loss + kl_coef * (weight * kl).sum()
+        if kl_coef:
+            loss = loss + kl_coef * (weight * kl).sum()
     return loss, stats
 
 
@@ -128,12 +143,20 @@ def sft_loss(
 
     At ratio 1 its gradient is that of `grpo_loss` with the advantage `target`. Packed (N,) and otherwise as there.
     """
+    _check_kl(kl_coef, kl_estimator, ref_logprob)
+    count = _count(logprob, lengths)
+    for name, tensor in {"target": target, "weight": weight}.items():
+        if tensor.shape != (count,):
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, expected ({count},), one a response")
+    if ref_logprob is not None and ref_logprob.shape != logprob.shape:
+        raise ValueError(f"ref_logprob is {tuple(ref_logprob.shape)}, expected {tuple(logprob.shape)} as logprob")
     owner = _owner(logprob, lengths)
     loss, stats = ((weight * target)[owner] * -logprob).sum(), {}
     if ref_logprob is not None:
         kl = kl_divergence(logprob, ref_logprob, kl_estimator)
         stats["kl"] = kl.detach().sum()
-        loss = loss + kl_coef * (weight[owner] * kl).sum()
+        if kl_coef:
+            loss = loss + kl_coef * (weight[owner] * kl).sum()
     return loss, stats
 
 
@@ -151,11 +174,18 @@ def kl_divergence(logprob: torch.Tensor, ref_logprob: torch.Tensor, estimator: s
 
 def _count(logprob: torch.Tensor, lengths: torch.Tensor | None) -> int:
     """How many responses there are."""
-    if logprob.dim() != (2 if lengths is None else 1):
-        raise ValueError(f"expected logprob (R, T), or (N,) with lengths (R,); got {tuple(logprob.shape)}")
-    if lengths is not None and lengths.device.type == "cpu" and int(lengths.sum()) != len(logprob):
-        raise ValueError(f"lengths sum to {int(lengths.sum())}, but there are {len(logprob)} tokens")
-    return len(logprob) if lengths is None else len(lengths)
+    if logprob.dim() != (2 if lengths is None else 1) or not logprob.is_floating_point():
+        raise ValueError(
+            f"expected logprob (R, T) without lengths, or (N,) with lengths (R,); got {tuple(logprob.shape)} "
+            f"{logprob.dtype} {'without' if lengths is None else 'with'} lengths"
+        )
+    if lengths is None:
+        return len(logprob)
+    if lengths.dim() != 1 or lengths.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"expected lengths (R,) int64, got {tuple(lengths.shape)} {lengths.dtype}")
+    if lengths.device.type == "cpu" and (int(lengths.sum()) != len(logprob) or (lengths < 0).any()):
+        raise ValueError(f"lengths must be >= 0 and sum to the {len(logprob)} tokens; they sum to {int(lengths.sum())}")
+    return len(lengths)
 
 
 def _owner(logprob: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -169,5 +199,12 @@ def _owner(logprob: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
 def _check_aggregation(aggregation: str, max_length: int | None) -> None:
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation must be token, sequence or dr-grpo, not {aggregation!r}")
-    if aggregation == "dr-grpo" and max_length is None:
-        raise ValueError("dr-grpo divides by the longest response allowed: give max_length")
+    if aggregation == "dr-grpo" and (max_length is None or max_length < 1):
+        raise ValueError(f"dr-grpo divides by the longest response allowed: give max_length >= 1, not {max_length}")
+
+
+def _check_kl(kl_coef: float, kl_estimator: str, ref_logprob: torch.Tensor | None) -> None:
+    if kl_estimator not in ESTIMATORS:
+        raise ValueError(f"kl_estimator must be k1, k2 or k3, not {kl_estimator!r}")
+    if not kl_coef >= 0 or (kl_coef and ref_logprob is None):
+        raise ValueError(f"kl_coef must be >= 0, and needs ref_logprob if it is not 0; it is {kl_coef}")

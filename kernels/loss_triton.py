@@ -7,9 +7,10 @@ it; it enters as one factor, from the same sums as the statistics.
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import on
-from kernels.loss import ESTIMATORS
+from kernels.loss import ESTIMATORS, LARGEST
 
 BLOCK = 512  # tokens at once
 SUMS = ("loss", "clip_low", "clip_high", "dual_clip", "ratio", "kl", "tokens", "used")
@@ -44,13 +45,13 @@ class _GrpoLoss(torch.autograd.Function):
         lengths = None if lengths is None else lengths.to(logprob.device)
         weight = None if weight is None else weight.to(logprob.device).contiguous()
         ends = None if lengths is None else lengths.cumsum(0)
-        gradient = torch.empty(logprob.shape, dtype=torch.float32, device=logprob.device)
+        gradient = torch.zeros(logprob.shape, dtype=torch.float32, device=logprob.device)
         partial = torch.empty(count, len(SUMS), dtype=torch.float32, device=logprob.device)
         if count:
             with on(logprob):
                 grpo_kernel[(count,)](
                     logprob, old, advantage, mask, reference, weight, lengths, ends, gradient, partial,
-                    logprob.shape[-1], clip_low, clip_high, dual_clip, kl_coef,
+                    logprob.shape[-1], clip_low, clip_high, dual_clip, kl_coef, LARGEST,
                     PER_TOKEN=advantage.shape != (count,), PACKED=lengths is not None, MASKED=mask is not None,
                     WEIGHTED=weight is not None, PER_LENGTH=weight is None and aggregation == "sequence",
                     SEQUENCE_RATIO=ratio_level == "sequence",
@@ -69,24 +70,38 @@ class _GrpoLoss(torch.autograd.Function):
         return loss * factor, sums
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
         gradient, factor = ctx.saved_tensors
         return (gradient * (grad * factor)).to(ctx.dtype), None, None, None, None, None, None, None
 
 
 @triton.jit
-def exp_beyond_linear(x):
-    """exp(x) - 1 - x without cancellation: near 0 by its series, x^2/2 (1 + x/3 (1 + x/4 (1 + ...)))."""
+def expm1(x, LESS_X: tl.constexpr):
+    """exp(x) - 1, or exp(x) - 1 - x, without cancellation: near 0 by its series x + x^2/2 (1 + x/3 (1 + x/4 (...)))."""
     series = 1 + x / 10
     for n in tl.static_range(9, 2, -1):
         series = 1 + x / n * series
-    return tl.where(tl.abs(x) < 0.5, 0.5 * x * x * series, tl.exp(x) - 1 - x)
+    series = 0.5 * x * x * series
+    if LESS_X:
+        return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1 - x)
+    return tl.where(tl.abs(x) < 0.5, series + x, tl.exp(x) - 1)
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def smaller(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def grpo_kernel(
     logprob, old, advantage, mask, reference, weight, lengths, ends, gradient, partial,
-    size, clip_low, clip_high, dual_clip, kl_coef,
+    size, clip_low, clip_high, dual_clip, kl_coef, largest,
     PER_TOKEN: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr,
     PER_LENGTH: tl.constexpr, SEQUENCE_RATIO: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -94,6 +109,7 @@ def grpo_kernel(
     if PACKED:
         length = tl.load(lengths + response)
         begin = tl.load(ends + response) - length
+        length = tl.where(begin < 0, 0, tl.minimum(length, size - begin))  # whatever lengths are: not outside
     else:
         length = size
         begin = response * size
@@ -127,28 +143,32 @@ def grpo_kernel(
             a = tl.load(advantage + begin + at, mask=seen, other=0.0).to(tl.float32)
         else:
             a = tl.where(seen, tl.load(advantage + response).to(tl.float32), 0.0)
-        over_one = exp_beyond_linear(logratio) + logratio
-        ratio = tl.exp(logratio)
+        ratio = tl.exp(smaller(logratio, largest))
+        over_one = expm1(smaller(logratio, largest), False)
         plain = -a * ratio
-        clipped = -a * tl.minimum(tl.maximum(ratio, 1 - clip_low), 1 + clip_high)
+        clipped = -a * smaller(larger(ratio, 1 - clip_low), 1 + clip_high)
         bound = clipped > plain
-        value = tl.maximum(plain, clipped)
+        value = larger(plain, clipped)
         over = seen & (a < 0) & (value > -a * dual_clip) & (dual_clip > 0)
         value = tl.where(over, -a * dual_clip, value)
-        pull = tl.where(bound | over, 0.0, plain) * w  # d loss / d logratio
+        pull = tl.where(bound | over | (logratio > largest), 0.0, plain) * w  # d loss / d logratio
         low += tl.sum((bound & (a < 0)).to(tl.float32), 0)
         high += tl.sum((bound & (a > 0)).to(tl.float32), 0)
         dual += tl.sum(over.to(tl.float32), 0)
         ratio_sum += tl.sum(over_one, 0)
         if ESTIMATOR > 0:
             difference = tl.load(reference + begin + at, mask=seen, other=0.0).to(tl.float32) - new
-            beyond = exp_beyond_linear(difference)
-            kl = -difference if ESTIMATOR == 1 else 0.5 * difference * difference if ESTIMATOR == 2 else beyond
-            slope = 1.0 if ESTIMATOR == 1 else -difference if ESTIMATOR == 2 else -(beyond + difference)
+            if ESTIMATOR == 1:
+                kl, slope = -difference, tl.full([BLOCK], 1.0, tl.float32)
+            elif ESTIMATOR == 2:
+                kl, slope = 0.5 * difference * difference, -difference
+            else:
+                kl, slope = expm1(difference, True), -expm1(difference, False)
             kl = tl.where(seen, kl, 0.0)
             kl_sum += tl.sum(kl, 0)
-            value += kl_coef * kl
-            direct = tl.where(seen, kl_coef * slope, 0.0) * w
+            wanted = seen & (kl_coef > 0)  # else only measured: 0 times what is not finite would be nan
+            value += tl.where(wanted, kl_coef * kl, 0.0)
+            direct = tl.where(wanted, kl_coef * slope, 0.0) * w
         else:
             direct = tl.zeros([BLOCK], tl.float32)
         loss += tl.sum(value * w, 0)
@@ -164,6 +184,7 @@ def grpo_kernel(
             seen = inside
             if MASKED:
                 seen = seen & (tl.load(mask + begin + at, mask=inside, other=0) != 0)
+            tl.debug_barrier()  # what other threads have stored
             direct = tl.load(gradient + begin + at, mask=inside, other=0.0)
             direct += tl.where(seen, pull_sum / divisor, 0.0)
             tl.store(gradient + begin + at, direct, mask=inside)

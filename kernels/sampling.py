@@ -6,6 +6,7 @@ without sorting or normalising it. The noise is Philox 4x32-10 (Salmon et al., "
 position and the seed. So the same row draws the same noise in any batch, on any number of processes, in any order.
 """
 
+import math
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -43,30 +44,38 @@ def sample(
     The log-probability, (R,) float32 in nats, is that under the whole softmax(logits / temperature), nothing cut or
     banned; at temperature 0 under softmax(logits). With `statistics` also the entropy of that distribution and
     logsumexp - mean over the vocabulary of logits / temperature (self-certainty).
-    Raises ValueError when shapes disagree or a setting is out of its range.
+    The seed counts modulo 2^64. Raises ValueError when shapes disagree, a setting is out of its range or all tokens are
+    banned; on a CPU also for a row without a finite logit or with a nan, whose token on a GPU has log-probability nan.
     """
-    if logits.dim() != 2 or logits.shape[1] < 1 or row_ids.shape != logits.shape[:1] or row_ids.dtype != torch.int64:
+    banned, position = [int(token) for token in banned], int(position)
+    shaped = logits.dim() == 2 and logits.shape[1] > 0 and row_ids.shape == logits.shape[:1]
+    if not (shaped and logits.is_floating_point() and row_ids.dtype == torch.int64):
         raise ValueError(
-            f"expected logits (R, V) and row_ids (R,) int64; got {tuple(logits.shape)}, {tuple(row_ids.shape)} "
-            f"{row_ids.dtype}"
+            f"expected floating-point logits (R, V) and row_ids (R,) int64; got {tuple(logits.shape)} {logits.dtype}, "
+            f"{tuple(row_ids.shape)} {row_ids.dtype}"
         )
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or not 0 <= position <= MASK:
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or top_k < 0 or not 0 <= position <= MASK:
         raise ValueError(
             "expected temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= position < 2^32, not "
-            f"{temperature}, {top_p}, {top_k}, {position}"
+            f"{temperature=}, {top_p=}, {top_k=}, {position=}"
         )
     if bad := [token for token in banned if not 0 <= token < logits.shape[1]]:
         raise ValueError(f"banned token {bad[0]} is not in the vocabulary of {logits.shape[1]}")
+    if len(set(banned)) == logits.shape[1]:
+        raise ValueError(f"all {logits.shape[1]} tokens are banned")
+    logits = logits.detach()
     if use_triton(logits):
         from kernels import sampling_triton
 
         found = sampling_triton.sample(logits, temperature, top_p, top_k, seed, row_ids, position, banned)
         return found if statistics else found[:2]
     logits = logits.float()
+    if logits.device.type == "cpu" and len(logits) and not logits.amax(-1).isfinite().all():
+        raise ValueError("a row of logits has a nan or no finite value: the model's weights or inputs are broken")
     scores = logits / temperature if temperature else logits
     allowed = scores
     if banned:
-        allowed = scores.index_fill(1, torch.tensor(list(banned), device=scores.device), float("-inf"))
+        allowed = scores.index_fill(1, torch.tensor(banned, device=scores.device), float("-inf"))
     if temperature == 0:
         token = allowed.argmax(-1)
     else:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.dispatch import on
-from kernels.logprob_triton import absorb
+from kernels.logprob_triton import LN_2, LOG2_E, absorb, merged
 
 BLOCK = 2048  # logits a program holds at once
 WARPS = 16  # there are few rows in decoding: each gets many threads
@@ -110,6 +110,7 @@ def floor_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
+    scale, top_p = tl.cast(scale, tl.float32), tl.cast(top_p, tl.float32)
     top = float("-inf")
     for start in range(0, size, BLOCK):
         _, _, allowed, z = block_at(start, logits, bans, step, size, BANS, BLOCK)
@@ -152,13 +153,16 @@ def sample_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     key = tl.load(row_ids + row)
-    top, weights, weighted, total = float("-inf"), 0.0, 0.0, 0.0
+    scale = tl.cast(scale, tl.float32)
+    top = tl.full([BLOCK // 4], float("-inf"), tl.float32)
+    weights, weighted, total = tl.zeros_like(top), tl.zeros_like(top), tl.zeros([BLOCK], tl.float32)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     chosen = tl.zeros([BLOCK], tl.int32)
     for start in range(0, size, BLOCK):
         at, inside, allowed, z = block_at(start, logits, bans, step, size, BANS, BLOCK)
-        total += tl.sum(tl.where(inside, z, 0.0), 0)
-        top, weights, weighted = absorb(z, inside, top, weights, weighted, scale, tl.zeros_like(at))
+        total += tl.where(inside, z, 0.0)
+        fours = tl.reshape(z, (BLOCK // 4, 4))
+        top, weights, weighted = absorb(fours, at, None, top, weights, weighted, scale * LOG2_E)
         if CUT:
             allowed = allowed & (ordered_bits(z) >= tl.load(floor + row))
         score = z * scale
@@ -168,8 +172,9 @@ def sample_kernel(
         chosen = tl.where(score > best, at, chosen)
         best = tl.maximum(score, best)
     found = tl.min(tl.where(best == tl.max(best, 0), chosen, size), 0)  # of equal scores the first token
+    top, weights, weighted = merged(top, weights, weighted, scale * LOG2_E)
     log_sum = tl.log(weights)
     tl.store(token + row, found.to(tl.int64))
     tl.store(logprob + row, (tl.load(logits + found.to(tl.int64) * step).to(tl.float32) - top) * scale - log_sum)
-    tl.store(entropy + row, log_sum - weighted / weights)
-    tl.store(certainty + row, top * scale + log_sum - total / size * scale)
+    tl.store(entropy + row, log_sum - weighted * LN_2 / weights)
+    tl.store(certainty + row, top * scale + log_sum - tl.sum(total, 0) / size * scale)

@@ -131,6 +131,31 @@ def test_linear_logprob_keeps_its_gradient_near_certainty(device):
     torch.testing.assert_close(gradient.cpu(), torch.tensor([[math.exp(-21), -math.exp(-21)]]), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_logprob_of_a_narrow_head(device, dtype, count):
+    # Logits of about +-8: rounded to bf16 they would be off by 0.03. The head is taken in two parts on a CPU.
+    torch.manual_seed(0)
+    hidden, weight = (8 * torch.randn(count, 16)).to(dtype), (torch.randn(2100, 16) / 4).to(dtype)
+    ids = torch.tensor([2099, 0, 2048, 2047, 5])[:count]
+    exact = hidden.double().requires_grad_()
+    expected = (exact @ weight.double().T).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    mine = hidden.to(device).requires_grad_()
+    logprob, _ = linear_logprob(mine, weight.to(device), ids.to(device))
+    torch.testing.assert_close(logprob.detach().cpu().double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(logprob.sum(), mine)
+    assert gradient.dtype == dtype and (gradient.cpu().double() - slope).norm() < 0.01 * slope.norm()
+
+
+def test_no_gradient_of_a_gradient(device):
+    logits = torch.randn(2, 5, device=device, requires_grad=True)
+    logprob, _ = selective_log_softmax(logits, torch.tensor([1, 2], device=device))
+    (gradient,) = torch.autograd.grad(logprob.square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
 def test_linear_logprob_never_holds_more_than_a_chunk(device, monkeypatch):
     sizes, real = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, **more: sizes.append(tuple((r := real(*a, **more)).shape)) or r)
@@ -157,6 +182,8 @@ def test_linear_logprob_refuses():
         selective_log_softmax(torch.zeros(2, 3, 4), ids[:2])
     with pytest.raises(ValueError, match="int64 ids"):
         selective_log_softmax(torch.zeros(3, 4), ids.int())
+    with pytest.raises(ValueError, match="not expanded ones"):
+        selective_log_softmax(torch.zeros(1, 4).expand(3, 4), ids, in_place=True)
 
 
 # ------------------------------------------------------------------------------------------------ group_advantage
@@ -335,11 +362,18 @@ def test_sample_refuses():
         ({"temperature": -1.0}, "temperature >= 0"),
         ({"top_p": 0.0}, "0 < top_p <= 1"),
         ({"banned": [5]}, "banned token 5 is not in the vocabulary of 5"),
+        ({"banned": [4, 0, 1, 2, 3, 0]}, "all 5 tokens are banned"),
+        ({"temperature": math.nan}, "temperature=nan"),
     ):
         with pytest.raises(ValueError, match=message):
             sample(logits, row_ids=rows, **(PLAIN | wrong))
     with pytest.raises(ValueError, match=r"row_ids \(R,\)"):
         sample(logits, row_ids=rows[:1], **PLAIN)
+    for value in (math.nan, -math.inf):
+        broken = logits.clone()
+        broken[1] = value
+        with pytest.raises(ValueError, match="a row of logits has a nan or no finite value"):
+            sample(broken, row_ids=rows, **PLAIN)
 
 
 # ------------------------------------------------------------------------------------------------------------ loss
@@ -369,6 +403,33 @@ def test_clip(device):
     assert one(device, math.log(1.5), 2.0)[1] == pytest.approx(none | {"clip_high": 1, "ratio": 0.5})
     assert one(device, math.log(0.5), -2.0)[1] == pytest.approx(none | {"clip_low": 1, "ratio": -0.5})
     assert one(device, math.log(9), -2.0, dual_clip=3.0)[1] == pytest.approx(none | {"dual_clip": 1, "ratio": 8})
+
+
+def test_what_is_clipped_or_only_measured_may_overflow(device):
+    logprob, old, reference = tensors(device, [[0.0, 0.0]], [[-500.0, 0.0]], [[500.0, 0.0]])
+    for advantage, settings, expected, slopes in (
+        (1.0, {}, -0.6 - 0.5, [0, -0.5]),  # 1.2, clipped, and 1
+        (-1.0, {"dual_clip": 3.0}, 1.5 + 0.5, [0, 0.5]),
+        (0.0, {}, 0, [0, 0]),
+    ):
+        mine, given = logprob.clone().requires_grad_(), torch.tensor([advantage], device=device)
+        loss, _ = grpo_loss(mine, old, given, None, reference, **settings)
+        (gradient,) = torch.autograd.grad(loss, mine)
+        assert float(loss.detach()) == pytest.approx(expected) and gradient[0].tolist() == pytest.approx(slopes)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_nan_reaches_the_loss(device, which):
+    pair = tensors(device, [[-1.0, -2.0]], [[-1.0, -2.0]])
+    pair[which][0, 1] = math.nan
+    assert grpo_loss(*pair, torch.ones(1, device=device))[0].isnan()
+
+
+def test_only_the_log_probability_gets_a_gradient(device):
+    logprob, old, advantage = tensors(device, [[-1.0, -2.0]], [[-1.5, -2.0]], [1.0])
+    parts = [part.requires_grad_() for part in (logprob, old, advantage)]
+    grpo_loss(*parts)[0].backward()
+    assert logprob.grad is not None and old.grad is None and advantage.grad is None
 
 
 def test_kl(device):
@@ -457,13 +518,24 @@ def test_grpo_loss_refuses():
         ({"aggregation": "dr-grpo"}, "give max_length"),
         ({"ratio_level": "group"}, "ratio_level must be"),
         ({"kl_estimator": "k4"}, "kl_estimator must be"),
-        ({"mask": torch.ones(2, 2)}, r"mask is \(2, 2\), expected \(2, 3\)"),
+        ({"mask": torch.ones(2, 2).bool()}, r"mask is \(2, 2\), expected \(2, 3\)"),
         ({"weight": torch.ones(3)}, r"weight is \(3,\), expected \(2,\)"),
         ({"lengths": torch.tensor([3, 3])}, r"or \(N,\) with lengths"),
+        ({"aggregation": "dr-grpo", "max_length": 0}, "max_length >= 1, not 0"),
+        ({"kl_coef": 0.1}, "needs ref_logprob"),
+        ({"clip_low": -0.1}, "clip_low=-0.1"),
+        ({"dual_clip": 0.5}, "dual_clip=0.5"),
+        ({"mask": torch.ones(2, 3)}, r"give mask.bool\(\)"),
     ):
         with pytest.raises(ValueError, match=message):
             grpo_loss(x, x, a, **wrong)
-    with pytest.raises(ValueError, match="lengths sum to 5, but there are 6 tokens"):
-        grpo_loss(x.flatten(), x.flatten(), a, lengths=torch.tensor([3, 2]))
+    for lengths in ([3, 2], [7, -1]):
+        with pytest.raises(ValueError, match="lengths must be >= 0 and sum to the 6 tokens"):
+            grpo_loss(x.flatten(), x.flatten(), a, lengths=torch.tensor(lengths))
+    packed = {"lengths": torch.tensor([3, 3]), "weight": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"target is \(3,\), expected \(2,\)"):
+        sft_loss(x.flatten(), torch.zeros(3), **packed)
+    with pytest.raises(ValueError, match=r"ref_logprob is \(1,\), expected \(6,\)"):
+        sft_loss(x.flatten(), a, torch.zeros(1), **packed)
     with pytest.raises(ValueError, match="advantage is"):
         grpo_loss(x, x, torch.zeros(3))

@@ -142,23 +142,27 @@ def logit_cases(draw):
     rows, size = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 5, 127, 128, 129, 257, 300, 385]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     logits = torch.randn(rows, size, generator=generator) * draw(st.sampled_from([0.1, 1.0, 20.0, 1e4]))
-    logits[torch.rand(rows, size, generator=generator) < draw(st.sampled_from([0.0, 0.5]))] = float("-inf")
-    logits[:, draw(st.integers(0, size - 1))] = 0.5  # no row is all -inf
+    dtype = draw(st.sampled_from([*DTYPES]))
+    masked = torch.rand(rows, size, generator=generator) < draw(st.sampled_from([0.0, 0.5]))
+    masked[:, : draw(st.sampled_from([0, 130]))] = True  # a whole block
+    logits[masked] = draw(st.sampled_from([float("-inf"), torch.finfo(dtype).min]))  # either is in use
+    logits[:, draw(st.integers(0, size - 1))] = 0.5  # no row is masked whole
     ids = torch.randint(size, (rows,), generator=generator)
     ids[0] = logits[0].argmax()
     grad = torch.randn(rows, generator=generator)
     grad[-1] = draw(st.sampled_from([0.0, 1.0]))
-    logits = logits.to(draw(st.sampled_from([*DTYPES])))
+    logits = logits.to(dtype)
     layout = draw(st.sampled_from(["tight", "wide", "strided", "transposed"]))
     return logits, ids, grad, draw(st.sampled_from([1.0, 0.7, 2.5])), layout
 
 
 def in_float64(logits, ids, temperature):
-    """log p at ids, entropy, logsumexp, mean; logits in float64."""
+    """log p at ids, entropy, logsumexp, mean; logits in float64. A sum beyond float32 is -inf."""
     z = logits / temperature
     logp = z.log_softmax(-1)
     entropy = -torch.where(logp.exp() > 0, logp.exp() * logp, 0.0).sum(-1)
-    return logp.gather(1, ids[:, None])[:, 0], entropy, z.logsumexp(-1), z.mean(-1)
+    mean = logits.sum(-1).float().double() / (logits.shape[1] * temperature)
+    return logp.gather(1, ids[:, None])[:, 0], entropy, z.logsumexp(-1), mean
 
 
 def close(found, expected, rounding=0.0, atol=2e-5):
@@ -226,6 +230,14 @@ def test_an_id_outside_the_vocabulary_reads_nothing_and_gives_nan(device):
     assert found.logprob.isnan().tolist() == [True, False, False, True]
 
 
+def test_who_else_needs_overwritten_logits_is_told(device):
+    logits = torch.randn(1, 5, device=device, requires_grad=True)
+    shifted = logits.exp()  # exp's gradient needs its result
+    logprob, _ = selective_log_softmax(shifted, torch.tensor([2], device=device), in_place=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logprob.sum().backward()
+
+
 def test_what_has_no_value_is_nan(device):
     logits = torch.zeros(3, 9, device=device)
     logits[0], logits[1, 3] = float("-inf"), float("nan")
@@ -253,17 +265,30 @@ def test_linear_logprob(device, guarded, rows, width, size, seed, dtype, tempera
     mine, weight, ids = hidden.to(device).requires_grad_(), weight.to(device), ids.to(device)
     needs = None if needs is None else needs.to(device)
     logprob, entropy = linear_logprob(mine, weight, ids, temperature, chunk, needs)
-    # On a CPU the product itself is rounded to the type of the head.
     rounding = DTYPES[dtype]
-    product = rounding * 8 if device == "cpu" else 0.0
-    close(logprob.detach().cpu(), expected[0].detach(), product, 2e-5 + product)
-    close(entropy.cpu(), expected[1].detach(), product, 2e-5 + product)
+    close(logprob.detach().cpu(), expected[0].detach())
+    close(entropy.cpu(), expected[1].detach())
     (gradient,) = torch.autograd.grad(logprob, mine, grad.to(device))
     slope = slope if needs is None else slope * needs.cpu()[:, None]
     assert (gradient.cpu().double() - slope).norm() <= (1e-5 + 4 * rounding) * slope.norm() + 1e-5
-    with torch.no_grad():
-        again, _ = linear_logprob(mine, weight, ids, temperature, chunk)
-    assert torch.equal(again, logprob)  # one numeric path for old, new and reference log-probabilities
+    if not some:
+        with torch.no_grad():
+            again, _ = linear_logprob(mine, weight, ids, temperature, chunk)
+        assert torch.equal(again, logprob)  # one numeric path for old, new and reference log-probabilities
+    guarded.check()
+
+
+def test_lengths_that_do_not_fit_touch_nothing_else(device, guarded):
+    # On a GPU their sum is not looked at. Here the check is passed by, to see what the kernel does with them.
+    from kernels.loss_triton import _GrpoLoss
+
+    x, advantage = torch.zeros(6, device=device, requires_grad=True), torch.ones(2, device=device)
+    settings_ = ("token", None, 0.2, 0.2, 0.0, "token", 0.0, "k3")
+    for lengths in ([2, 1], [7, -1], [-3, 9], [4, 9]):
+        given_ = torch.tensor(lengths, device=device)
+        loss, _ = _GrpoLoss.apply(x, x.detach(), advantage, None, None, given_, None, settings_)
+        (gradient,) = torch.autograd.grad(loss, x)
+        assert gradient.isfinite().all() and loss.isfinite()
     guarded.check()
 
 
@@ -361,7 +386,8 @@ def test_grpo_loss(
         "weight": torch.rand(count).double() if weighted else None,
     }
     options = {
-        "aggregation": aggregation, "max_length": 40, "ratio_level": level, "kl_coef": 0.3, "kl_estimator": estimator,
+        "aggregation": aggregation, "max_length": 40, "ratio_level": level, "kl_estimator": estimator,
+        "kl_coef": 0.3 if reference else 0.0,
         "dual_clip": dual, "clip_low": 0.2, "clip_high": 0.3, "lengths": size if packed else None,
     }  # fmt: skip
     exact = logprob.clone().requires_grad_()
@@ -435,7 +461,7 @@ def test_noise_at_the_ends(device):
 def test_sample(device, guarded, case, top_p, top_k, cold, seed, position, banned):
     logits, _, _, temperature, layout = case
     temperature = 0.0 if cold else temperature
-    banned = sorted(token for token in banned if token < logits.shape[1])[:3]
+    banned = sorted(token for token in banned if token < logits.shape[1])[: min(3, logits.shape[1] - 1)]
     rows = torch.tensor([row_id(7, "u", i) for i in range(len(logits))])
     ways = dict(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, position=position, banned=banned)
     inner, _ = surrounded(logits.to(device), layout)
@@ -453,7 +479,7 @@ def test_sample(device, guarded, case, top_p, top_k, cold, seed, position, banne
         assert allowed.gather(1, token).isfinite().all()  # nothing banned or impossible
         # The best score, but for ties within rounding: of the sum here, of the probabilities at the edge of top-p.
         chosen, best = scores.gather(1, token)[:, 0], scores.amax(1)
-        tied = (best - chosen) <= 1e-5 * (1 + z.masked_fill(z.isinf(), 0.0).abs().amax(1))
+        tied = (best - chosen) <= 1e-5 * (1 + best.abs())
         p = allowed.softmax(-1)
         above = torch.where(allowed > allowed.gather(1, token), p, 0.0).sum(1)
         kept = torch.where(allowed >= reference_sampling._floor(allowed, 1.0, top_k), p, 0.0).sum(1)
