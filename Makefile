@@ -72,7 +72,7 @@ ablate: one-gpu $(READY) $(if $(findstring --rollouts,$(ARGS)),,$(MODEL_READY)) 
 	  --out "$(or $(OUT),runs/ablate)" $(ARGS)
 
 test: $(READY)  ## all tests
-	$(PY) -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(READY)  ## ruff, check and format
 	$(PY) -m ruff check .

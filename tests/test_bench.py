@@ -56,6 +56,17 @@ def test_peak_memory_of_a_call():
     assert kernels.peak(form) == pytest.approx(12e6, rel=0.01)
 
 
+def test_memory_counts_the_gradient_whatever_ran_before():
+    leaf = torch.randn(1000, 1000, requires_grad=True)
+    form = kernels.there_and_back(lambda x: x.exp().sum(), leaf, torch.ones(()))
+    assert [kernels.peak(form) for _ in range(2)] == [pytest.approx(8e6, rel=0.01)] * 2  # the result and the gradient
+
+
+def test_shapes_that_cannot_be_read():
+    with pytest.raises(ValueError, match="expected tokens x vocabulary x hidden size, as 512x8192x512, not '4x100'"):
+        kernels.main(kernels.Config(shapes=("4x100",), device="cpu"))
+
+
 def test_the_kernels_beside_naive_forms_of_the_same_result(capsys):
     config = kernels.Config(shapes=("24x300x16",), pairs=3, device="cpu")
     result = json.loads(json.dumps(kernels.main(config)))
