@@ -333,12 +333,13 @@ def ceilings(shape: tuple[int, int, int], config: Config) -> dict[str, float]:
 def measured(shape: tuple[int, int, int], config: Config, device: str) -> dict:
     ceiling = ceilings(shape, config) if device == "cuda" else {}
     rows = []
-    for build in cases(shape, device):
+    for number, build in enumerate(cases(shape, device)):
         torch.compiler.reset()  # it stops compiling after a few shapes of the same code
+        case = None  # the last one's tensors are gone before the next are made
         try:
             case = build()
         except torch.OutOfMemoryError as error:
-            rows.append({"job": build.__name__, "form": OURS, "error": str(error).splitlines()[0]})
+            rows.append({"job": f"job {number}", "form": "inputs", "error": str(error).splitlines()[0]})
             continue
         for name, figures in (on_gpu if device == "cuda" else on_cpu)(case, config).items():
             row = {"job": case.job, "form": name, **figures}

@@ -58,7 +58,7 @@ def selective_log_softmax(
     The log-probability is differentiable; the others are values without a gradient. Neither pass stores the softmax.
     With `in_place` the backward pass writes the gradient over the logits, which saves their size in memory: nothing
     else may need them, and the graph can be gone through once only.
-    Raises ValueError when shapes disagree, temperature is not positive or rows to write over share memory. An id
+    Raises ValueError when shapes disagree, temperature is not positive or logits to write over are expanded. An id
     outside the vocabulary is an error where that can be seen without waiting for the device; on a GPU its
     log-probability is nan.
     """
@@ -110,7 +110,8 @@ def linear_logprob(
     _check(hidden, ids, weight.shape[0], temperature)
     chunk = chunk or default_chunk(weight)
     hidden = hidden if torch.is_grad_enabled() else hidden.detach()  # a Function is not told
-    return _LinearLogprob.apply(hidden, weight, ids, float(temperature), chunk, needs_grad)
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits
+        return _LinearLogprob.apply(hidden, weight, ids, float(temperature), chunk, needs_grad)
 
 
 def default_chunk(weight: torch.Tensor) -> int:
@@ -211,8 +212,9 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if weight.is_cuda:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     logits = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
+    hidden = hidden.float()
     for part, found in zip(weight.split(CONVERTED_ROWS), logits.split(CONVERTED_ROWS, 1)):
-        torch.mm(hidden.float(), part.float().T, out=found)
+        torch.mm(hidden, part.float().T, out=found)
     return logits
 
 

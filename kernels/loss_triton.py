@@ -42,7 +42,7 @@ class _GrpoLoss(torch.autograd.Function):
         logprob, old, advantage = logprob.contiguous(), old.contiguous(), advantage.contiguous()
         mask = None if mask is None else mask.contiguous()
         reference = None if reference is None else reference.contiguous()
-        lengths = None if lengths is None else lengths.to(logprob.device)
+        lengths = None if lengths is None else lengths.to(logprob.device).contiguous()
         weight = None if weight is None else weight.to(logprob.device).contiguous()
         ends = None if lengths is None else lengths.cumsum(0)
         gradient = torch.zeros(logprob.shape, dtype=torch.float32, device=logprob.device)

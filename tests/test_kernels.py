@@ -148,6 +148,15 @@ def test_linear_logprob_of_a_narrow_head(device, dtype, count):
     assert gradient.dtype == dtype and (gradient.cpu().double() - slope).norm() < 0.01 * slope.norm()
 
 
+def test_autocast_rounds_no_logits(device):
+    torch.manual_seed(0)
+    hidden, weight, ids = torch.randn(5, 8, device=device), torch.randn(20, 8, device=device), torch.arange(5)
+    expected = linear_logprob(hidden, weight, ids.to(device))[0]
+    with torch.autocast(device, torch.bfloat16):
+        found = linear_logprob(hidden.requires_grad_(), weight, ids.to(device))[0]
+    assert torch.equal(found, expected)
+
+
 def test_no_gradient_of_a_gradient(device):
     logits = torch.randn(2, 5, device=device, requires_grad=True)
     logprob, _ = selective_log_softmax(logits, torch.tensor([1, 2], device=device))
