@@ -216,6 +216,14 @@ def test_shipped_blocks(device, monkeypatch):
     close(mine.grad, exact.grad, atol=1e-7)
 
 
+@pytest.mark.parametrize("size", [127, 128, 129, 255, 257])
+def test_all_values_at_the_edge_of_a_block(device, size):
+    logits, ids = torch.randn(2, size, generator=torch.Generator().manual_seed(0)), torch.tensor([0, size - 1])
+    found = selective_log_softmax(logits.to(device), ids.to(device), statistics=True)
+    for value, wanted in zip(found, in_float64(logits.double(), ids, 1.0), strict=True):
+        close(value.cpu(), wanted)
+
+
 def test_a_second_backward_over_overwritten_logits_is_refused(device):
     logits = torch.randn(2, 9, device=device, requires_grad=True)
     logprob, _ = selective_log_softmax(logits * 1, torch.tensor([1, 2], device=device), in_place=True)
