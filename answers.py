@@ -28,7 +28,7 @@ from functools import lru_cache
 from string import ascii_uppercase
 from typing import NamedTuple
 
-from closed_forms import MAX_DEPTH, MAX_DIGITS, is_number, number_key
+from closed_forms import MAX_DEPTH, MAX_DIGITS, is_number, leading_value, number_key
 from verifier import verifier
 
 MAX_CHARS = 2000  # a longer answer is not taken apart: its text is its key
@@ -169,6 +169,12 @@ _REWRITES = [(hint, re.compile(pattern), new) for hint, pattern, new in (
 def _clean(answer: str) -> str:
     text = answer.replace("\frac", "\\frac")  # a \frac once printed unescaped: MATH-Vision's gold has form feeds
     return " ".join(text.translate(_UNICODE).split())
+
+
+def value_of(text: str, rest: str | None = None) -> Fraction | Decimal | None:
+    """Value of a number or closed form. What follows it must begin with `rest`; None: nothing may follow."""
+    value, tail = leading_value(_tokens(_clean(text))) if len(text) <= MAX_CHARS else (None, [])
+    return value if not tail or tail[0] == rest else None
 
 
 def _tokens(text: str) -> list[str]:

@@ -152,16 +152,23 @@ class _ClosedForm:
         return value
 
 
-def number_key(tokens: list[str]) -> str | None:
-    """Key of a number or closed form with nothing but units behind it, else None."""
+def leading_value(tokens: list[str]) -> tuple[Fraction | Decimal | None, list[str]]:
+    """Value of the longest closed form that the tokens begin with, None if they begin with none, and the rest."""
     form = _ClosedForm(tokens)
     try:
         with localcontext(_CONTEXT):
             value = form.sum()
     except (ArithmeticError, RecursionError):  # too large, x/0, √-1, or no number at all
+        return None, tokens
+    return value, tokens[form.position :]
+
+
+def number_key(tokens: list[str]) -> str | None:
+    """Key of a number or closed form with nothing but units behind it, else None."""
+    value, tail = leading_value(tokens)
+    if value is None or len(tail) > 20:
         return None
-    tail = tokens[form.position :]
-    if len(tail) > 20 or (tail and not _UNITS.fullmatch(" ".join(t for t in tail if t not in "{}()."))):
+    if tail and not _UNITS.fullmatch(" ".join(token for token in tail if token not in "{}().")):
         return None
     if isinstance(value, Fraction):
         return str(value)

@@ -1,0 +1,131 @@
+r"""MATH-Vision (arXiv 2402.14804): questions in the owners' layout, and answers scored by the rule of their repository.
+
+The rule, from github.com/mathllm/MATH-V (evaluation/), in our words and our code. A response is narrowed step by step,
+each step being one of `_STEPS` below, then what is left has to equal the option letter, the option's text or the answer
+of the question: as text, or as a number after rounding to two places. Numbers are read by our own parser instead of
+being evaluated as Python, so that no text can run, hang or crash. Accuracy is given by subject and by level.
+
+Folder: `test.jsonl`, `testmini.jsonl`, `images/`; a question is looked up by its id in every .jsonl file of the folder.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from answers import value_of
+
+CATEGORIES = ("subject", "level")
+
+# A bare letter, and perhaps more, on the first line; or at the end of a sentence.
+_LETTER_FIRST = re.compile(r"\A(?:([A-E])|\(([A-E])\)(?: \2)?)\n")
+_LETTER_LAST = re.compile(r" (?:([A-E])|\(([A-E])\))\.\Z")
+_INTRODUCTIONS = ("the final answer is", "the answer is", "the correct answer is", "the answer should be")
+_DROPPED = (
+    " ", r"\,", "\n", r"\text", r"\mbox", r"\left", r"\right", r"\$", r"\!", r"^{\circ}", r"^\circ", "{m}^3", "m^3",
+    "{units}", "units", "{km}", "km",
+)  # fmt: skip
+
+
+class Question(NamedTuple):
+    id: str
+    text: str
+    gold: str
+    choices: tuple[str, ...]
+    image: str
+    categories: dict[str, str]
+
+
+def questions(folder: Path) -> dict[str, Question]:
+    """Questions of every .jsonl file of the folder by id. Raises FileNotFoundError, ValueError naming file and line."""
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} has no .jsonl file: expected MATH-Vision's test.jsonl or testmini.jsonl there"
+        )
+    found: dict[str, Question] = {}
+    for file in files:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+                found.setdefault(
+                    str(row["id"]),
+                    Question(
+                        str(row["id"]), row["question"], str(row["answer"]), tuple(map(str, row["options"])),
+                        row["image"], {name: str(row[name]) for name in CATEGORIES},
+                    ),
+                )  # fmt: skip
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file}:{number} is no MATH-Vision question: {error!r}") from None
+    return found
+
+
+def extract(response: str) -> tuple[str, str]:
+    """What the rule takes for the answer, in lower case, and how it was found: letter, number, phrase, box or text."""
+    text, method = response.strip(), "text"
+    if letters := [m[1] or m[2] for m in (_LETTER_FIRST.match(text), _LETTER_LAST.search(text)) if m]:
+        text, method = min(letters), "letter"
+    tail = text.rpartition("is ")[2].rstrip(".")
+    if _is_float(tail):
+        text, method = tail, "number"
+    if "oxed{" in text:
+        text, method = text[text.rindex("oxed{") :], "box"
+    else:
+        for phrase in _INTRODUCTIONS:
+            for spelling in (phrase, phrase.capitalize()):
+                if spelling in text:
+                    text = text.rpartition(spelling)[2].strip().partition("\n")[0].partition(". ")[0]
+                    method = "phrase"
+    text = _stripped(text)
+    for letter in "abcde":
+        text = text.replace(f"({letter})", letter).replace(f"{{{letter}}}", letter)
+    return text.rstrip(".").lstrip(":").strip(), method
+
+
+def _stripped(text: str) -> str:
+    text = text.lower().replace("{}", "")
+    start, end = text.find("oxed{"), text.rfind("}")
+    if 0 <= start < end:
+        text = text[start + len("oxed{") : end]
+    closing, opening = text.find("}"), text.find("{")
+    if closing >= 0 and not 0 <= opening < closing:  # the box's own brace: what follows is no part of it
+        text = text[:closing]
+    text = text.rpartition("=")[2].rpartition(r"\approx")[2].replace("∞", r"\infty").replace("\\\\", "\\")
+    for piece in _DROPPED:
+        text = text.replace(piece, "")
+    return text
+
+
+def is_right(question: Question, answer: str) -> bool:
+    """Whether an extracted answer is the question's: its letter, the text of that option, or its value."""
+    letter = question.gold if question.choices else ""
+    place = ord(letter) - ord("A") if len(letter) == 1 else -1
+    option = question.choices[place] if 0 <= place < len(question.choices) else ""
+    return _equal(question.gold, answer) or _equal(option, answer)
+
+
+def _equal(gold: str, answer: str) -> bool:
+    gold, answer = gold.lower().strip(), answer.strip()
+    if not gold or not answer:
+        return False
+    return gold == answer or (_rounded(gold) is not None and _rounded(gold) == _rounded(answer))
+
+
+def _rounded(text: str) -> tuple[float, ...] | None:
+    """Values to two places of a number, or of a list in brackets; 1:4 is a quotient. A unit makes it text."""
+    text = text.replace("$", "").replace(":", "/").strip()
+    listed = len(text) > 2 and (text[0] + text[-1]) in ("()", "[]") and "," in text
+    parts = text[1:-1].split(",") if listed else [text]
+    values = [value_of(part, rest="}") for part in parts]
+    try:
+        return None if None in values else tuple(round(float(value), 2) for value in values)
+    except OverflowError:
+        return None
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

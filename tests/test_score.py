@@ -1,0 +1,172 @@
+"""Scoring saved responses by the benchmarks' own rules: each rule by cases, and against the owners' verdicts."""
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from eval import mathvision, score
+from eval.mathvision import Question, extract, is_right
+
+SHARED = Path(os.environ.get("UPT_SHARED_DATA", Path(__file__).parents[2] / "shared/data"))
+
+# ---------------------------------------------------------------------------------------------------- MATH-Vision
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "method"),
+    [
+        (r"so \boxed{60}.", "60", "box"),
+        (r"\boxed{1}, no: \boxed{2}", "2", "box"),
+        (r"\boxed{(B)}", "b", "box"),
+        (r"\boxed{36^\circ}", "36", "box"),
+        (r"\boxed{x = \frac{1}{2}}", r"\frac{1}{2}", "box"),
+        (r"$\boxed{\text{red}}$", "{red}", "box"),  # the owners' rule keeps the braces
+        ("We add them.\nThe correct option is (C).", "c", "letter"),
+        ("It is D.", "d", "letter"),
+        ("B\nBecause it is the longest.", "b", "letter"),
+        ("(E) E\nBecause.", "e", "letter"),
+        ("The sum is 12.50.", "12.50", "number"),
+        ("The answer is 7 cm. That is all", "7cm", "phrase"),
+        ("the answer should be: x = 3\nand so on", "3", "phrase"),
+        ("Two bikes", "twobikes", "text"),
+        ("", "", "text"),
+    ],
+)
+def test_extraction_by_the_owners_steps(response, answer, method):
+    assert extract(response) == (answer, method)
+
+
+def asked(gold, *choices):
+    return Question("1", "?", gold, choices, "images/1.jpg", {"subject": "algebra", "level": "1"})
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "right"),
+    [
+        (asked("60"), "60", True),
+        (asked("60"), "60.004", True),  # two places
+        (asked("60"), "60.006", False),
+        (asked("0.33"), r"\frac{1}{3}", True),
+        (asked(r"\frac{3}{4}"), "0.75", True),
+        (asked("B", "5", "7"), "b", True),
+        (asked("B", "5", "7"), "7.0", True),  # the value of option B
+        (asked("B", "5", "7"), "5", False),
+        (asked("A", r"$\frac{1}{4}$", "2"), "1:4", True),
+        (asked("A", r"$11 \mathrm{~m}$", "2"), "11", False),  # a unit in the option makes it text
+        (asked("A", r"$\frac{1}{4}$", "2"), r"\frac{1}{4}}.theansweris", True),  # what follows the box's end is nothing
+        (asked("(1,2)"), "(1.001,2)", True),
+        (asked("(1,2)"), "(2,1)", False),
+        (asked("A", "red", "blue"), "red", True),
+        (asked("C", "A", "B"), "c", True),  # more letters than options
+        (asked(""), "", False),
+        (asked("1"), "9" * 5000, False),
+    ],
+)
+def test_equality_by_the_owners_rule(question, answer, right):
+    assert is_right(question, answer) is right
+
+
+@pytest.mark.parametrize("name", ["InternLM-XComposer2-VL-CoT", "Qwen-VL-Max-CoT"])
+def test_the_owners_verdicts_on_a_models_answers(name, tmp_path, capsys):
+    data, responses = SHARED / "mathvision", SHARED / f"responses/mathvision/{name}.jsonl"
+    if not responses.exists():
+        pytest.skip("the owners' files are not on this machine")
+    out = tmp_path / "scores.jsonl"
+    result = score.main(score.Config("mathvision", data, responses, out))
+    official = {row["id"]: row["correct"] for row in map(json.loads, responses.open())}
+    mine = {row["id"]: row["correct"] for row in map(json.loads, out.open())}
+    agreement = sum(mine[uid] == verdict for uid, verdict in official.items()) / len(official)
+    assert len(mine) == result["n"] == 3040 and agreement > 0.999
+    assert result["accuracy"] == pytest.approx(sum(official.values()) / 3040, abs=0.001)
+
+
+# ------------------------------------------------------------------------------------------------ eval.score
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = [
+        {"id": "1", "question": "<image1>", "options": [], "answer": "60", "level": 2, "subject": "arithmetic"},
+        {"id": "2", "question": "<image1>", "options": ["5", "7"], "answer": "B", "level": 1, "subject": "algebra"},
+    ]
+    lines = [json.dumps(row | {"image": "images/1.jpg"}) for row in rows]
+    (tmp_path / "testmini.jsonl").write_text(lines[0] + "\n")
+    (tmp_path / "test.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def scores(folder, *rows, **settings) -> dict:
+    path = folder / "answers" / "a.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return score.main(score.Config("mathvision", folder, path, folder / "out" / "s.jsonl", **settings))
+
+
+def test_rows_tables_and_the_last_line(folder, capsys):
+    result = scores(
+        folder, {"id": "1", "response": r"\boxed{60}"}, {"id": 2, "response": r"\boxed{5}"},
+        {"id": "2", "sample": 1, "response": "The answer is (B)."}, {"id": "1", "sample": 1, "response": None},
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1]) == result
+    assert (result["n"], result["correct"], result["accuracy"]) == (4, 2, 0.5)
+    assert "| subject | algebra | 2 | 50.00 |" in printed and "| level | 2 | 2 | 50.00 |" in printed
+    # "The answer is (B)." has no box, so it has no vote key.
+    assert "official 50.00%, ours 25.00%, 1 verdicts differ" in printed
+    rows = [json.loads(line) for line in (folder / "out/s.jsonl").open()]
+    assert rows[0] == {"id": "1", "sample": 0, "key": "60", "correct": True, "method": "box"}
+    assert [row["correct"] for row in rows] == [True, False, True, False]
+    ours = scores(folder, {"id": "2", "response": "The answer is (B)."}, {"id": "1", "response": r"\boxed{60.0}"},
+                  protocol="ours")  # fmt: skip
+    assert ours["correct"] == 1 and ours["methods"] == {"none": 1, "vote key": 1} and ours["disagree"] == 1
+
+
+def test_stored_extractions_and_verdicts_are_not_read(folder):
+    stored = {"model_answer": "60", "extraction": "60", "prediction": "60", "correct": True, "true_false": True}
+    assert scores(folder, {"id": "1", "response": r"\boxed{61}"} | stored)["correct"] == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (['{"id": "1"}\n'], r"a.jsonl:1 is no response: KeyError\('response'\)"),
+        ([{"id": "1", "response": "1"}, "not json\n"], "a.jsonl:2 is no response"),
+        ([{"id": "1", "response": ["1"]}], "the response is list, not text"),
+        ([{"id": "7", "response": "1"}], "no question of .* has the id '7'"),
+        ([{"id": "1", "response": "1"}] * 2, "two responses to question '1' with sample 0"),
+        ([], "holds no response"),
+    ],
+)
+def test_bad_files_are_refused_and_nothing_is_written(folder, rows, message):
+    with pytest.raises(ValueError, match=message):
+        scores(folder, *rows)
+    assert not (folder / "out/s.jsonl").exists()
+
+
+def test_bad_questions_are_refused(folder):
+    (folder / "test.jsonl").write_text('{"id": "1"}\n')
+    with pytest.raises(ValueError, match=r"test.jsonl:1 is no MATH-Vision question: KeyError\('question'\)"):
+        mathvision.questions(folder)
+    with pytest.raises(FileNotFoundError, match="has no .jsonl file: expected MATH-Vision's"):
+        mathvision.questions(folder / "nowhere")
+
+
+HOSTILE = [
+    "{" * 200_000, "}" * 200_000, r"\boxed{" * 100_000, r"\boxed{" + "{" * 1000 + "}" * 1001, r"\boxed{9^9^9^9^9^9}",
+    r"\boxed{9^{9^{9^{9}}}}", r"\boxed{1e999999999}", r"\boxed{(((((1" + ")" * 9 + "}", r"\boxed{1/0}", "a" * 10**6,
+    r"\boxed{" + "1" * 10**6 + "}", "is " * 300_000, "the answer is " * 100_000, "\x00\x1b[2J\x7f\u202e\ud800",
+    r"\boxed{" + r"\frac" * 5000 + "}", r"\boxed{__import__('os').system('true')}", "\n" * 10**6, "is nan", "is 1e400",
+    r"\boxed{" + r"\sqrt{" * 500 + "2" + "}" * 501, "oxed{" + "}oxed{" * 50_000, "(A)" * 300_000, "=" * 10**6,
+]  # fmt: skip
+
+
+def test_hostile_text_neither_crashes_nor_hangs_also_in_a_thread(folder):
+    rows = [{"id": "1", "sample": i, "response": text} for i, text in enumerate(HOSTILE)]
+    found = []
+    worker = threading.Thread(target=lambda: found.append(scores(folder, *rows)), daemon=True)
+    worker.start()
+    worker.join(120)  # seconds; it takes about one
+    assert found and found[0]["n"] == len(HOSTILE) and found[0]["correct"] == 0
