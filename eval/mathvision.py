@@ -8,12 +8,11 @@ being evaluated as Python, so that no text can run, hang or crash. Accuracy is g
 Folder: `test.jsonl`, `testmini.jsonl`, `images/`; a question is looked up by its id in every .jsonl file of the folder.
 """
 
-import json
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 from answers import value_of
+from eval.questions import Question, rows
 
 CATEGORIES = ("subject", "level")
 
@@ -27,40 +26,21 @@ _DROPPED = (
 )  # fmt: skip
 
 
-class Question(NamedTuple):
-    id: str
-    text: str
-    gold: str
-    choices: tuple[str, ...]
-    image: str
-    categories: dict[str, str]
-
-
 def questions(folder: Path) -> dict[str, Question]:
-    """Questions of every .jsonl file of the folder by id. Raises FileNotFoundError, ValueError naming file and line."""
-    files = sorted(folder.glob("*.jsonl"))
-    if not files:
-        raise FileNotFoundError(
-            f"{folder} has no .jsonl file: expected MATH-Vision's test.jsonl or testmini.jsonl there"
-        )
+    """Questions by id. Raises FileNotFoundError for an empty folder, ValueError for a row that is no question."""
     found: dict[str, Question] = {}
-    for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                found.setdefault(
-                    str(row["id"]),
-                    Question(
-                        str(row["id"]), row["question"], str(row["answer"]), tuple(map(str, row["options"])),
-                        row["image"], {name: str(row[name]) for name in CATEGORIES},
-                    ),
-                )  # fmt: skip
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}:{number} is no MATH-Vision question: {error!r}") from None
+    for where, row in rows(folder, "*.jsonl", "MATH-Vision's test.jsonl or testmini.jsonl"):
+        try:
+            categories = {name: (str(row[name]),) for name in CATEGORIES}
+            choices = tuple(map(str, row["options"]))
+            question = Question(str(row["id"]), row["question"], str(row["answer"]), choices, row["image"], categories)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{where} is no MATH-Vision question: {error!r}") from None
+        found.setdefault(question.id, question)
     return found
 
 
-def extract(response: str) -> tuple[str, str]:
+def extract(response: str, question: Question) -> tuple[str, str]:
     """What the rule takes for the answer, in lower case, and how it was found: letter, number, phrase, box or text."""
     text, method = response.strip(), "text"
     if letters := [m[1] or m[2] for m in (_LETTER_FIRST.match(text), _LETTER_LAST.search(text)) if m]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from eval import mathvision, score
-from eval.mathvision import Question, extract, is_right
+from eval import mathvision, mathvista, score
+from eval.mathvision import extract, is_right
+from eval.questions import Question
 
 SHARED = Path(os.environ.get("UPT_SHARED_DATA", Path(__file__).parents[2] / "shared/data"))
 
@@ -36,11 +37,11 @@ SHARED = Path(os.environ.get("UPT_SHARED_DATA", Path(__file__).parents[2] / "sha
     ],
 )
 def test_extraction_by_the_owners_steps(response, answer, method):
-    assert extract(response) == (answer, method)
+    assert extract(response, asked("1")) == (answer, method)
 
 
 def asked(gold, *choices):
-    return Question("1", "?", gold, choices, "images/1.jpg", {"subject": "algebra", "level": "1"})
+    return Question("1", "?", gold, choices, "images/1.jpg", {"subject": ("algebra",), "level": ("1",)})
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,83 @@ def test_the_owners_verdicts_on_a_models_answers(name, tmp_path, capsys):
     agreement = sum(mine[uid] == verdict for uid, verdict in official.items()) / len(official)
     assert len(mine) == result["n"] == 3040 and agreement > 0.999
     assert result["accuracy"] == pytest.approx(sum(official.values()) / 3040, abs=0.001)
+
+
+# ------------------------------------------------------------------------------------------------------ MathVista
+
+
+def vista(gold, *choices, kind="text", precision=0, text="?"):
+    return Question("1", text, gold, choices, "images/1.jpg", {}, kind, precision)
+
+
+YES_NO, FRUIT = vista("Yes", "Yes", "No"), vista("fig", "apple", "fig", "date")
+DEGREES = vista("65°", "60°", "65°", "165°")
+
+
+@pytest.mark.parametrize(
+    ("question", "response", "answer", "method"),
+    [
+        (FRUIT, "fig", "fig", "exact"),
+        (FRUIT, "First option A looks right. So the answer is (B).", "fig", "letter"),
+        (FRUIT, "Choice (A) is incorrect because it is red. The choice must be (C)", "date", "bracket"),
+        (FRUIT, "**B.** It has seeds", "fig", "bracket"),
+        (FRUIT, "The answer is the fig, not the date.", "fig", "stated"),
+        (FRUIT, "An apple is red. It looks like a date or a fig.", "fig", "named"),
+        (FRUIT, "It is a plum.", "", "none"),
+        (FRUIT, "An apple's answer is A's problem.", "apple", "named"),  # A's is no label
+        (DEGREES, "So the angle is 165°.", "165°", "named"),  # and not 65°
+        (DEGREES, "It is 65.0 in degrees", "65°", "value"),
+        (YES_NO, "No, there are none.", "No", "polarity"),
+        (YES_NO, "The bird is not on the tree.", "No", "polarity"),
+        (YES_NO, "The bird sits on the tree.", "Yes", "polarity"),
+        (vista("No", "Yes", "No", text="Are there fewer cars than bikes?"), "There are more cars.", "No", "polarity"),
+        (vista("No", "Yes", "No", text="Are there fewer cars than bikes?"), "There are fewer cars.", "Yes", "polarity"),
+        (vista("7", kind="integer"), "5 + 2 = 7. The answer is 7 of 9.", "7", "stated"),
+        (vista("7", kind="integer"), r"Of 12 we take 5, \boxed{7}", "7", "stated"),
+        (vista("7", kind="integer"), "There are **7** of them, out of 9.", "7", "bold"),
+        (vista("7", kind="integer"), "Therefore, it is 3 + 4 = 7. There were 8 before.", "7", "conclusion"),
+        (vista("2", kind="integer"), "There are two bars above 5.", "2", "count"),
+        (vista("1200", kind="integer"), "It sold 900 and then 1,200", "1200", "last"),
+        (vista("three", kind="integer"), "three", "3", "last"),
+        (vista("3", kind="integer"), "I can't tell", "", "none"),
+        (vista("[1, 2]", kind="list"), "[0, 1] or [1, 2]", "[1, 2]", "list"),
+    ],
+)
+def test_extraction_by_rules(question, response, answer, method):
+    assert mathvista.extract(response, question) == (answer, method)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "right"),
+    [
+        (FRUIT, "fig", True),
+        (FRUIT, "figs", True),  # the nearest choice
+        (FRUIT, "dates", False),
+        (vista("7", kind="integer"), "7.9", True),  # cut off
+        (vista("7", kind="integer"), "8", False),
+        (vista("1.2", kind="float", precision=1), "1.249", True),
+        (vista("1.2", kind="float", precision=1), "1.26", False),
+        (vista("7", kind="integer"), "", False),
+        (vista("7", kind="integer"), "9" * 5000, False),
+        (vista("[1, 2]", kind="list"), "[1, 2]", True),
+    ],
+)
+def test_equality_after_normalisation(question, answer, right):
+    assert mathvista.is_right(question, answer) is right
+
+
+@pytest.mark.parametrize(("name", "least"), [("output_bard", 0.97), ("output_llava_llama_2_13b", 0.955)])
+def test_rules_agree_with_the_owners_extraction(name, least, tmp_path, capsys):
+    path = SHARED / f"responses/mathvista/{name}.json"
+    if not path.exists():
+        pytest.skip("the owners' files are not on this machine")
+    out = tmp_path / "scores.jsonl"
+    result = score.main(score.Config("mathvista", SHARED / "mathvista", path, out))
+    official = {uid: row["true_false"] for uid, row in json.loads(path.read_text()).items()}
+    mine = {row["id"]: row["correct"] for row in map(json.loads, out.open())}
+    assert sum(mine[uid] == verdict for uid, verdict in official.items()) >= least * 1000
+    assert result["accuracy"] == pytest.approx(sum(official.values()) / 1000, abs=0.02)
+    assert "| task | geometry problem solving | 208 |" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ eval.score
@@ -133,7 +211,8 @@ def test_stored_extractions_and_verdicts_are_not_read(folder):
     ("rows", "message"),
     [
         (['{"id": "1"}\n'], r"a.jsonl:1 is no response: KeyError\('response'\)"),
-        ([{"id": "1", "response": "1"}, "not json\n"], "a.jsonl:2 is no response"),
+        ([{"id": "1", "response": "1"}, "not json\n"], "a.jsonl:2 is no JSON"),
+        (["[1]\n"], "a.jsonl:1 is no response: TypeError"),
         ([{"id": "1", "response": ["1"]}], "the response is list, not text"),
         ([{"id": "7", "response": "1"}], "no question of .* has the id '7'"),
         ([{"id": "1", "response": "1"}] * 2, "two responses to question '1' with sample 0"),
@@ -148,9 +227,9 @@ def test_bad_files_are_refused_and_nothing_is_written(folder, rows, message):
 
 def test_bad_questions_are_refused(folder):
     (folder / "test.jsonl").write_text('{"id": "1"}\n')
-    with pytest.raises(ValueError, match=r"test.jsonl:1 is no MATH-Vision question: KeyError\('question'\)"):
+    with pytest.raises(ValueError, match=r"test.jsonl:1 is no MATH-Vision question: KeyError\('subject'\)"):
         mathvision.questions(folder)
-    with pytest.raises(FileNotFoundError, match="has no .jsonl file: expected MATH-Vision's"):
+    with pytest.raises(FileNotFoundError, match="expected MATH-Vision's test.jsonl"):
         mathvision.questions(folder / "nowhere")
 
 
@@ -170,3 +249,7 @@ def test_hostile_text_neither_crashes_nor_hangs_also_in_a_thread(folder):
     worker.start()
     worker.join(120)  # seconds; it takes about one
     assert found and found[0]["n"] == len(HOSTILE) and found[0]["correct"] == 0
+    for question in (FRUIT, YES_NO, vista("7", kind="integer"), vista("[1]", kind="list")):
+        for text in [*HOSTILE, "answer" + " " * 10**6, "the answer is 1 " * 10**5, "1," * 10**6, "**1" * 10**5]:
+            answer, _ = mathvista.extract(text, question)
+            mathvista.is_right(question, answer)

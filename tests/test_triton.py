@@ -291,7 +291,7 @@ def test_lengths_that_do_not_fit_touch_nothing_else(device, guarded):
     # On a GPU their sum is not looked at. Here the check is passed by, to see what the kernel does with them.
     from kernels.loss_triton import _GrpoLoss
 
-    x, advantage = torch.zeros(6, device=device, requires_grad=True), torch.ones(2, device=device)
+    x, advantage = torch.zeros(6, device=device).requires_grad_(), torch.ones(2, device=device)
     settings_ = ("token", None, 0.2, 0.2, 0.0, "token", 0.0, "k3")
     for lengths in ([2, 1], [7, -1], [-3, 9], [4, 9]):
         given_ = torch.tensor(lengths, device=device)
