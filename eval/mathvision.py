@@ -11,8 +11,8 @@ Folder: `test.jsonl`, `testmini.jsonl`, `images/`; a question is looked up by it
 import re
 from pathlib import Path
 
-from answers import value_of
-from eval.questions import Question, rows
+from answers import MAX_CHARS, value_of
+from eval.questions import Question, files_in, rows
 
 CATEGORIES = ("subject", "level")
 
@@ -21,22 +21,25 @@ _LETTER_FIRST = re.compile(r"\A(?:([A-E])|\(([A-E])\)(?: \2)?)\n")
 _LETTER_LAST = re.compile(r" (?:([A-E])|\(([A-E])\))\.\Z")
 _INTRODUCTIONS = ("the final answer is", "the answer is", "the correct answer is", "the answer should be")
 _DROPPED = (
-    " ", r"\,", "\n", r"\text", r"\mbox", r"\left", r"\right", r"\$", r"\!", r"^{\circ}", r"^\circ", "{m}^3", "m^3",
-    "{units}", "units", "{km}", "km",
+    " ", r"\,", "\n", r"\text", r"\mbox", r"\left", r"\right", "$", r"\!", r"\%", r"^{\circ}", r"^\circ", "{m}^3",
+    "m^3", "{units}", "units", "{km}", "km",
 )  # fmt: skip
+
+_SPELLINGS = ((r"+\infty", r"\infty"), (r"\dfrac", r"\frac"), (r"\tfrac", r"\frac"), ("bmatrix", "pmatrix"))
 
 
 def questions(folder: Path) -> dict[str, Question]:
     """Questions by id. Raises FileNotFoundError for an empty folder, ValueError for a row that is no question."""
     found: dict[str, Question] = {}
-    for where, row in rows(folder, "*.jsonl", "MATH-Vision's test.jsonl or testmini.jsonl"):
-        try:
-            categories = {name: (str(row[name]),) for name in CATEGORIES}
-            choices = tuple(map(str, row["options"]))
-            question = Question(str(row["id"]), row["question"], str(row["answer"]), choices, row["image"], categories)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{where} is no MATH-Vision question: {error!r}") from None
-        found.setdefault(question.id, question)
+    for file in files_in(folder, "*.jsonl", "MATH-Vision's test.jsonl or testmini.jsonl"):
+        for where, _, row in rows(file):
+            try:
+                categories = {name: (str(row[name]),) for name in CATEGORIES}
+                choices, gold = tuple(map(str, row["options"])), str(row["answer"])
+                question = Question(str(row["id"]), row["question"], gold, choices, row["image"], categories)
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{where} is no MATH-Vision question: {error!r}") from None
+            found.setdefault(question.id, question)
     return found
 
 
@@ -71,8 +74,11 @@ def _stripped(text: str) -> str:
     if closing >= 0 and not 0 <= opening < closing:  # the box's own brace: what follows is no part of it
         text = text[:closing]
     text = text.rpartition("=")[2].rpartition(r"\approx")[2].replace("∞", r"\infty").replace("\\\\", "\\")
+    text = text.replace(r"\$", "")
     for piece in _DROPPED:
         text = text.replace(piece, "")
+    for other, same in _SPELLINGS:
+        text = text.replace(other, same)
     return text
 
 
@@ -93,6 +99,8 @@ def _equal(gold: str, answer: str) -> bool:
 
 def _rounded(text: str) -> tuple[float, ...] | None:
     """Values to two places of a number, or of a list in brackets; 1:4 is a quotient. A unit makes it text."""
+    if len(text) > MAX_CHARS:
+        return None
     text = text.replace("$", "").replace(":", "/").strip()
     listed = len(text) > 2 and (text[0] + text[-1]) in ("()", "[]") and "," in text
     parts = text[1:-1].split(",") if listed else [text]

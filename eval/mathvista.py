@@ -8,11 +8,12 @@ right.
 
 Rules, the first that finds something wins; sentences that call something incorrect are left out:
 
-    choice   the response is one · the last letter after "answer", "option" or "choice" · the only letter in brackets ·
-             a choice behind "the answer is" · yes or no: the word at the start, else no if the first sentence negates
-             or compares the other way round than the question · the last choice named · one equal to the last number
-    number   the first behind the last "the answer is", or in a box · the last in bold · the last of the last sentence
-             that concludes · that of "There are 3 …" at the start · the last
+    choice   the response is one · its box is a letter · the last letter after "answer is" or "correct option is" · the
+             last after "answer", "option" or "choice" · the only letter in brackets · a choice behind "the answer
+             is" · yes or no: the word at the start, else no if the first sentence negates or compares the other way
+             round than the question · the last choice named · one equal to the last number
+    number   the value of the box · the first behind the last "the answer is" · the last in bold but in headings · the
+             last of the last sentence that concludes · that of "There are 3 …" at the start · the last
     list     the last in brackets
 
 Folder: `testmini.json` or `test.json`, {pid: question}; responses: {pid: {"response": …}}.
@@ -21,7 +22,8 @@ Folder: `testmini.json` or `test.json`, {pid: question}; responses: {pid: {"resp
 import re
 from pathlib import Path
 
-from eval.questions import Question, rows
+from answers import extract_answer, value_of
+from eval.questions import Question, files_in, rows
 
 CATEGORIES = ("question_type", "answer_type", "task", "skills")
 MAX_CHARS = 50_000  # of a longer response only the end is read
@@ -31,6 +33,12 @@ _STATED = re.compile(rf"(?i)\b(?:the (?:final |correct )?{_ANSWER}(?: is|:)|answ
 _LETTER = re.compile(
     rf"(?i:\b{_ANSWER}(?: is| would be| should be|:)?:? ?\*{{0,2}}(?:(?:option|choice) )?)\(?([A-H])\b\)?(?!['’]s|-)"
 )
+_CONCLUDED = re.compile(
+    r"(?i:\b(?:answer|correct (?:option|choice))(?: to the question)?(?: is|:):?)\*{0,2}[ \n]?\*{0,2}"
+    r"(?i:(?:option|choice) )?(?:\(([A-H])\)|([A-H])(?=[.,;:)*\n]|$))"
+)
+_ALONE = re.compile(r"(?:\\(?:text|mathrm|textbf)\{)?\(?([A-Ha-h])\)?\}?\.?")
+_PLAIN = {ord("$"): None, ord("−"): "-"}
 _BRACKETED = re.compile(r"\( ?([A-H]) ?\)|\*\*([A-H])[.)*:]")
 _INCORRECT = re.compile(r"(?i)\b(?:is|are) (?:also )?(?:incorrect|wrong|not correct)\b")
 _NEGATED = re.compile(r"(?i)\b(?:not|no|cannot)\b|n't\b")
@@ -38,6 +46,7 @@ _COMPARED = {"fewer": -1, "less": -1, "smaller": -1, "more": 1, "greater": 1, "l
 _CONCLUDES = re.compile(r"(?i)(?:therefore|so|thus|hence|in conclusion|this means)\b")
 _SENTENCE_END = re.compile(r"(?<=[.!?]) |\n")
 _BOLD = re.compile(r"\*\*([^*]{1,200})\*\*")
+_HEADING = re.compile(r"(?i)(?:step|part|figure|question|\d+[.)]) ?\b|.*:\s*$")
 _LIST = re.compile(r"\[[^\[\]]{0,500}\]")
 _DIGITS = re.compile(r"(?<![\w.])-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])-?\.[0-9]+")
 _NAMES = (
@@ -51,23 +60,26 @@ _WORD = re.compile(rf"(?i)\b(?:{'|'.join(_NAMES)})\b")
 def questions(folder: Path) -> dict[str, Question]:
     """Questions by pid. Raises FileNotFoundError for an empty folder, ValueError for a row that is no question."""
     found: dict[str, Question] = {}
-    for where, row in rows(folder, "test*.json", "MathVista's testmini.json"):
-        try:
-            categories = {name: (row[name],) for name in CATEGORIES[:2]}
-            categories |= {"task": (row["metadata"]["task"],), "skills": tuple(row["metadata"]["skills"])}
-            question = Question(
-                str(row["pid"]), row["question"], str(row.get("answer", "")), tuple(map(str, row["choices"] or ())),
-                row["image"], categories, row["answer_type"], int(row["precision"] or 0),
-            )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{where} is no MathVista question: {error!r}") from None
-        found.setdefault(question.id, question)
+    for file in files_in(folder, "test*.json", "MathVista's testmini.json"):
+        for where, _, row in rows(file):
+            try:
+                categories = {name: (row[name],) for name in CATEGORIES[:2]}
+                categories |= {"task": (row["metadata"]["task"],), "skills": tuple(row["metadata"]["skills"])}
+                choices, precision = tuple(map(str, row["choices"] or ())), int(row["precision"] or 0)
+                question = Question(
+                    str(row["pid"]), row["question"], str(row["answer"]), choices, row["image"], categories,
+                    row["answer_type"], precision,
+                )  # fmt: skip
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{where} is no MathVista question with an answer: {error!r}") from None
+            found.setdefault(question.id, question)
     return found
 
 
 def extract(response: str, question: Question) -> tuple[str, str]:
     """The answer that a response gives to the question, "" for none, and the rule that found it."""
-    text = re.sub(r"[^\S\n]+", " ", response[-MAX_CHARS:]).strip()
+    text = response[-MAX_CHARS:].translate(_PLAIN)
+    text = re.sub(r"[^\S\n]+", " ", text).strip()
     sentences = [part.strip() for part in _SENTENCE_END.split(text) if part.strip()]
     sentences = [part for part in sentences if not _INCORRECT.search(part)]
     if question.choices:
@@ -99,6 +111,10 @@ def _choice(text: str, sentences: list[str], question: Question) -> tuple[int | 
     letters = "ABCDEFGH"[: len(choices)]
     if text in choices:
         return choices.index(text), "exact"
+    if (alone := _ALONE.fullmatch(extract_answer(text) or text)) and alone[1].upper() in letters:
+        return letters.index(alone[1].upper()), "letter"
+    if concluded := [letter for pair in _CONCLUDED.findall(text) if (letter := pair[0] or pair[1]) in letters]:
+        return letters.index(concluded[-1]), "letter"
     if stated := [letter for letter in _LETTER.findall(text) if letter in letters]:
         return letters.index(stated[-1]), "letter"
     bracketed = {letter for pair in _BRACKETED.findall(text) for letter in pair if letter and letter in letters}
@@ -148,11 +164,14 @@ def _named(text: str, choices: tuple[str, ...]) -> list[int]:
 
 
 def _number(text: str, sentences: list[str]) -> tuple[str, str]:
+    if (boxed := extract_answer(text)) and (value := value_of(boxed)) is not None:
+        return str(int(value) if value == int(value) else float(value)), "box"
     for match in reversed(list(_STATED.finditer(text))[-20:]):
         said = text[match.end() : match.end() + 200].lstrip("\n ").partition("\n")[0]
         if values := _numbers(said.rpartition("=")[2]):
             return values[0], "stated"
-    if values := [values[-1] for bold in _BOLD.findall(text) if (values := _numbers(bold))]:
+    bolds = [bold for bold in _BOLD.findall(text) if not _HEADING.match(bold)]
+    if values := [values[-1] for bold in bolds if (values := _numbers(bold))]:
         return values[-1], "bold"
     for sentence in reversed(sentences):
         if _CONCLUDES.match(sentence) and (values := _numbers(sentence.rpartition("=")[2]) or _numbers(sentence)):

@@ -17,24 +17,29 @@ class Question(NamedTuple):
     precision: int = 0  # decimals of a float
 
 
-def rows(folder: Path, pattern: str, expected: str) -> Iterator[tuple[str, dict]]:
-    """(where it stands, row) of every JSON list, object by id or JSONL file that matches, in the order of their names.
-
-    Raises FileNotFoundError where there is none, ValueError for what is no JSON.
-    """
-    files = sorted(folder.glob(pattern))
-    if not files:
+def files_in(folder: Path, pattern: str, expected: str) -> list[Path]:
+    """The files that match, in the order of their names. Raises FileNotFoundError where there is none."""
+    if not (files := sorted(folder.glob(pattern))):
         raise FileNotFoundError(f"{folder} has no {pattern}: expected {expected} there")
-    for file in files:
-        text = file.read_text(encoding="utf-8", errors="replace")
-        if file.suffix == ".jsonl":  # by \n alone: a string may hold other line ends
-            numbered = enumerate(text.split("\n"), 1)
-            found = ((number, _parsed(f"{file}:{number}", line)) for number, line in numbered if line.strip())
-        else:
-            whole = _parsed(str(file), text)
-            found = whole.items() if isinstance(whole, dict) else enumerate(whole)
-        for key, row in found:
-            yield f"{file}:{key}", row
+    return files
+
+
+def rows(file: Path) -> Iterator[tuple[str, str | None, dict]]:
+    """(where it stands, key, row) of a JSONL file, a JSON list, or a JSON object of rows by key.
+
+    The key is None but for the last. Raises ValueError for what is none of these.
+    """
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    if file.suffix == ".jsonl":  # by \n alone: a string may hold other line ends
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"{file}:{number}", None, _parsed(f"{file}:{number}", line)
+        return
+    whole = _parsed(str(file), text)
+    if not isinstance(whole, dict | list):
+        raise ValueError(f"{file} holds {type(whole).__name__}, expected a JSON list or object of rows")
+    for key, row in whole.items() if isinstance(whole, dict) else enumerate(whole):
+        yield f"{file}:{key}", key if isinstance(whole, dict) else None, row
 
 
 def _parsed(where: str, text: str):

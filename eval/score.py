@@ -45,13 +45,15 @@ class Config:
 
 def read_responses(path: Path) -> Iterator[tuple[str, int, str]]:
     """(id, sample, text) of every response; null is an empty text. Raises ValueError naming the place."""
-    for where, row in rows(path.parent, path.name, "responses"):
+    for where, key, row in rows(path):
         try:
-            uid = row["id"] if path.suffix == ".jsonl" else where.rpartition(":")[2]
+            uid = row.get("id", row.get("pid", key))
+            if uid is None:
+                raise KeyError("id")
             text, sample = row["response"], int(row.get("sample", 0))
             if not isinstance(text, str | None):
                 raise TypeError(f"the response is {type(text).__name__}, not text")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{where} is no response: {error!r}; expected id and response") from None
         yield str(uid), sample, text or ""
 

@@ -419,6 +419,7 @@ def test_what_is_clipped_or_only_measured_may_overflow(device):
     for advantage, settings, expected, slopes in (
         (1.0, {}, -0.6 - 0.5, [0, -0.5]),  # 1.2, clipped, and 1
         (-1.0, {"dual_clip": 3.0}, 1.5 + 0.5, [0, 0.5]),
+        (-1.0, {}, math.exp(80) / 2, [0, 0.5]),  # not clipped: counted as e^80, without a slope
         (0.0, {}, 0, [0, 0]),
     ):
         mine, given = logprob.clone().requires_grad_(), torch.tensor([advantage], device=device)

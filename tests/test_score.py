@@ -23,6 +23,12 @@ SHARED = Path(os.environ.get("UPT_SHARED_DATA", Path(__file__).parents[2] / "sha
         (r"\boxed{1}, no: \boxed{2}", "2", "box"),
         (r"\boxed{(B)}", "b", "box"),
         (r"\boxed{36^\circ}", "36", "box"),
+        (r"\boxed{$x^2$}", "x^2", "box"),
+        (r"\boxed{7\%}", "7", "box"),
+        (r"\boxed{\$34}", "34", "box"),
+        (r"\boxed{(-1,+\infty)}", r"(-1,\infty)", "box"),
+        (r"\boxed{\dfrac{x}{2}}", r"\frac{x}{2}", "box"),
+        ("The answer is $B$.", "b", "phrase"),
         (r"\boxed{x = \frac{1}{2}}", r"\frac{1}{2}", "box"),
         (r"$\boxed{\text{red}}$", "{red}", "box"),  # the owners' rule keeps the braces
         ("We add them.\nThe correct option is (C).", "c", "letter"),
@@ -91,19 +97,19 @@ def vista(gold, *choices, kind="text", precision=0, text="?"):
     return Question("1", text, gold, choices, "images/1.jpg", {}, kind, precision)
 
 
-YES_NO, FRUIT = vista("Yes", "Yes", "No"), vista("fig", "apple", "fig", "date")
+YES_NO, FRUIT = vista("Yes", "Yes", "No"), vista("guava", "apple", "guava", "date")
 DEGREES = vista("65°", "60°", "65°", "165°")
 
 
 @pytest.mark.parametrize(
     ("question", "response", "answer", "method"),
     [
-        (FRUIT, "fig", "fig", "exact"),
-        (FRUIT, "First option A looks right. So the answer is (B).", "fig", "letter"),
+        (FRUIT, "guava", "guava", "exact"),
+        (FRUIT, "First option A looks right. So the answer is (B).", "guava", "letter"),
         (FRUIT, "Choice (A) is incorrect because it is red. The choice must be (C)", "date", "bracket"),
-        (FRUIT, "**B.** It has seeds", "fig", "bracket"),
-        (FRUIT, "The answer is the fig, not the date.", "fig", "stated"),
-        (FRUIT, "An apple is red. It looks like a date or a fig.", "fig", "named"),
+        (FRUIT, "**B.** It has seeds", "guava", "bracket"),
+        (FRUIT, "The answer is the guava, not the date.", "guava", "stated"),
+        (FRUIT, "An apple is red. It looks like a date or a guava.", "guava", "named"),
         (FRUIT, "It is a plum.", "", "none"),
         (FRUIT, "An apple's answer is A's problem.", "apple", "named"),  # A's is no label
         (DEGREES, "So the angle is 165°.", "165°", "named"),  # and not 65°
@@ -114,7 +120,10 @@ DEGREES = vista("65°", "60°", "65°", "165°")
         (vista("No", "Yes", "No", text="Are there fewer cars than bikes?"), "There are more cars.", "No", "polarity"),
         (vista("No", "Yes", "No", text="Are there fewer cars than bikes?"), "There are fewer cars.", "Yes", "polarity"),
         (vista("7", kind="integer"), "5 + 2 = 7. The answer is 7 of 9.", "7", "stated"),
-        (vista("7", kind="integer"), r"Of 12 we take 5, \boxed{7}", "7", "stated"),
+        (vista("7", kind="integer"), r"Of 12 we take 5, \boxed{\frac{14}{2}}", "7", "box"),
+        (vista("1.2", kind="float", precision=1), r"\boxed{12 \times 10^{-1}}", "1.2", "box"),
+        (vista("-3", kind="integer"), "The answer is −3.", "-3", "stated"),
+        (vista("7", kind="integer"), "**Step 2: Count**\nSo the total is 7.", "7", "conclusion"),
         (vista("7", kind="integer"), "There are **7** of them, out of 9.", "7", "bold"),
         (vista("7", kind="integer"), "Therefore, it is 3 + 4 = 7. There were 8 before.", "7", "conclusion"),
         (vista("2", kind="integer"), "There are two bars above 5.", "2", "count"),
@@ -129,10 +138,25 @@ def test_extraction_by_rules(question, response, answer, method):
 
 
 @pytest.mark.parametrize(
+    "response",
+    [
+        "B", "B.", "(B)", "(b)", "b", r"\boxed{B}", r"So it is $\boxed{\text{B}}$.", "The answer is $B$.",
+        "**Answer:** B",
+        "Answer: B", "Answer:\nB", "<answer>B</answer>", "The answer is (B) guava. Unlike choice A, it is green.",
+        "The answer is B. Option A is too small, and option C is dried.", "The answer is B, not option A.",
+        "Answer: B\n\nExplanation: Option A is red, option C is small.",
+    ],
+)  # fmt: skip
+def test_a_letter_in_any_form(response):
+    assert mathvista.extract(response, FRUIT) == ("guava", "letter")
+    assert mathvista.extract(response.replace(" guava", ""), vista("No", "Yes", "No")) == ("No", "letter")
+
+
+@pytest.mark.parametrize(
     ("question", "answer", "right"),
     [
-        (FRUIT, "fig", True),
-        (FRUIT, "figs", True),  # the nearest choice
+        (FRUIT, "guava", True),
+        (FRUIT, "guavas", True),  # the nearest choice
         (FRUIT, "dates", False),
         (vista("7", kind="integer"), "7.9", True),  # cut off
         (vista("7", kind="integer"), "8", False),
@@ -202,6 +226,18 @@ def test_rows_tables_and_the_last_line(folder, capsys):
     assert ours["correct"] == 1 and ours["methods"] == {"none": 1, "vote key": 1} and ours["disagree"] == 1
 
 
+def test_responses_by_id_in_json(folder):
+    path = folder / "a[1].json"
+    path.write_text(json.dumps({"1": {"response": r"\boxed{60}"}, "x": {"pid": "2", "response": "B"}}))
+    assert score.main(score.Config("mathvision", folder, path, folder / "s.jsonl"))["correct"] == 2
+    path.write_text(json.dumps([{"response": "B"}]))
+    with pytest.raises(ValueError, match=r"json:0 is no response: KeyError\('id'\)"):
+        list(score.read_responses(path))
+    path.write_text("5")
+    with pytest.raises(ValueError, match="holds int, expected a JSON list or object"):
+        list(score.read_responses(path))
+
+
 def test_stored_extractions_and_verdicts_are_not_read(folder):
     stored = {"model_answer": "60", "extraction": "60", "prediction": "60", "correct": True, "true_false": True}
     assert scores(folder, {"id": "1", "response": r"\boxed{61}"} | stored)["correct"] == 0
@@ -212,7 +248,7 @@ def test_stored_extractions_and_verdicts_are_not_read(folder):
     [
         (['{"id": "1"}\n'], r"a.jsonl:1 is no response: KeyError\('response'\)"),
         ([{"id": "1", "response": "1"}, "not json\n"], "a.jsonl:2 is no JSON"),
-        (["[1]\n"], "a.jsonl:1 is no response: TypeError"),
+        (["[1]\n"], "a.jsonl:1 is no response: AttributeError"),
         ([{"id": "1", "response": ["1"]}], "the response is list, not text"),
         ([{"id": "7", "response": "1"}], "no question of .* has the id '7'"),
         ([{"id": "1", "response": "1"}] * 2, "two responses to question '1' with sample 0"),
@@ -239,6 +275,7 @@ HOSTILE = [
     r"\boxed{" + "1" * 10**6 + "}", "is " * 300_000, "the answer is " * 100_000, "\x00\x1b[2J\x7f\u202e\ud800",
     r"\boxed{" + r"\frac" * 5000 + "}", r"\boxed{__import__('os').system('true')}", "\n" * 10**6, "is nan", "is 1e400",
     r"\boxed{" + r"\sqrt{" * 500 + "2" + "}" * 501, "oxed{" + "}oxed{" * 50_000, "(A)" * 300_000, "=" * 10**6,
+    r"\boxed{(" + "1," * 500_000 + "1)}", r"\boxed{(" + (r"\sqrt2" * 300 + ",") * 500 + "1)}",
 ]  # fmt: skip
 
 
