@@ -336,10 +336,15 @@ def fingerprint(path_or_id: Path | str) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def versions() -> dict[str, str | None]:
+    """The versions of Python and of the packages that results depend on; None for what is not installed."""
+    installed = {package.name: package.version for package in metadata.distributions()}
+    return {"python": platform.python_version()} | {name: installed.get(name) for name in PACKAGES}
+
+
 def write_manifest(folder: Path | str, *, stage: str, config: dict, seed: int | None, model, adapter=None) -> None:
     """Write folder/manifest.json. `model` and `adapter` are a path, a hub id, None, or the entry of an earlier stage's
     manifest. `dirty`: tracked code files differed from the commit (null without git)."""
-    installed = {package.name: package.version for package in metadata.distributions()}
 
     def identity(which: Path | str | dict | None) -> dict | None:
         carried = which is None or isinstance(which, dict)
@@ -352,7 +357,7 @@ def write_manifest(folder: Path | str, *, stage: str, config: dict, seed: int | 
         "stage": stage,
         "config": config,
         "seed": seed,
-        "versions": {"python": platform.python_version()} | {name: installed.get(name) for name in PACKAGES},
+        "versions": versions(),
         "git_commit": commit,
         "dirty": None if changes is None else changes != "",
         "model": identity(model),

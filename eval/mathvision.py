@@ -5,14 +5,13 @@ each step being one of `_STEPS` below, then what is left has to equal the option
 of the question: as text, or as a number after rounding to two places. Numbers are read by our own parser instead of
 being evaluated as Python, so that no text can run, hang or crash. Accuracy is given by subject and by level.
 
-Folder: `test.jsonl`, `testmini.jsonl`, `images/`; a question is looked up by its id in every .jsonl file of the folder.
+Folder: `test.jsonl`, `testmini.jsonl`, `images/`; hub: MathLLMs/MathVision. Responses: JSONL of `id`, `response`.
 """
 
 import re
-from pathlib import Path
 
 from answers import MAX_CHARS, value_of
-from eval.questions import Question, files_in, rows
+from eval.benchmark import Benchmark, Question, picture
 
 CATEGORIES = ("subject", "level")
 
@@ -28,19 +27,22 @@ _DROPPED = (
 _SPELLINGS = ((r"+\infty", r"\infty"), (r"\dfrac", r"\frac"), (r"\tfrac", r"\frac"), ("bmatrix", "pmatrix"))
 
 
-def questions(folder: Path) -> dict[str, Question]:
-    """Questions by id. Raises FileNotFoundError for an empty folder, ValueError for a row that is no question."""
-    found: dict[str, Question] = {}
-    for file in files_in(folder, "*.jsonl", "MATH-Vision's test.jsonl or testmini.jsonl"):
-        for where, _, row in rows(file):
-            try:
-                categories = {name: (str(row[name]),) for name in CATEGORIES}
-                choices, gold = tuple(map(str, row["options"])), str(row["answer"])
-                question = Question(str(row["id"]), row["question"], gold, choices, row["image"], categories)
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"{where} is no MATH-Vision question: {error!r}") from None
-            found.setdefault(question.id, question)
-    return found
+def question(key: str | None, row: dict, split: str) -> Question:
+    return Question(
+        id=str(row["id"]),
+        text=row["question"],
+        gold=str(row["answer"]),
+        choices=tuple(map(str, row["options"])),
+        image=picture(row, "decoded_image", "image"),
+        categories={name: (str(row[name]),) for name in CATEGORIES},
+    )
+
+
+def prompt(question: Question) -> str:
+    """The owners' style: step by step, a box at the end, of a choice only the letter in it."""
+    options = "".join(f"\n({letter}) {text}" for letter, text in zip("ABCDE", question.choices, strict=False))
+    letter = ", only the letter of the right choice in it" if options else ""
+    return f"Solve the problem step by step and put your answer in one \\boxed{{}}{letter}.\n{question.text}{options}"
 
 
 def extract(response: str, question: Question) -> tuple[str, str]:
@@ -117,3 +119,16 @@ def _is_float(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+BENCHMARK = Benchmark(
+    title="MATH-Vision",
+    files="*.jsonl",
+    categories=CATEGORIES,
+    question=question,
+    extract=extract,
+    is_right=is_right,
+    prompt=prompt,
+    owners_use_a_model=False,
+    unfound=("text",),
+)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from eval import mathvision, mathvista, score
+from eval.benchmark import Question
 from eval.mathvision import extract, is_right
-from eval.questions import Question
 
 SHARED = Path(os.environ.get("UPT_SHARED_DATA", Path(__file__).parents[2] / "shared/data"))
 
@@ -219,7 +219,10 @@ def test_rows_tables_and_the_last_line(folder, capsys):
     # "The answer is (B)." has no box, so it has no vote key.
     assert "official 50.00%, ours 25.00%, 1 verdicts differ" in printed
     rows = [json.loads(line) for line in (folder / "out/s.jsonl").open()]
-    assert rows[0] == {"id": "1", "sample": 0, "key": "60", "correct": True, "method": "box"}
+    assert rows[0] == {
+        "id": "1", "sample": 0, "key": "60", "correct": True, "method": "box", "vote_key": "60",
+        "categories": {"level": ["2"], "subject": ["arithmetic"]},
+    }  # fmt: skip
     assert [row["correct"] for row in rows] == [True, False, True, False]
     ours = scores(folder, {"id": "2", "response": "The answer is (B)."}, {"id": "1", "response": r"\boxed{60.0}"},
                   protocol="ours")  # fmt: skip
@@ -232,10 +235,10 @@ def test_responses_by_id_in_json(folder):
     assert score.main(score.Config("mathvision", folder, path, folder / "s.jsonl"))["correct"] == 2
     path.write_text(json.dumps([{"response": "B"}]))
     with pytest.raises(ValueError, match=r"json:0 is no response: KeyError\('id'\)"):
-        list(score.read_responses(path))
+        list(score.read_responses(path, mathvision.BENCHMARK))
     path.write_text("5")
     with pytest.raises(ValueError, match="holds int, expected a JSON list or object"):
-        list(score.read_responses(path))
+        list(score.read_responses(path, mathvision.BENCHMARK))
 
 
 def test_stored_extractions_and_verdicts_are_not_read(folder):
@@ -263,10 +266,10 @@ def test_bad_files_are_refused_and_nothing_is_written(folder, rows, message):
 
 def test_bad_questions_are_refused(folder):
     (folder / "test.jsonl").write_text('{"id": "1"}\n')
-    with pytest.raises(ValueError, match=r"test.jsonl:1 is no MATH-Vision question: KeyError\('subject'\)"):
-        mathvision.questions(folder)
-    with pytest.raises(FileNotFoundError, match="expected MATH-Vision's test.jsonl"):
-        mathvision.questions(folder / "nowhere")
+    with pytest.raises(ValueError, match=r"test.jsonl:1 is no MATH-Vision question with an answer: KeyError"):
+        mathvision.BENCHMARK.questions(folder)
+    with pytest.raises(FileNotFoundError, match="give MATH-Vision's data folder"):
+        mathvision.BENCHMARK.questions(folder / "nowhere")
 
 
 HOSTILE = [

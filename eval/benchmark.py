@@ -1,0 +1,178 @@
+"""What a benchmark is: questions in its owners' layout, their rule, and how they ask. One module each fills it in.
+
+BENCHMARKS["mathvista"].questions(folder)      by split, from JSON, JSONL or the hub's parquet
+BENCHMARKS["mathvista"].extract(response, question), .is_right(question, answer)
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow.parquet
+from huggingface_hub import snapshot_download
+
+NAMES = ("mathvision", "mathverse", "mathvista", "wemath", "logicvista", "dynamath")
+
+
+class Question(NamedTuple):
+    """One question of a benchmark. `gold` is the owners' answer, `choices` the texts of A, B, … if there are any."""
+
+    id: str
+    text: str
+    gold: str
+    choices: tuple[str, ...]
+    image: str | bytes  # a path inside the folder, an encoded picture, or "" for a question in text alone
+    categories: dict[str, tuple[str, ...]]
+    answer_type: str = "text"
+    precision: int = 0  # decimals of a float
+    problem: str = ""  # what the question is a part or a variant of
+    query: str = ""  # how the owners' files word the whole prompt, where they do
+    alias: str = ""  # what the owners call it, where that is one question of several files
+
+    @property
+    def multi(self) -> bool:
+        """Whether several letters can be the answer."""
+        return self.answer_type == "letters"
+
+
+def plain_response(key: str | None, row: dict) -> tuple[str, str | None]:
+    """(id, text) of a response: its `id` or `pid`, or the key that it stands under."""
+    if (uid := row.get("id", row.get("pid", key))) is None:
+        raise KeyError("id")
+    return str(uid), row["response"]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark by its owners' protocol. Docstrings of the modules state the rules and where they are from."""
+
+    title: str
+    files: str
+    """the owners' files of questions, as a pattern"""
+    categories: tuple[str, ...]
+    """what accuracy is broken down by"""
+    question: Callable[[str | None, dict, str], Question]
+    """(key, row, split) to a question; KeyError, TypeError or ValueError for what is none"""
+    extract: Callable[[str, Question], tuple[str, str]]
+    """the answer that a response gives, "" for none, and the rule that found it; any text in bounded time"""
+    is_right: Callable[[Question, str], bool]
+    """the owners' comparison of an extracted answer with gold"""
+    prompt: Callable[[Question], str]
+    """the question as the owners have it asked"""
+    unfound: tuple[str, ...] = ("none",)
+    """methods of `extract` that say that no rule found an answer"""
+    response: Callable[[str | None, dict], tuple[str, str | None]] = plain_response
+    """(key, row) of a file of responses to (id, text); KeyError or TypeError for what is none"""
+    metrics: Callable[[list[dict], dict[str, Question]], dict] = lambda rows, questions: {}
+    """further figures of rows with `id`, `sample` and `correct`, nested dicts of shares and counts"""
+    owners_use_a_model: bool = True
+    """whether the owners extract answers by a large model, so that rules are a stand-in"""
+    variants: bool = False
+    """whether the files are variants of the same questions, all to be asked, and not splits"""
+
+    def questions(self, folder: Path) -> dict[str, list[Question]]:
+        """Questions by split, a split for each file.
+
+        Raises FileNotFoundError for a folder without questions, ValueError naming the row that is none.
+        """
+        files = sorted(folder.glob(self.files)) or sorted(folder.rglob("*.parquet"))
+        if not files:
+            raise FileNotFoundError(f"{folder} has no {self.files} and no parquet: give {self.title}'s data folder")
+        found: dict[str, list[Question]] = {}
+        for file in files:
+            split = file.stem.partition("-0")[0]  # a part of a split in parquet: test-00000-of-00002
+            for where, key, row in rows(file):
+                try:
+                    found.setdefault(split, []).append(self.question(key, row, split))
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise ValueError(f"{where} is no {self.title} question with an answer: {error!r}") from None
+        return found
+
+    def by_id(self, folder: Path) -> dict[str, Question]:
+        """The questions of all splits by id, and by alias where that is unique; of equal ids the first counts."""
+        every = [question for questions in self.questions(folder).values() for question in questions]
+        aliases = Counter(question.alias for question in every if question.alias)
+        found = {question.alias: question for question in every if aliases[question.alias] == 1}
+        return found | {question.id: question for question in reversed(every)}
+
+
+def benchmark(name: str) -> Benchmark:
+    """The benchmark of that name, one of NAMES."""
+    return import_module(f"eval.{name}").BENCHMARK
+
+
+def folder_of(name: str | Path) -> Path:
+    """A folder as it is, or the local copy of a hub data set, fetched if it is not in the cache.
+
+    Raises ValueError for what is neither, or cannot be fetched.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+        raise ValueError(f"there is no folder {path}: give the benchmark's data folder, or a hub id such as org/name")
+    try:
+        return Path(snapshot_download(str(name), repo_type="dataset", local_files_only=True))
+    except (OSError, ValueError):  # not in the cache
+        pass
+    try:
+        return Path(snapshot_download(str(name), repo_type="dataset"))
+    except Exception as error:  # offline, gated, missing: the hub's errors have no common parent
+        raise ValueError(f"{name} is no folder here and did not come from the hub: {error}. Fetch it where there is a "
+                         f"network: hf download --repo-type dataset {name} --local-dir DIR") from error  # fmt: skip
+
+
+def rows(file: Path) -> Iterator[tuple[str, str | None, dict]]:
+    """(where it stands, key, row) of parquet, JSONL, a JSON list, or a JSON object of rows by key.
+
+    The key is None but for the last. Raises ValueError for what is none of these.
+    """
+    if file.suffix == ".parquet":
+        for number, row in enumerate(pyarrow.parquet.read_table(file).to_pylist()):
+            yield f"{file}:{number}", None, row
+        return
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    if file.suffix == ".jsonl":  # by \n alone: a string may hold other line ends
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"{file}:{number}", None, _parsed(f"{file}:{number}", line)
+        return
+    whole = _parsed(str(file), text)
+    if not isinstance(whole, dict | list):
+        raise ValueError(f"{file} holds {type(whole).__name__}, expected a JSON list or object of rows")
+    for key, row in whole.items() if isinstance(whole, dict) else enumerate(whole):
+        yield f"{file}:{key}", key if isinstance(whole, dict) else None, row
+
+
+def picture(row: dict, *names: str) -> str | bytes:
+    """The picture of a row, from the first of these columns that has one: its path or its bytes, "" for none."""
+    value = next((row[name] for name in names if row.get(name)), "")
+    if isinstance(value, dict):  # as parquet of the hub holds it
+        value = value.get("bytes") or value.get("path") or ""
+    return value
+
+
+def lettered(text: str) -> tuple[str, ...]:
+    """The options of a text that names them A, B, …, as in `A. 5; B. 7`, `(A) 5 (B) 7`, `A:5\nB:7`; () for none."""
+    starts, at = [], 0
+    for letter in "ABCDEFGH":
+        mark = re.compile(rf"(?:^|(?<=[\s;,]))\(?{letter}[).:]").search(text, at)
+        if not mark:
+            break
+        starts.append(mark.span())
+        at = mark.end()
+    ends = [start for start, _ in starts[1:]] + [len(text)]
+    found = tuple(text[start:end].strip(" \t\r\n;") for (_, start), end in zip(starts, ends, strict=True))
+    return found if len(found) > 1 else ()
+
+
+def _parsed(where: str, text: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON: {error}") from None

@@ -1,0 +1,80 @@
+r"""LogicVista (arXiv 2407.04973): five kinds of logical reasoning in pictures, answered by one letter or several.
+
+The owners let a large model extract the letters (github.com/Yijia-Xiao/LogicVista, eval/). Here rules do, so scores
+come close to published ones without being them: the letters of the box, or of the whole response, or of the last
+"answer is" that lists several (A, C and D); else the one letter that `letter` (eval/extraction.py) finds. As theirs,
+the answer is right if its letters, sorted, are exactly gold's. Accuracy is given by skill and capability.
+
+Folder: `dataset.json`, {id: question}, `images/`. Responses: the owners' {id: {"answer": text}}, or JSON or JSONL of
+`id` and `response`.
+"""
+
+import re
+
+from answers import answer_key, extract_answer
+from eval.benchmark import Benchmark, Question, picture, plain_response
+from eval.extraction import LETTERS, letter, read
+
+_LETTERS = rf"\(?[{LETTERS}]\)?(?:(?:,? (?:and|&) |, ?|; ?)\(?[{LETTERS}]\)?)*"
+_ALONE = re.compile(rf"(?:(?:option|choice|answer)s?:? )?{_LETTERS}\.?", re.IGNORECASE)
+_STATED = re.compile(
+    rf"(?i:\b(?:answers?|options?|choices?)(?: is| are|:)+) ?\*{{0,2}}({_LETTERS})\*{{0,2}}(?=[.\s]|$)"
+)
+
+
+def question(key: str | None, row: dict, split: str) -> Question:
+    capability = row.get("broad_capability") or row["capability"]
+    return Question(
+        id=str(key if key is not None else row["id"]),
+        text=row["question"],
+        gold=", ".join(sorted(re.findall("[A-Z]", row["answer"].upper()))),
+        choices=(),
+        image=picture(row, "imagename", "image"),
+        categories={"skill": tuple(row["skill"]), "capability": tuple(capability)},
+        answer_type="letters",
+    )
+
+
+def response(key: str | None, row: dict) -> tuple[str, str | None]:
+    """(id, text) of a response: `response`, or the `answer` of the owners' files of responses."""
+    if "response" not in row and "imagename" in row:
+        raise KeyError("response")  # a question, whose answer is gold
+    return plain_response(key, row if "response" in row else row | {"response": row["answer"]})
+
+
+def prompt(question: Question) -> str:
+    return f"{question.text}\nAnswer with the letter of the right choice, or with all of them if several are right."
+
+
+def extract(response: str, question: Question) -> tuple[str, str]:
+    """The letters that a response gives, as `A, C`, "" for none, and the rule that found them."""
+    reading = read(response)
+    boxed = extract_answer(reading.text)
+    if boxed and (key := answer_key(boxed, multi=True)) and re.fullmatch(f"[{LETTERS}]+", key):
+        return ", ".join(key), "box"
+    if len(reading.text) < 100 and _ALONE.fullmatch(reading.text):
+        return _listed(re.sub(r"(?i)option|choice|answer|and", " ", reading.text)), "letters"
+    if (stated := _STATED.findall(reading.text)) and len(_listed(stated[-1])) > 1:
+        return _listed(stated[-1]), "letters"
+    return letter(reading)
+
+
+def is_right(question: Question, answer: str) -> bool:
+    """Whether the letters are exactly gold's."""
+    return answer != "" and answer == question.gold
+
+
+def _listed(text: str) -> str:
+    return ", ".join(sorted(set(re.findall(f"[{LETTERS}]", text.upper()))))
+
+
+BENCHMARK = Benchmark(
+    title="LogicVista",
+    files="dataset.json",
+    categories=("skill", "capability"),
+    question=question,
+    extract=extract,
+    is_right=is_right,
+    prompt=prompt,
+    response=response,
+)
