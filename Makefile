@@ -8,6 +8,8 @@ SEED   ?=
 REWARDS ?=
 SEEDS  ?=
 OUT    ?=
+RUN    ?=
+BENCH  ?=
 GPUS   ?= 1
 ARGS   ?=
 TORCH  ?= torch==2.13.0
@@ -27,7 +29,7 @@ SAMPLING = --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,seed,$(SEED)
 .PHONY: help setup warmup train rollout judge score eval ablate test lint bench bench-gpu clean one-gpu
 
 help:  ## this list
-	@echo "make TARGET [DATA=shapes] [MODEL=] [REWARD=] [ADVANTAGE=] [STEPS=] [SEED=] [REWARDS=] [SEEDS=] [OUT=] [GPUS=1] [ARGS=...]"
+	@echo "make TARGET [DATA=shapes] [MODEL=] [REWARD=] [ADVANTAGE=] [STEPS=] [SEED=] [REWARDS=] [SEEDS=] [OUT=] [RUN=] [BENCH=] [GPUS=1] [ARGS=...]"
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1	/' | expand -t 12
 
 setup: $(READY)  ## virtual environment in .venv with all requirements
@@ -63,8 +65,12 @@ score: $(READY)  ## rewards and advantages for the shards in runs/rollouts (ARGS
 	$(PY) rewards.py --rollouts runs/rollouts --reward "$(or $(REWARD),majority)" \
 	  --advantage "$(or $(ADVANTAGE),group-norm)" $(call flag,seed,$(SEED)) --out "$(or $(OUT),runs/scored)" $(ARGS)
 
-eval: one-gpu $(READY) $(MODEL_READY)  ## held-out accuracy of a model (ARGS="--adapter DIR" with an adapter, OUT=FILE.json)
-	$(PY) -m eval.heldout $(SAMPLING) $(call flag,out,$(OUT)) $(ARGS)
+eval: one-gpu $(READY) $(MODEL_READY)  ## held-out accuracy of a model; with BENCH=mathvision (or all) DATA=DIR [RUN=runs/train], a benchmark's
+ifdef BENCH
+	$(PY) -m eval.run --benchmark "$(BENCH)" $(SAMPLING) $(call flag,run,$(RUN)) --out "$(or $(OUT),$(or $(RUN),runs)/benchmarks)" $(ARGS)
+else
+	$(PY) -m eval.heldout $(SAMPLING) $(call flag,adapter,$(if $(RUN),$(RUN)/adapter)) $(call flag,out,$(OUT)) $(ARGS)
+endif
 
 ablate: one-gpu $(READY) $(if $(findstring --rollouts,$(ARGS)),,$(MODEL_READY))  ## compare REWARDS="majority frequency ..." over SEEDS=3, or on shards (ARGS="--rollouts DIR")
 	$(PY) ablate.py --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,rewards,$(REWARDS)) \

@@ -217,6 +217,7 @@ def status(row: dict) -> str:
     ]
     if row.get("judge_score") is not None:
         parts.append(f"judge {row['judge_score']:.3f}")
+    parts += [f"{name} {100 * value:.1f}" for name, value in row.get("benchmarks", {}).items()]
     if row.get("kl") is not None:
         parts.append(f"kl {row['kl']:.4f}")
     if row["tokens_per_second"] is not None:

@@ -46,6 +46,7 @@ import rollout
 import runs
 import shards
 from eval import heldout
+from eval.follow import Followed
 from policy import TARGETS, Policy
 from runs import Clock, Stopped
 from settings import STORED, claim, jsonable, prepare
@@ -128,6 +129,12 @@ class Config(judge.Settings, rollout.Config):
     """held-out questions; 0: no evaluation"""
     eval_samples: int = 8
     """samples for each held-out question, k"""
+    eval: tuple[str, ...] = ()
+    """benchmarks to follow during training, NAME=FOLDER each (names as in eval/run.py)"""
+    eval_every: int = 0
+    """steps between two looks at them; 0: none"""
+    eval_limit: int = 64
+    """questions of each benchmark, the same every time"""
 
     def resolve(self) -> "Config":
         super().resolve()
@@ -141,9 +148,11 @@ class Config(judge.Settings, rollout.Config):
         self.check_judge()
         if self.temperature == 0 or self.group_size < 2:
             raise ValueError("training needs samples that differ: a temperature above 0 and a group size of 2 or more")
-        for name in ("eval_samples", "save_every", "keep", "lora_rank", "lora_alpha", "update_tokens"):
+        for name in ("eval_samples", "eval_limit", "save_every", "keep", "lora_rank", "lora_alpha", "update_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if bool(self.eval) != (self.eval_every > 0):
+            raise ValueError("--eval NAME=FOLDER and --eval-every N follow a benchmark together: give both or neither")
         if self.eval_questions < 0:
             raise ValueError(f"--eval-questions must be 0 (no evaluation) or more, not {self.eval_questions}")
         if not 1 <= self.minibatches <= self.questions_per_step:
@@ -234,7 +243,9 @@ def learning_rate_factor(n: int, warmup: int, total: int) -> float:
     return 0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, (n - warmup) / max(1, total - warmup)))) / 2
 
 
-def train(policy: Policy, questions: data.Questions | None, config: Config, clock: Clock, check) -> dict:
+def train(
+    policy: Policy, questions: data.Questions | None, followed: Followed, config: Config, clock: Clock, check
+) -> dict:
     """All steps of the loop, from the latest checkpoint if there is one; how it ended (see `finish`).
 
     Raises `Stopped` after saving its state.
@@ -269,8 +280,12 @@ def train(policy: Policy, questions: data.Questions | None, config: Config, cloc
     with tqdm(range(start, config.steps), initial=start, total=config.steps, desc="training", unit="step") as bar:
         for step in bar:
             before = dict(clock.seconds)
+            extra = {}
             try:
                 check()
+                if config.eval_every and step % config.eval_every == 0:
+                    with clock("benchmarks"):
+                        extra["benchmarks"] = followed(policy, config, check)
                 if paths:
                     prompts, groups, left_out = stored(policy, paths[step], config, clock)
                 else:
@@ -295,7 +310,7 @@ def train(policy: Policy, questions: data.Questions | None, config: Config, cloc
             rate = schedule.get_last_lr()[0]
             with clock("update"):
                 stats = update(policy, optimizer, schedule, prompts, groups, config, measure_kl)
-            extra = {"learning_rate": rate, "left_out": len(left_out)}
+            extra |= {"learning_rate": rate, "left_out": len(left_out)}
             bar.write(
                 f"step {step + 1}/{config.steps}: {metrics.write(step, groups, stats, clock.since(before), extra)}"
             )
@@ -374,14 +389,17 @@ def main(config: Config) -> dict:
         check_questions(questions, held_out, config)
         if questions is not None and rewards.needs_gold(config.reward):
             questions = questions.with_gold()
+        followed = Followed(config.eval, config.eval_limit)
         policy = starting_policy(config)
         claim(config)
     with runs.stop_on_signal() as check:
         try:
             summary = {"before": scored(policy, held_out, "before", config, clock, check)} if held_out else {}
-            summary["end"] = train(policy, questions, config, clock, check)
+            summary["end"] = train(policy, questions, followed, config, clock, check)
             if held_out:
                 summary["after"] = scored(policy, held_out, "after", config, clock, check)
+            if config.eval:
+                summary["benchmarks"] = followed.curves(policy, config, clock, check)
         except Stopped as stopped:
             print(f"stopped by {stopped}; the same command goes on from {config.out}", file=sys.stderr)
             raise SystemExit(128 + getattr(signal.Signals, str(stopped))) from None
@@ -394,6 +412,8 @@ def main(config: Config) -> dict:
             print(bad, file=sys.stderr)
     if held_out:
         print(heldout.table({name: summary[name] for name in ("before", "after")}))
+    for name, curve in summary.get("benchmarks", {}).items():
+        print(f"{name} by steps: " + ", ".join(f"{step} {100 * value:.1f}" for step, value in curve.items()))
     print(f"adapter in {config.out / 'adapter'}, summary in {config.out / 'summary.json'}")
     return summary
 

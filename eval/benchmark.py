@@ -20,7 +20,10 @@ NAMES = ("mathvision", "mathverse", "mathvista", "wemath", "logicvista", "dynama
 
 
 class Question(NamedTuple):
-    """One question of a benchmark. `gold` is the owners' answer, `choices` the texts of A, B, … if there are any."""
+    """One question of a benchmark.
+
+    `gold` is the owners' answer, "" where they publish none; `choices` the texts of A, B, … if there are any.
+    """
 
     id: str
     text: str
@@ -72,6 +75,8 @@ class Benchmark:
     """further figures of rows with `id`, `sample` and `correct`, nested dicts of shares and counts"""
     owners_use_a_model: bool = True
     """whether the owners extract answers by a large model, so that rules are a stand-in"""
+    choices_in_text: bool = False
+    """whether `text` names the choices already"""
     variants: bool = False
     """whether the files are variants of the same questions, all to be asked, and not splits"""
 
@@ -90,7 +95,7 @@ class Benchmark:
                 try:
                     found.setdefault(split, []).append(self.question(key, row, split))
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    raise ValueError(f"{where} is no {self.title} question with an answer: {error!r}") from None
+                    raise ValueError(f"{where} is no {self.title} question: {error!r}") from None
         return found
 
     def by_id(self, folder: Path) -> dict[str, Question]:
@@ -166,9 +171,10 @@ def lettered(text: str) -> tuple[str, ...]:
             break
         starts.append(mark.span())
         at = mark.end()
+    if len(starts) < 2:
+        return ()
     ends = [start for start, _ in starts[1:]] + [len(text)]
-    found = tuple(text[start:end].strip(" \t\r\n;") for (_, start), end in zip(starts, ends, strict=True))
-    return found if len(found) > 1 else ()
+    return tuple(text[start:end].strip(" \t\r\n;") for (_, start), end in zip(starts, ends, strict=True))
 
 
 def _parsed(where: str, text: str):

@@ -130,9 +130,10 @@ def metrics(rows: list[dict], questions: dict[str, Question]) -> dict:
     for (name, value), seeds in sorted(groups.items()):
         average = sum(sum(seed) / len(seed) for seed in seeds) / len(seeds)
         worst = sum(map(all, seeds)) / len(seeds)
-        figures = {"questions": len(seeds), "average": average, "worst": worst}
+        figures = {"average": average, "worst": worst}
         if name == "all":
-            result |= figures | {"robustness": worst / average if average else None}
+            robustness = worst / average if average else None
+            result |= {"questions": len(seeds), **figures, "robustness": robustness}
         else:
             result.setdefault(name, {})[value] = figures
     return result
@@ -146,6 +147,7 @@ BENCHMARK = Benchmark(
     extract=extract,
     is_right=is_right,
     prompt=prompt,
+    choices_in_text=True,
     response=response,
     metrics=metrics,
     variants=True,

@@ -53,7 +53,7 @@ def extract(response: str, question: Question) -> tuple[str, str]:
     if boxed and (key := answer_key(boxed, multi=True)) and re.fullmatch(f"[{LETTERS}]+", key):
         return ", ".join(key), "box"
     if len(reading.text) < 100 and _ALONE.fullmatch(reading.text):
-        return _listed(re.sub(r"(?i)option|choice|answer|and", " ", reading.text)), "letters"
+        return _listed(reading.text), "letters"
     if (stated := _STATED.findall(reading.text)) and len(_listed(stated[-1])) > 1:
         return _listed(stated[-1]), "letters"
     return letter(reading)
@@ -65,7 +65,7 @@ def is_right(question: Question, answer: str) -> bool:
 
 
 def _listed(text: str) -> str:
-    return ", ".join(sorted(set(re.findall(f"[{LETTERS}]", text.upper()))))
+    return ", ".join(sorted(set(re.findall(rf"\b[{LETTERS}]\b", text.upper()))))
 
 
 BENCHMARK = Benchmark(

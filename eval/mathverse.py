@@ -84,5 +84,6 @@ BENCHMARK = Benchmark(
     extract=extract,
     is_right=is_right,
     prompt=prompt,
+    choices_in_text=True,
     response=response,
 )

@@ -95,6 +95,10 @@ def verdicts(config: Config, bench: Benchmark, questions: dict[str, Question], p
         if uid not in questions:
             raise ValueError(f"{config.responses}: no question of {config.data} has the id {uid!r}")
         question = questions[uid]
+        if not question.gold:
+            raise ValueError(
+                f"{config.responses}: the owners publish no answer to question {uid!r}; score another split"
+            )
         if (question.id, sample) in seen:
             raise ValueError(f"{config.responses}: two responses to question {uid!r} with sample {sample}")
         seen.add((question.id, sample))
@@ -115,17 +119,17 @@ def verdicts(config: Config, bench: Benchmark, questions: dict[str, Question], p
     return found
 
 
-def breakdown(scored: list[dict], categories: tuple[str, ...]) -> str:
-    """Accuracy of all and by category, in per cent, as a Markdown table."""
-    found = [("", "", "responses", "accuracy"), ("all", "", *_share(scored))]
+def breakdown(scored: list[dict], categories: tuple[str, ...]) -> dict[str, dict[str, dict]]:
+    """Responses and accuracy by the values of each category: {category: {value: {"n", "accuracy"}}}."""
+    found = {}
     for category in categories:
-        for value in sorted({value for row in scored for value in row["categories"][category]}):
-            found.append((category, value, *_share([row for row in scored if value in row["categories"][category]])))
-    return markdown(found)
+        values = sorted({value for row in scored for value in row["categories"][category]})
+        found[category] = {value: share([r for r in scored if value in r["categories"][category]]) for value in values}
+    return found
 
 
-def _share(scored: list[dict]) -> tuple[str, str]:
-    return str(len(scored)), f"{100 * sum(row['correct'] for row in scored) / len(scored):.2f}"
+def share(scored: list[dict]) -> dict:
+    return {"n": len(scored), "accuracy": sum(row["correct"] for row in scored) / len(scored)}
 
 
 def figures(metrics: dict, name: str = "") -> list[tuple[str, str]]:
@@ -141,47 +145,56 @@ def figures(metrics: dict, name: str = "") -> list[tuple[str, str]]:
 
 
 def score(config: Config, policy=None) -> dict:
-    """Score the responses, write `out` and its summary, print the tables; returns the object of the last line."""
+    """Score the responses, write `out` and its summary; returns the summary. `policy`: see `verdicts`."""
     if config.extractor == "model" and policy is None and config.model is None:
         raise ValueError("--extractor model needs the model that is to read: give --model")
     bench = benchmark(config.benchmark)
     questions = bench.by_id(folder_of(config.data))
     scored = verdicts(config, bench, questions, policy)
-    official = config.protocol == "official"
     for row in scored:
-        found = {"key": row["answer"], "correct": row["official"]}
-        if not official:
-            by_model = row["method"] == "model"
-            method = "none" if row["vote_key"] is None else "model" if by_model else "vote key"
-            found = {"key": row["vote_key"], "correct": row["ours"], "method": method}
-        row |= found
-    count, correct = len(scored), sum(row["correct"] for row in scored)
-    result = {
+        if config.protocol == "official":
+            row |= {"key": row["answer"], "correct": row["official"]}
+        else:
+            how = {None: "none"}.get(row["vote_key"], "model" if row["method"] == "model" else "vote key")
+            row |= {"key": row["vote_key"], "correct": row["ours"], "method": how}
+    summary = {
         "benchmark": config.benchmark,
         "protocol": config.protocol,
         "extractor": config.extractor,
-        "n": count,
         "questions": len({row["id"] for row in scored}),
-        "correct": correct,
-        "accuracy": correct / count,
+        **share(scored),
+        "correct": sum(row["correct"] for row in scored),
+        "accuracies": {name: sum(row[name] for row in scored) / len(scored) for name in ("official", "ours")},
         "disagree": sum(row["official"] != row["ours"] for row in scored),
         "methods": dict(sorted(Counter(row["method"] for row in scored).items())),
         "metrics": bench.metrics(scored, questions),
+        "categories": breakdown(scored, bench.categories),
+        "extraction": extraction(config, bench),
+        "versions": shards.versions(),
+        "responses": made_by(config),
     }
     lines = (json.dumps({name: row[name] for name in FIELDS}, ensure_ascii=False) + "\n" for row in scored)
     shards.write_whole(config.out, (line.encode(errors="replace") for line in lines))
-    summary = result | {"rules": rules(config, bench), "versions": shards.versions(), "responses_of": made_by(config)}
     shards.write_whole(summary_of(config.out), [json.dumps(summary, indent=1).encode()])
+    return summary
 
-    print(f"{bench.title}, {config.protocol} protocol, {config.responses}; {rules(config, bench)}\n")
-    print(breakdown(scored, bench.categories), end="\n\n")
-    if result["metrics"]:
-        print(markdown([("figure", "value"), *figures(result["metrics"])]), end="\n\n")
-    both = {name: f"{sum(row[name] for row in scored) / count:.2%}" for name in ("official", "ours")}
-    order = ("official", "ours") if official else ("ours", "official")
-    print(f"{', '.join(f'{name} {both[name]}' for name in order)}, {result['disagree']} verdicts differ")
-    print(json.dumps(result))
-    return result
+
+def report(summary: dict) -> str:
+    """The figures of a summary as Markdown, shares in per cent."""
+    title = benchmark(summary["benchmark"]).title
+    found = [("", "", "responses", "accuracy"), ("all", "", str(summary["n"]), f"{100 * summary['accuracy']:.2f}")]
+    for category, values in summary["categories"].items():
+        found += [(category, value, str(of["n"]), f"{100 * of['accuracy']:.2f}") for value, of in values.items()]
+    parts = [f"{title}, {summary['protocol']} protocol; {summary['extraction']}", markdown(found)]
+    if summary["metrics"]:
+        parts.append(markdown([("figure", "value"), *figures(summary["metrics"])]))
+    both = ", ".join(f"{name} {value:.2%}" for name, value in summary["accuracies"].items())
+    return "\n\n".join([*parts, f"{both}; {summary['disagree']} verdicts differ"])
+
+
+def last_line(summary: dict) -> dict:
+    """The part of a summary that is printed as one line of JSON."""
+    return {name: value for name, value in summary.items() if name not in ("categories", "versions", "responses")}
 
 
 def summary_of(out: Path) -> Path:
@@ -189,13 +202,13 @@ def summary_of(out: Path) -> Path:
     return out.with_name(f"{out.stem}.summary.json")
 
 
-def rules(config: Config, bench: Benchmark) -> str:
+def extraction(config: Config, bench: Benchmark) -> str:
     """In words, how answers are found in the responses."""
     if config.protocol == "ours":
         found = "answers are vote keys"
     else:
-        theirs = " in place of the owners' large model" if bench.owners_use_a_model else " of the owners"
-        found = f"answers extracted by rules{theirs}"
+        stand_in = " in place of the owners' large model" if bench.owners_use_a_model else ""
+        found = f"answers extracted by rules{stand_in}"
     return found + (", where they find none by a model" if config.extractor == "model" else "")
 
 
@@ -209,7 +222,11 @@ def made_by(config: Config) -> dict | None:
 
 
 def main(config: Config) -> dict:
-    return score(config)
+    """Score, print the tables and, as the last line, one JSON object, which is returned."""
+    summary = score(config)
+    result = last_line(summary)
+    print(f"{report(summary)}\n{json.dumps(result)}")
+    return result
 
 
 if __name__ == "__main__":

@@ -135,7 +135,8 @@ def test_neither_the_order_of_lines_nor_one_sided_questions_matter(pair, tmp_pat
     other = write(tmp_path / "shuffled.jsonl", [*reversed(b.read_text().splitlines(True)), line(77, 1), line(78, 0)])
     found, again = compare.compare(a, b), compare.compare(a, other)
     assert again.pop("only_b") == 2 and found.pop("only_b") == 0 and again == found
-    assert compare.compare(other, a)["only_a"] == 2
+    back = compare.compare(other, a)
+    assert (back["only_a"], back["lost_ids"]) == (2, found["gained_ids"])
 
 
 def test_several_samples(tmp_path):
@@ -206,6 +207,7 @@ def test_the_last_sentence_where_many_small_gains_stand_beside_great_losses(tmp_
     b = [line(i, i < 9 and sample == 0, sample) for i in range(10) for sample in range(10)]
     found = compare.compare(write(tmp_path / "a.jsonl", a), write(tmp_path / "b.jsonl", b))
     assert found["p"] == pytest.approx(22 / 1024) and found["difference"]["value"] == pytest.approx(-0.01)
+    assert "(exact sign test, p = 0.0215)" in compare.verdict(found)
     assert compare.verdict(found).endswith("gained 9 and lost 1 of 10 questions, though its accuracy is not higher.")
 
 
@@ -287,6 +289,18 @@ def test_light_imports():
     program = "import sys, eval.compare; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout == "False\n"
+
+
+def test_the_seed_reaches_the_interval(tmp_path, capsys):
+    right = np.random.default_rng(0).random((2, 200, 5)) < 0.5
+    a, b = (
+        write(tmp_path / f"{side}.jsonl", [line(i, of[i, sample], sample) for i in range(200) for sample in range(5)])
+        for side, of in zip("ab", right)
+    )
+    one, two, again = (compare.main(compare.Config(a, b, seed=seed))["benchmarks"]["scores"] for seed in (0, 1, 0))
+    assert one == again and one["p"] == two["p"] and one["difference"] != two["difference"]
+    for found in (one, two):  # pass@1 is the accuracy
+        assert found["at_k"][0]["pass"]["difference"] == pytest.approx(found["difference"])
 
 
 def test_end_to_end(pair, tmp_path):

@@ -217,7 +217,7 @@ def test_rows_tables_and_the_last_line(folder, capsys):
     assert (result["n"], result["correct"], result["accuracy"]) == (4, 2, 0.5)
     assert "| subject | algebra | 2 | 50.00 |" in printed and "| level | 2 | 2 | 50.00 |" in printed
     # "The answer is (B)." has no box, so it has no vote key.
-    assert "official 50.00%, ours 25.00%, 1 verdicts differ" in printed
+    assert "official 50.00%, ours 25.00%; 1 verdicts differ" in printed
     rows = [json.loads(line) for line in (folder / "out/s.jsonl").open()]
     assert rows[0] == {
         "id": "1", "sample": 0, "key": "60", "correct": True, "method": "box", "vote_key": "60",
@@ -266,7 +266,7 @@ def test_bad_files_are_refused_and_nothing_is_written(folder, rows, message):
 
 def test_bad_questions_are_refused(folder):
     (folder / "test.jsonl").write_text('{"id": "1"}\n')
-    with pytest.raises(ValueError, match=r"test.jsonl:1 is no MATH-Vision question with an answer: KeyError"):
+    with pytest.raises(ValueError, match=r"test.jsonl:1 is no MATH-Vision question: KeyError"):
         mathvision.BENCHMARK.questions(folder)
     with pytest.raises(FileNotFoundError, match="give MATH-Vision's data folder"):
         mathvision.BENCHMARK.questions(folder / "nowhere")

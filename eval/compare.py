@@ -1,0 +1,330 @@
+r"""Whether two models' scored responses to a benchmark really differ, from the questions that both answered.
+
+    python -m eval.compare A B --out compared.json
+
+A and B are score files of eval/score.py, folders that hold `scores.jsonl`, or folders of such folders, one for each
+benchmark. Let a_q and b_q be the shares of right samples of question q, d_q = b_q - a_q, over N questions:
+
+    accuracy     mean of a_q and of b_q
+    difference   mean of d_q; 95 % percentile bootstrap interval over questions (Efron & Tibshirani 1993, ch. 13)
+    gained, lost questions with d_q > 0 and with d_q < 0
+    p            two-sided exact sign test: were gained and lost questions equally likely, Binomial(gained + lost, 1/2).
+                 With one sample for each question this is McNemar's exact test (Psychometrika 12, 1947); with more it
+                 counts questions whose share rose or fell, and not by how much
+    pass@k       mean of 1 - C(n - c, k) / C(n, k), c of n samples being right (arXiv 2107.03374, eq. 1)
+    maj@k        the samples in their order, cut into n // k blocks of k: the share of blocks whose most frequent vote
+                 key is right. Tied keys share the vote, a key counts as right by the mean verdict of the block's
+                 responses that gave it, and a block without a key is wrong. So is, in maj@1, an answer that the
+                 protocol took from a response without a vote key: maj@1 can be below the accuracy
+
+Accuracy and difference are also given for each value of each category. Nothing is corrected for how many categories or
+benchmarks are looked at: of twenty that are equal, one is expected to show a difference. The interval of a handful of
+questions is too narrow, and that of questions without a change is [0, 0], however few they are.
+
+The last line printed is a JSON object; `--out` has besides the ids gained and lost, the categories, pass@k and maj@k.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from scipy.stats import binomtest
+
+from shards import write_whole
+from stats import markdown
+
+RESAMPLES = 10_000
+AT_ONCE = 500  # resamples held in memory
+SHOWN = 5  # ids printed of those gained and of those lost
+DETAILS = ("gained_ids", "lost_ids", "categories", "at_k")  # in --out, not in the last line
+
+# name: what is expected, and whether a value is that; other fields are not read
+FIELDS = {
+    "id": ("text", lambda x: isinstance(x, str)),
+    "sample": ("a whole number", lambda x: type(x) is int),
+    "correct": ("true or false", lambda x: isinstance(x, bool)),
+    "vote_key": ("text or null", lambda x: isinstance(x, str | None)),
+    "categories": ("lists of texts by name", lambda x: isinstance(x, dict) and all(map(_texts, x.values()))),
+}
+
+
+def _texts(x) -> bool:
+    return isinstance(x, list) and all(isinstance(text, str) for text in x)
+
+
+@dataclass
+class Config:
+    a: tyro.conf.Positional[Path]
+    """score file, its folder, or a folder of benchmarks: the side to start from"""
+    b: tyro.conf.Positional[Path]
+    """the same of the other side; differences are B - A"""
+    out: Path | None = None
+    """JSON file to write the result to; None: print only"""
+    seed: int = 0
+    """of the bootstrap's resamples"""
+
+
+# --- what is read -----------------------------------------------------------------------------------------------------
+
+
+def score_files(path: Path) -> dict[str | None, Path]:
+    """Score files by benchmark, the folder's name; by None where `path` means a single one.
+
+    Raises FileNotFoundError where there is none.
+    """
+    if path.is_file():
+        return {None: path}
+    if (path / "scores.jsonl").is_file():
+        return {None: path / "scores.jsonl"}
+    if found := {file.parent.name: file for file in sorted(path.glob("*/scores.jsonl"))}:
+        return found
+    raise FileNotFoundError(
+        f"{path}: expected a score file, a folder with scores.jsonl, or a folder of such folders; "
+        "`python -m eval.score … --out scores.jsonl` writes one"
+    )
+
+
+def read_scores(file: Path) -> dict[str, list[dict]]:
+    """The rows of each question in the order of their samples, as many for each question.
+
+    Raises ValueError naming file and line of what is broken, missing or there twice.
+    """
+    questions: dict[str, list[dict]] = {}
+    places: dict[tuple[str, int], str] = {}
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):  # by \n alone: a string may hold other line ends
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            row = json.loads(line)
+            for name, (expected, holds) in FIELDS.items():
+                if not holds(row[name]):
+                    raise TypeError(f"{name} is {row[name]!r}, expected {expected}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{where} is no score: {error!r}; score the responses again with eval.score") from None
+        uid, sample = row["id"], row["sample"]
+        if (uid, sample) in places:
+            raise ValueError(
+                f"{where}: question {uid!r} has sample {sample} already, in {places[uid, sample]}; drop one"
+            )
+        places[uid, sample] = where
+        questions.setdefault(uid, []).append(row)
+    if not questions:
+        raise ValueError(f"{file} holds no score; write it with `python -m eval.score … --out {file}`")
+    first = next(iter(questions))
+    for uid, found in questions.items():
+        if len(found) != len(questions[first]):
+            raise ValueError(
+                f"{file}: question {uid!r} has {len(found)} samples and question {first!r} has "
+                f"{len(questions[first])}; score as many responses to each question"
+            )
+    return {uid: sorted(found, key=lambda row: row["sample"]) for uid, found in questions.items()}
+
+
+def origin(a: Path, b: Path) -> dict:
+    """{"benchmark", "protocol"} by the summaries beside the score files; None where neither tells.
+
+    Raises ValueError where the two sides are not of one benchmark and protocol.
+    """
+    sides, about = [], {}
+    for path in (a.with_suffix(".summary.json"), b.with_suffix(".summary.json")):
+        try:
+            summary = json.loads(path.read_bytes()) if path.is_file() else {}
+            sides.append({name: summary.get(name) for name in ("benchmark", "protocol")})
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is no summary: {error}; score again with eval.score, or remove it") from None
+    for name, of_a in sides[0].items():
+        of_b = sides[1][name]
+        if of_a is not None and of_b is not None and of_a != of_b:
+            raise ValueError(
+                f"{a} and {b} cannot be compared: their summaries say {name} {of_a} and {of_b}; "
+                f"score both with the same --{name}"
+            )
+        about[name] = of_b if of_a is None else of_a
+    return about
+
+
+# --- what is computed -------------------------------------------------------------------------------------------------
+
+
+def bootstrap(x: Sequence[float], seed: int = 0) -> dict[str, float]:
+    """Mean of one number for each question with its 95 % percentile interval: {"value", "low", "high"}."""
+    # How often each distinct value is drawn is all that a resample's mean depends on, and there are few of them.
+    value, count = np.unique(np.asarray(x, dtype=np.float64), return_counts=True)
+    rng, share = np.random.default_rng(seed), count / len(x)
+    means = [rng.multinomial(len(x), share, AT_ONCE) / len(x) @ value for _ in range(RESAMPLES // AT_ONCE)]
+    low, high = np.percentile(means, (2.5, 97.5))
+    return {"value": float(share @ value), "low": float(low), "high": float(high)}
+
+
+def sign_test(gained: int, lost: int) -> float:
+    """Two-sided exact p of as uneven a split as this one where both ways are equally likely; 1 of nothing."""
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def pass_at(k: int, right: Sequence[bool]) -> float:
+    """The probability that of k samples, drawn without replacement from these n >= k, at least one is right."""
+    n, c = len(right), sum(right)
+    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)  # whole numbers of any size: nothing overflows
+
+
+def maj_at(k: int, keys: Sequence[str | None], right: Sequence[bool]) -> float:
+    """The share of right votes among the n // k votes of k samples each, k <= n; ties and null keys as stated above."""
+    votes = []
+    for start in range(0, len(keys) - k + 1, k):
+        verdicts: dict[str, list[bool]] = {}
+        for key, verdict in zip(keys[start : start + k], right[start : start + k], strict=True):
+            if key is not None:
+                verdicts.setdefault(key, []).append(verdict)
+        most = max(map(len, verdicts.values()), default=0)
+        tied = [sum(of_key) / most for of_key in verdicts.values() if len(of_key) == most]
+        votes.append(sum(tied) / len(tied) if tied else 0.0)
+    return sum(votes) / len(votes)
+
+
+def at_k(a: list[list[dict]], b: list[list[dict]], seed: int) -> list[dict]:
+    """pass@k and maj@k of the same questions' rows on both sides, for k = 1, 2, 4, … and each side's n.
+
+    [{"k", "pass": {"a", "b", "difference"}, "maj": {…}}]; of a side with fewer than k samples, None.
+    """
+    sizes = {len(a[0]), len(b[0])}
+    found = []
+    for k in sorted(sizes | {2**i for i in range(max(sizes).bit_length()) if 2**i < max(sizes)}):
+        passes, majs = [], []
+        for side in (a, b):
+            usable = [([row["vote_key"] for row in q], [row["correct"] for row in q]) for q in side if len(q) >= k]
+            passes.append([pass_at(k, right) for _, right in usable])
+            majs.append([maj_at(k, keys, right) for keys, right in usable])
+        found.append({"k": k, "pass": paired(*passes, seed), "maj": paired(*majs, seed)})
+    return found
+
+
+def paired(a: Sequence[float], b: Sequence[float], seed: int) -> dict:
+    """{"a": mean, "b": mean, "difference": bootstrap of b - a} of numbers in the same order of questions.
+
+    The mean of a side without numbers is None, and so is the difference then.
+    """
+    mean_a, mean_b = (float(np.mean(x)) if len(x) else None for x in (a, b))
+    difference = bootstrap(np.subtract(b, a), seed) if len(a) == len(b) else None
+    return {"a": mean_a, "b": mean_b, "difference": difference}
+
+
+def compare(a: Path, b: Path, seed: int = 0) -> dict:
+    """Two score files compared as the docstring above says; shares are from 0 to 1.
+
+    {"benchmark", "protocol", "questions", "only_a", "only_b", "samples_a", "samples_b", "a", "b", "difference",
+    "gained", "lost", "p", "significant", "gained_ids", "lost_ids", "categories": {name: {value: …}}, "at_k"}; at_k is
+    empty where each question has one sample. Raises ValueError for files that cannot be compared.
+    """
+    about, left, right = origin(a, b), read_scores(a), read_scores(b)
+    # In order of number where ids are numbers, so that the order of lines does not reach the result.
+    ids = sorted(left.keys() & right.keys(), key=lambda uid: (len(uid), uid))
+    if not ids:
+        raise ValueError(f"{a} and {b} have no question in common; compare responses to the same benchmark")
+    labels = {uid: left[uid][0]["categories"] for uid in ids}
+    for uid in ids:
+        if any(row["categories"] != labels[uid] for row in left[uid] + right[uid]):
+            raise ValueError(f"{a} and {b}: the categories of question {uid!r} differ; score both with the same --data")
+    share_a, share_b = (
+        {uid: sum(row["correct"] for row in side[uid]) / len(side[uid]) for uid in ids} for side in (left, right)
+    )
+
+    def of(chosen: list[str]) -> dict:
+        return paired([share_a[uid] for uid in chosen], [share_b[uid] for uid in chosen], seed)
+
+    categories: dict[str, dict[str, dict]] = {}
+    for name in dict.fromkeys(name for label in labels.values() for name in label):
+        values = sorted({value for label in labels.values() for value in label.get(name, ())})
+        chosen = {value: [uid for uid in ids if value in labels[uid].get(name, ())] for value in values}
+        categories[name] = {value: {"questions": len(chosen[value])} | of(chosen[value]) for value in values}
+    gained = [uid for uid in ids if share_b[uid] > share_a[uid]]
+    lost = [uid for uid in ids if share_b[uid] < share_a[uid]]
+    samples = len(left[ids[0]]), len(right[ids[0]])
+    p = sign_test(len(gained), len(lost))
+    return about | {
+        "questions": len(ids), "only_a": len(left) - len(ids), "only_b": len(right) - len(ids),
+        "samples_a": samples[0], "samples_b": samples[1], **of(ids),
+        "gained": len(gained), "lost": len(lost), "p": p, "significant": p < 0.05,
+        "gained_ids": gained, "lost_ids": lost, "categories": categories,
+        "at_k": at_k([left[uid] for uid in ids], [right[uid] for uid in ids], seed) if max(samples) > 1 else [],
+    }  # fmt: skip
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def _cells(scores: dict) -> list[str]:
+    """Per cent: A, B and the difference with its interval."""
+    cells = ["" if scores[side] is None else f"{100 * scores[side]:.2f}" for side in ("a", "b")]
+    if scores["difference"] is None:
+        return [*cells, ""]
+    # Adding 0.0 makes a rounded -0.0 positive.
+    value, low, high = (f"{round(100 * x, 2) + 0.0:+.2f}" for x in scores["difference"].values())
+    return [*cells, f"{value} [{low}, {high}]"]
+
+
+def verdict(found: dict) -> str:
+    """What the test says, in a sentence."""
+    test = "McNemar's exact test" if found["samples_a"] == found["samples_b"] == 1 else "exact sign test"
+    counts = f"B gained {found['gained']} and lost {found['lost']} of {found['questions']} questions"
+    if not found["significant"]:
+        return f"The difference is not significant at 5 % ({test}, p = {found['p']:.3g}): {counts}."
+    up = found["gained"] > found["lost"]
+    text = f"B is significantly {'better' if up else 'worse'} than A at 5 % ({test}, p = {found['p']:.3g}): {counts}"
+    # A sign test does not weigh the questions: many small gains can stand beside a lower mean.
+    agrees = found["difference"]["value"] * (1 if up else -1) > 0
+    return f"{text}." if agrees else f"{text}, though its accuracy is not {'higher' if up else 'lower'}."
+
+
+def report(found: dict) -> str:
+    """The tables and the verdict of one comparison."""
+    samples = f"samples for each: A {found['samples_a']}, B {found['samples_b']}"
+    alone = f"left out: {found['only_a']} that only A has, {found['only_b']} that only B has"
+    table = [("", "", "questions", "A", "B", "B - A, 95 %"), ("all", "", str(found["questions"]), *_cells(found))]
+    for name, values in found["categories"].items():
+        table += [(name, value, str(scores["questions"]), *_cells(scores)) for value, scores in values.items()]
+    parts = [f"{found['questions']} questions; {samples}; {alone}", markdown(table)]
+    if found["at_k"]:
+        head = [("", "A", "B", "B - A, 95 %")]
+        lines = [(f"{m}@{row['k']}", *_cells(row[m])) for m in ("pass", "maj") for row in found["at_k"]]
+        parts.append(markdown(head + lines))
+    for which in ("gained", "lost"):
+        ids = found[f"{which}_ids"]
+        parts.append(f"{which}: {len(ids)}" + (f" ({', '.join(ids[:SHOWN])}{', …' * (len(ids) > SHOWN)})" * bool(ids)))
+    return "\n\n".join([*parts, verdict(found)])
+
+
+def main(config: Config) -> dict:
+    """Compare, write `out`, print; returns {"a", "b", "seed", "benchmarks": {name: what compare returns}}."""
+    a, b = score_files(config.a), score_files(config.b)
+    if not (common := [name for name in a if name in b]):
+        raise ValueError(
+            f"{config.a} and {config.b} have no benchmark in common; name two score files, or two folders that hold "
+            "benchmarks of the same names"
+        )
+    for side, mine, other in (("A", a, b), ("B", b, a)):
+        for name in sorted(mine.keys() - other.keys()):
+            print(f"{name}: only {side} has it, left out ({mine[name]})", file=sys.stderr)
+    found = {}
+    for name in common:
+        scores = compare(a[name], b[name], config.seed)
+        found[name or scores["benchmark"] or "scores"] = scores
+    result = {"a": str(config.a), "b": str(config.b), "seed": config.seed, "benchmarks": found}
+    if config.out:
+        write_whole(config.out, [json.dumps(result, indent=2).encode() + b"\n"])
+    print(f"A: {config.a}\nB: {config.b}\n")
+    for name, scores in found.items():
+        protocol = f", {scores['protocol']} protocol" if scores["protocol"] else ""
+        print(f"{name}{protocol}: {report(scores)}\n")
+    short = {name: {k: v for k, v in scores.items() if k not in DETAILS} for name, scores in found.items()}
+    print(json.dumps(result | {"benchmarks": short}))
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

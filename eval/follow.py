@@ -1,0 +1,52 @@
+"""Benchmarks followed during training: greedy accuracy on the same few questions every time (train_upt.py --eval)."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import rollout
+import shards
+from eval.benchmark import NAMES, Benchmark, Question, benchmark, folder_of
+from eval.run import respond, select
+from policy import Policy
+
+
+class Followed:
+    """The first questions of some benchmarks, read once.
+
+    `specs` are NAME=FOLDER, or NAME=HUB_ID. Raises ValueError for what is not, or a benchmark that is not there.
+    """
+
+    def __init__(self, specs: Sequence[str], limit: int):
+        self.parts: dict[str, tuple[Benchmark, Path, list[Question]]] = {}
+        for spec in specs:
+            name, _, source = spec.partition("=")
+            if name not in NAMES or not source:
+                raise ValueError(f"--eval {spec}: give NAME=FOLDER, NAME being one of {', '.join(NAMES)}")
+            if name in self.parts:
+                raise ValueError(f"--eval names {name} twice: give one folder for it")
+            bench, folder = benchmark(name), folder_of(source)
+            self.parts[name] = bench, folder, select(bench, folder, limit=limit)
+
+    def __call__(self, policy: Policy, config: rollout.Config, tick: Callable[[int], None]) -> dict[str, float]:
+        """Accuracy by benchmark. Of `config`, the prompt style, lengths and the seed are used."""
+        greedy, found = replace(config, temperature=0.0, group_size=1), {}
+        for name, (bench, folder, questions) in self.parts.items():
+            rows, _ = respond(policy, bench, folder, questions, greedy, tick)
+            asked = {question.id: question for question in questions}
+            right = [bench.is_right(asked[r["id"]], bench.extract(r["response"], asked[r["id"]])[0]) for r in rows]
+            found[name] = sum(right) / len(right)
+        return found
+
+    def curves(self, policy: Policy, config, clock, check: Callable) -> dict[str, dict[str, float]]:
+        """{benchmark: {steps: accuracy}} of a run: what its metrics.jsonl has, and the policy as it is now as `end`."""
+        path, seen = config.out / "benchmarks.json", {}
+        if not path.exists():
+            with clock("benchmarks"):
+                shards.write_whole(path, [json.dumps(self(policy, config, check)).encode()])
+        for row in map(json.loads, (config.out / "metrics.jsonl").read_text().splitlines()):
+            if "benchmarks" in row:
+                seen[str(row["step"])] = row["benchmarks"]
+        seen["end"] = json.loads(path.read_text())
+        return {name: {step: found[name] for step, found in seen.items()} for name in self.parts}
