@@ -1,9 +1,11 @@
 r"""MATH-Vision (arXiv 2402.14804): questions in the owners' layout, and answers scored by the rule of their repository.
 
-The rule, from github.com/mathllm/MATH-V (evaluation/), in our words and our code. A response is narrowed step by step,
-each step being one of `_STEPS` below, then what is left has to equal the option letter, the option's text or the answer
-of the question: as text, or as a number after rounding to two places. Numbers are read by our own parser instead of
-being evaluated as Python, so that no text can run, hang or crash. Accuracy is given by subject and by level.
+The rule, from github.com/mathllm/MATH-V (evaluation/), in our words and our code. A response is narrowed step by step:
+to a letter at its start or end, to the number behind the last "is", to the last box or what follows "the answer is",
+to what follows "="; units and layout are dropped. What is left has to equal the option letter, the option's text or the
+answer of the question: as text, or as a number after rounding to two places. Numbers are read by our own parser where
+the owners' code evaluates LaTeX as Python, so that no text can run, hang or crash. Accuracy is given by subject and
+level.
 
 Folder: `test.jsonl`, `testmini.jsonl`, `images/`; hub: MathLLMs/MathVision. Responses: JSONL of `id`, `response`.
 """
@@ -24,7 +26,9 @@ _DROPPED = (
     "m^3", "{units}", "units", "{km}", "km",
 )  # fmt: skip
 
-_SPELLINGS = ((r"+\infty", r"\infty"), (r"\dfrac", r"\frac"), (r"\tfrac", r"\frac"), ("bmatrix", "pmatrix"))
+_SPELLINGS = (
+    (r"+\infty", r"\infty"), (r"\dfrac", r"\frac"), (r"\tfrac", r"\frac"), ("bmatrix", "pmatrix"), ("{.", "{0."),
+)  # fmt: skip
 
 
 def question(key: str | None, row: dict, split: str) -> Question:
@@ -54,7 +58,7 @@ def extract(response: str, question: Question) -> tuple[str, str]:
     if _is_float(tail):
         text, method = tail, "number"
     if "oxed{" in text:
-        text, method = text[text.rindex("oxed{") :], "box"
+        text, method = text[text.rindex("oxed{") :] if text.count("oxed{") > 1 else text, "box"
     else:
         for phrase in _INTRODUCTIONS:
             for spelling in (phrase, phrase.capitalize()):
@@ -81,7 +85,8 @@ def _stripped(text: str) -> str:
         text = text.replace(piece, "")
     for other, same in _SPELLINGS:
         text = text.replace(other, same)
-    return text
+    text = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", "0" + text if text.startswith(".") else text)
+    return r"\frac{1}{2}" if text == "0.5" else re.sub(r"\A(-?\d+)/(-?\d+)\Z", r"\\frac{\1}{\2}", text)
 
 
 def is_right(question: Question, answer: str) -> bool:
@@ -99,8 +104,8 @@ def _equal(gold: str, answer: str) -> bool:
     return gold == answer or (_rounded(gold) is not None and _rounded(gold) == _rounded(answer))
 
 
-def _rounded(text: str) -> tuple[float, ...] | None:
-    """Values to two places of a number, or of a list in brackets; 1:4 is a quotient. A unit makes it text."""
+def _rounded(text: str) -> tuple | None:
+    """Values to two places of a number, or of a list and its bracket; 1:4 is a quotient. A unit makes it text."""
     if len(text) > MAX_CHARS:
         return None
     text = text.replace("$", "").replace(":", "/").strip()
@@ -108,7 +113,7 @@ def _rounded(text: str) -> tuple[float, ...] | None:
     parts = text[1:-1].split(",") if listed else [text]
     values = [value_of(part, rest="}") for part in parts]
     try:
-        return None if None in values else tuple(round(float(value), 2) for value in values)
+        return None if None in values else (listed and text[0], *(round(float(value), 2) for value in values))
     except OverflowError:
         return None
 

@@ -38,6 +38,11 @@ SHARED = Path(os.environ.get("UPT_SHARED_DATA", Path(__file__).parents[2] / "sha
         ("The sum is 12.50.", "12.50", "number"),
         ("The answer is 7 cm. That is all", "7cm", "phrase"),
         ("the answer should be: x = 3\nand so on", "3", "phrase"),
+        (r"\boxed{7 and then nothing. x = 5", "5", "box"),  # cut off: the rule takes all of the text
+        (r"\boxed{1/2}, no: \boxed{0.5}", r"\frac{1}{2}", "box"),
+        (r"\boxed{\sqrt3 + {.5}}", r"\sqrt{3}+{0.5}", "box"),
+        (r"\boxed{-3/4}", r"\frac{-3}{4}", "box"),
+        (r"\boxed{.25}", "0.25", "box"),
         ("Two bikes", "twobikes", "text"),
         ("", "", "text"),
     ],
@@ -66,6 +71,7 @@ def asked(gold, *choices):
         (asked("A", r"$\frac{1}{4}$", "2"), r"\frac{1}{4}}.theansweris", True),  # what follows the box's end is nothing
         (asked("(1,2)"), "(1.001,2)", True),
         (asked("(1,2)"), "(2,1)", False),
+        (asked("(1,2)"), "[1,2]", False),
         (asked("A", "red", "blue"), "red", True),
         (asked("C", "A", "B"), "c", True),  # more letters than options
         (asked(""), "", False),
@@ -85,6 +91,11 @@ def test_the_owners_verdicts_on_a_models_answers(name, tmp_path, capsys):
     result = score.main(score.Config("mathvision", data, responses, out))
     official = {row["id"]: row["correct"] for row in map(json.loads, responses.open())}
     mine = {row["id"]: row["correct"] for row in map(json.loads, out.open())}
+    bench = mathvision.BENCHMARK
+    found = [
+        bench.extract(r["response"], asked("1"))[0] == r["model_answer"] for r in map(json.loads, responses.open())
+    ]
+    assert sum(found) >= 3037  # of 3,040 answers, spelled alike
     agreement = sum(mine[uid] == verdict for uid, verdict in official.items()) / len(official)
     assert len(mine) == result["n"] == 3040 and agreement > 0.999
     assert result["accuracy"] == pytest.approx(sum(official.values()) / 3040, abs=0.001)
