@@ -91,11 +91,8 @@ def test_the_owners_verdicts_on_a_models_answers(name, tmp_path, capsys):
     result = score.main(score.Config("mathvision", data, responses, out))
     official = {row["id"]: row["correct"] for row in map(json.loads, responses.open())}
     mine = {row["id"]: row["correct"] for row in map(json.loads, out.open())}
-    bench = mathvision.BENCHMARK
-    found = [
-        bench.extract(r["response"], asked("1"))[0] == r["model_answer"] for r in map(json.loads, responses.open())
-    ]
-    assert sum(found) >= 3037  # of 3,040 answers, spelled alike
+    theirs = {row["response"]: row["model_answer"] for row in map(json.loads, responses.open())}
+    assert sum(extract(text, asked("1"))[0] != answer for text, answer in theirs.items()) <= 3
     agreement = sum(mine[uid] == verdict for uid, verdict in official.items()) / len(official)
     assert len(mine) == result["n"] == 3040 and agreement > 0.999
     assert result["accuracy"] == pytest.approx(sum(official.values()) / 3040, abs=0.001)
