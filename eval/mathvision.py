@@ -11,6 +11,8 @@ Folder: `test.jsonl`, `testmini.jsonl`, `images/`; hub: MathLLMs/MathVision. Res
 """
 
 import re
+from decimal import Decimal
+from fractions import Fraction
 
 from answers import MAX_CHARS, value_of
 from eval.benchmark import Benchmark, Question, picture
@@ -29,6 +31,14 @@ _DROPPED = (
 _SPELLINGS = (
     (r"+\infty", r"\infty"), (r"\dfrac", r"\frac"), (r"\tfrac", r"\frac"), ("bmatrix", "pmatrix"), ("{.", "{0."),
 )  # fmt: skip
+
+
+# What that parser reads as a number, and where it stops reading.
+_EXPRESSION = re.compile(
+    r"(?:[0-9.+\-/^(){}|~\s]|(?<=[0-9]),(?=[0-9]{3})|\*(?!\*)"
+    r"|\\(?:[dt]?frac(?=\{)|sqrt(?:\[[0-9]\])?|pi|times|cdot|infty|displaystyle|q?quad)(?![a-z]))*"
+)
+_ENDED = re.compile(r"(?<!\[[0-9])\]|['&_]|\.(?![0-9])")
 
 
 def question(key: str | None, row: dict, split: str) -> Question:
@@ -110,12 +120,23 @@ def _rounded(text: str) -> tuple | None:
         return None
     text = text.replace("$", "").replace(":", "/").strip()
     listed = len(text) > 2 and (text[0] + text[-1]) in ("()", "[]") and "," in text
-    parts = text[1:-1].split(",") if listed else [text]
-    values = [value_of(part, rest="}") for part in parts]
+    values = [_value(part) for part in (text[1:-1].split(",") if listed else [text])]
     try:
         return None if None in values else (listed and text[0], *(round(float(value), 2) for value in values))
     except OverflowError:
         return None
+
+
+def _value(text: str) -> Fraction | Decimal | None:
+    """The value of an expression as the owners' parser takes it: up to a bracket too many, and of plain signs alone."""
+    text = re.sub(r"([0-9])\s*(?=\\frac)", r"\1*", _ENDED.split(text, maxsplit=1)[0])  # 1\frac{1}{2} is a product there
+    opened = 0
+    for i, sign in enumerate(text):
+        opened += (sign in "({") - (sign in ")}")
+        if opened < 0:
+            text = text[:i]
+            break
+    return value_of(text) if _EXPRESSION.fullmatch(text) else None
 
 
 def _is_float(text: str) -> bool:

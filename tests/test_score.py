@@ -72,6 +72,15 @@ def asked(gold, *choices):
         (asked("(1,2)"), "(1.001,2)", True),
         (asked("(1,2)"), "(2,1)", False),
         (asked("(1,2)"), "[1,2]", False),
+        (asked("48"), "**48**", False),  # what the owners' parser does not take for a number …
+        (asked("3.14"), "π", False),
+        (asked("48"), "48;", False),
+        (asked("48"), r"\mathbf{48}", False),
+        (asked("48"), "48)", True),  # … and what it does
+        (asked("48"), "48.because", True),
+        (asked("3000"), "3,000", True),
+        (asked("0.5"), r"1\frac{1}{2}", True),  # a product
+        (asked("2"), r"\sqrt[3]{8}", True),
         (asked("A", "red", "blue"), "red", True),
         (asked("C", "A", "B"), "c", True),  # more letters than options
         (asked(""), "", False),
