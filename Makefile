@@ -66,8 +66,10 @@ score: $(READY)  ## rewards and advantages for the shards in runs/rollouts (ARGS
 	  --advantage "$(or $(ADVANTAGE),group-norm)" $(call flag,seed,$(SEED)) --out "$(or $(OUT),runs/scored)" $(ARGS)
 
 eval: one-gpu $(READY) $(MODEL_READY)  ## held-out accuracy of a model; with BENCH=mathvision (or all) DATA=DIR [RUN=runs/train], a benchmark's
-ifdef BENCH
-	$(PY) -m eval.run --benchmark "$(BENCH)" $(SAMPLING) $(call flag,run,$(RUN)) --out "$(or $(OUT),$(or $(RUN),runs)/benchmarks)" $(ARGS)
+ifneq ($(BENCH),)
+	@test '$(DATA)' != shapes || { echo "BENCH=$(BENCH): give its folder, DATA=..."; exit 2; }
+	$(PY) -m eval.run --benchmark "$(BENCH)" $(SAMPLING) $(call flag,run,$(RUN)) \
+	  --out "$(or $(OUT),$(or $(RUN),runs)/benchmarks$(if $(filter all,$(BENCH)),,/$(BENCH)))" $(ARGS)
 else
 	$(PY) -m eval.heldout $(SAMPLING) $(call flag,adapter,$(if $(RUN),$(RUN)/adapter)) $(call flag,out,$(OUT)) $(ARGS)
 endif

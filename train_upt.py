@@ -268,7 +268,7 @@ def train(
         start, clock.seconds = runs.load_checkpoint(latest[0], optimizer, schedule)
     metrics = runs.Metrics(config.out / "metrics.jsonl", start)
     paths = shards.list_shards(config.from_shards) if config.from_shards else None
-    step = start
+    step, looked = start, {}  # the latter waits where a step is left out
 
     def save(step: int) -> None:
         runs.save_checkpoint(folder, step, policy, optimizer, schedule, clock.seconds)
@@ -280,12 +280,11 @@ def train(
     with tqdm(range(start, config.steps), initial=start, total=config.steps, desc="training", unit="step") as bar:
         for step in bar:
             before = dict(clock.seconds)
-            extra = {}
             try:
                 check()
                 if config.eval_every and step % config.eval_every == 0:
                     with clock("benchmarks"):
-                        extra["benchmarks"] = followed(policy, config, check)
+                        looked = {"benchmarks": followed(policy, config, check)}
                 if paths:
                     prompts, groups, left_out = stored(policy, paths[step], config, clock)
                 else:
@@ -310,7 +309,8 @@ def train(
             rate = schedule.get_last_lr()[0]
             with clock("update"):
                 stats = update(policy, optimizer, schedule, prompts, groups, config, measure_kl)
-            extra |= {"learning_rate": rate, "left_out": len(left_out)}
+            extra = {"learning_rate": rate, "left_out": len(left_out), **looked}
+            looked = {}
             bar.write(
                 f"step {step + 1}/{config.steps}: {metrics.write(step, groups, stats, clock.since(before), extra)}"
             )

@@ -6,8 +6,9 @@ BENCHMARKS["mathvista"].extract(response, question), .is_right(question, answer)
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -43,6 +44,18 @@ class Question(NamedTuple):
         return self.answer_type == "letters"
 
 
+def gold_of(value) -> str:
+    """The owners' answer as text, "" where they publish none."""
+    return "" if value is None else str(value)
+
+
+def texts_of(values) -> tuple[str, ...]:
+    """Options as texts; () for none. Raises TypeError for what is no list."""
+    if not isinstance(values, list | None):
+        raise TypeError(f"the options are {type(values).__name__}, not a list")
+    return tuple(map(str, values or ()))
+
+
 def plain_response(key: str | None, row: dict) -> tuple[str, str | None]:
     """(id, text) of a response: its `id` or `pid`, or the key that it stands under."""
     if (uid := row.get("id", row.get("pid", key))) is None:
@@ -55,8 +68,8 @@ class Benchmark:
     """A benchmark by its owners' protocol. Docstrings of the modules state the rules and where they are from."""
 
     title: str
-    files: str
-    """the owners' files of questions, as a pattern"""
+    files: tuple[str, ...]
+    """the owners' files of questions, as patterns"""
     categories: tuple[str, ...]
     """what accuracy is broken down by"""
     question: Callable[[str | None, dict, str], Question]
@@ -80,23 +93,44 @@ class Benchmark:
     variants: bool = False
     """whether the files are variants of the same questions, all to be asked, and not splits"""
 
-    def questions(self, folder: Path) -> dict[str, list[Question]]:
-        """Questions by split, a split for each file.
+    def questions(self, folder: Path, pictures: bool = False) -> dict[str, list[Question]]:
+        """Questions by split, from the owners' files or else the hub's parquet.
 
+        With `pictures`, parquet counts for a split whose other pictures are not all there; without, none are read.
         Raises FileNotFoundError for a folder without questions, ValueError naming the row that is none.
         """
-        files = sorted(folder.glob(self.files)) or sorted(folder.rglob("*.parquet"))
-        if not files:
-            raise FileNotFoundError(f"{folder} has no {self.files} and no parquet: give {self.title}'s data folder")
-        found: dict[str, list[Question]] = {}
+        files = [file for pattern in self.files for file in sorted(folder.glob(pattern))]
+        tables = [file for file in sorted(folder.rglob("*.parquet")) if ".cache" not in file.parts]
+        if not files and not tables:
+            raise FileNotFoundError(f"{folder} has no {self.files[0]} and no parquet: give {self.title}'s data folder")
+        found = self._read(files, folder, pictures)
+        whole = [all(has_picture(folder, question) for question in found[split]) for split in found]
+        if tables and (not files or (pictures and not all(whole))):
+            stored = self._read(tables, folder, pictures)
+            keep = {split for split, complete in zip(found, whole, strict=True) if complete}
+            found |= {split: questions for split, questions in stored.items() if split not in keep}
+        return found
+
+    def _read(self, files: list[Path], folder: Path, pictures: bool) -> dict[str, list[Question]]:
+        found: dict[str, dict[str, Question]] = {}
         for file in files:
-            split = file.stem.partition("-0")[0]  # a part of a split in parquet: test-00000-of-00002
-            for where, key, row in rows(file):
+            # A part of a split in parquet is called test-00000-of-00002; variants may lie in folders of their own.
+            split, inner = file.stem.partition("-0")[0], file.parent.relative_to(folder)
+            split = inner.name if self.variants and inner.name and file.suffix == ".json" else split
+            of_split = found.setdefault(split, {})
+            for where, key, row in rows(file, pictures):
                 try:
-                    found.setdefault(split, []).append(self.question(key, row, split))
+                    question = self.question(key, row, split)
+                    if not isinstance(question.text, str):
+                        raise TypeError(f"its text is {type(question.text).__name__}")
+                    if file.suffix != ".parquet" and isinstance(question.image, str) and question.image:
+                        question = question._replace(image=str(inner / question.image))
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
                     raise ValueError(f"{where} is no {self.title} question: {error!r}") from None
-        return found
+                if question.id in of_split:
+                    raise ValueError(f"{where}: the id {question.id!r} was there before; remove one of the two")
+                of_split[question.id] = question
+        return {split: list(questions.values()) for split, questions in found.items()}
 
     def by_id(self, folder: Path) -> dict[str, Question]:
         """The questions of all splits by id, and by alias where that is unique; of equal ids the first counts."""
@@ -121,37 +155,71 @@ def folder_of(name: str | Path) -> Path:
         return path
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         raise ValueError(f"there is no folder {path}: give the benchmark's data folder, or a hub id such as org/name")
-    try:
-        return Path(snapshot_download(str(name), repo_type="dataset", local_files_only=True))
-    except (OSError, ValueError):  # not in the cache
-        pass
-    try:
+    try:  # the hub first, which fetches what a copy in the cache lacks
         return Path(snapshot_download(str(name), repo_type="dataset"))
     except Exception as error:  # offline, gated, missing: the hub's errors have no common parent
+        with suppress(OSError, ValueError):
+            return Path(snapshot_download(str(name), repo_type="dataset", local_files_only=True))
         raise ValueError(f"{name} is no folder here and did not come from the hub: {error}. Fetch it where there is a "
                          f"network: hf download --repo-type dataset {name} --local-dir DIR") from error  # fmt: skip
 
 
-def rows(file: Path) -> Iterator[tuple[str, str | None, dict]]:
+def picture_path(folder: Path, question: Question) -> Path:
+    """Where a picture lies: at its path in the folder, in its `images`, or in the folder above, as owners have it."""
+    places = [folder / question.image, folder / "images" / question.image, folder.parent / question.image]
+    return next((path for path in places if path.is_file()), places[0])
+
+
+def has_picture(folder: Path, question: Question) -> bool:
+    """Whether a question's picture is there, or it has none."""
+    return isinstance(question.image, bytes) or not question.image or picture_path(folder, question).is_file()
+
+
+def grouped(rows: list[dict], questions: dict[str, Question]) -> tuple[list[dict[str, bool]], int]:
+    """Verdicts by id of every problem (`Question.problem`) and sample that has all of them, and how many have not."""
+    parts, verdicts = defaultdict(set), defaultdict(dict)
+    for question in questions.values():
+        parts[question.problem].add(question.id)
+    for row in rows:
+        verdicts[row["sample"], questions[row["id"]].problem][row["id"]] = row["correct"]
+    whole = [found for (_, problem), found in verdicts.items() if found.keys() == parts[problem]]
+    return whole, len(verdicts) - len(whole)
+
+
+def rows(file: Path, pictures: bool = True) -> Iterator[tuple[str, str | None, dict]]:
     """(where it stands, key, row) of parquet, JSONL, a JSON list, or a JSON object of rows by key.
 
-    The key is None but for the last. Raises ValueError for what is none of these.
+    The key is None but for the last. Without `pictures`, columns of parquet that hold them are left out. Raises
+    ValueError for what is none of these, FileNotFoundError for what is no file.
     """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is no file: give a JSONL or JSON file")
     if file.suffix == ".parquet":
-        for number, row in enumerate(pyarrow.parquet.read_table(file).to_pylist()):
-            yield f"{file}:{number}", None, row
+        yield from _table(file, pictures)
         return
     text = file.read_text(encoding="utf-8-sig", errors="replace")
-    if file.suffix == ".jsonl":  # by \n alone: a string may hold other line ends
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{file}:{number}", None, _parsed(f"{file}:{number}", line)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]  # by \n alone
+    objects = all(line[0] == "{" and line.rstrip()[-1] == "}" for _, line in lines)
+    if file.suffix == ".jsonl" or (len(lines) > 1 and objects):
+        for number, line in lines:
+            yield f"{file}:{number}", None, _parsed(f"{file}:{number}", line)
         return
     whole = _parsed(str(file), text)
     if not isinstance(whole, dict | list):
         raise ValueError(f"{file} holds {type(whole).__name__}, expected a JSON list or object of rows")
     for key, row in whole.items() if isinstance(whole, dict) else enumerate(whole):
         yield f"{file}:{key}", key if isinstance(whole, dict) else None, row
+
+
+def _table(file: Path, pictures: bool) -> Iterator[tuple[str, None, dict]]:
+    try:
+        schema = pyarrow.parquet.read_schema(file)
+        bare = [field.name for field in schema if "bytes" not in str(field.type)]
+        table = pyarrow.parquet.read_table(file, columns=None if pictures else bare)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{file} is no parquet: {error}; fetch it again") from None
+    for number, row in enumerate(table.to_pylist()):
+        yield f"{file}:{number}", None, row
 
 
 def picture(row: dict, *names: str) -> str | bytes:
@@ -179,6 +247,14 @@ def lettered(text: str) -> tuple[str, ...]:
 
 def _parsed(where: str, text: str):
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is no JSON: {error}") from None
+
+
+def _unique(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found

@@ -41,6 +41,8 @@ from stats import markdown
 RESAMPLES = 10_000
 AT_ONCE = 500  # resamples held in memory
 SHOWN = 5  # ids printed of those gained and of those lost
+# Of eval.run, those that change what a model says.
+SETTINGS = ("prompt", "temperature", "top_p", "top_k", "max_new_tokens", "max_prompt_tokens", "pixels", "split")
 DETAILS = ("gained_ids", "lost_ids", "categories", "at_k")  # in --out, not in the last line
 
 # name: what is expected, and whether a value is that; other fields are not read
@@ -127,26 +129,32 @@ def read_scores(file: Path) -> dict[str, list[dict]]:
 
 
 def origin(a: Path, b: Path) -> dict:
-    """{"benchmark", "protocol"} by the summaries beside the score files; None where neither tells.
+    """{"benchmark", "protocol", "settings"} by the summaries beside the score files; None where neither tells.
 
-    Raises ValueError where the two sides are not of one benchmark and protocol.
+    `settings` are those of how responses were made and read that differ, {name: [of a, of b]}. Raises ValueError where
+    the two sides are not of one benchmark and protocol.
     """
     sides, about = [], {}
     for path in (a.with_suffix(".summary.json"), b.with_suffix(".summary.json")):
         try:
             summary = json.loads(path.read_bytes()) if path.is_file() else {}
-            sides.append({name: summary.get(name) for name in ("benchmark", "protocol")})
+            made = (summary.get("responses") or {}).get("config") or {}
+            known = {name: summary.get(name) for name in ("benchmark", "protocol", "extractor")}
+            sides.append((known, {name: made[name] for name in SETTINGS if name in made}))
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path} is no summary: {error}; score again with eval.score, or remove it") from None
-    for name, of_a in sides[0].items():
-        of_b = sides[1][name]
-        if of_a is not None and of_b is not None and of_a != of_b:
+    (known_a, made_a), (known_b, made_b) = sides
+    for name in ("benchmark", "protocol"):
+        if None not in (known_a[name], known_b[name]) and known_a[name] != known_b[name]:
             raise ValueError(
-                f"{a} and {b} cannot be compared: their summaries say {name} {of_a} and {of_b}; "
+                f"{a} and {b} cannot be compared: their summaries say {name} {known_a[name]} and {known_b[name]}; "
                 f"score both with the same --{name}"
             )
-        about[name] = of_b if of_a is None else of_a
-    return about
+        about[name] = known_b[name] if known_a[name] is None else known_a[name]
+    pairs = {name: [made_a[name], made_b[name]] for name in made_a if name in made_b}
+    if None not in (known_a["extractor"], known_b["extractor"]):
+        pairs["extractor"] = [known_a["extractor"], known_b["extractor"]]
+    return about | {"settings": {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}}
 
 
 # --- what is computed -------------------------------------------------------------------------------------------------
@@ -217,9 +225,9 @@ def paired(a: Sequence[float], b: Sequence[float], seed: int) -> dict:
 def compare(a: Path, b: Path, seed: int = 0) -> dict:
     """Two score files compared as the docstring above says; shares are from 0 to 1.
 
-    {"benchmark", "protocol", "questions", "only_a", "only_b", "samples_a", "samples_b", "a", "b", "difference",
-    "gained", "lost", "p", "significant", "gained_ids", "lost_ids", "categories": {name: {value: …}}, "at_k"}; at_k is
-    empty where each question has one sample. Raises ValueError for files that cannot be compared.
+    {"benchmark", "protocol", "settings", "questions", "only_a", "only_b", "samples_a", "samples_b", "a", "b",
+    "difference", "gained", "lost", "p", "significant", "gained_ids", "lost_ids", "categories": {name: {value: …}},
+    "at_k"}; at_k is empty where each question has one sample. Raises ValueError for files that cannot be compared.
     """
     about, left, right = origin(a, b), read_scores(a), read_scores(b)
     # In order of number where ids are numbers, so that the order of lines does not reach the result.
@@ -321,6 +329,8 @@ def main(config: Config) -> dict:
     for name, scores in found.items():
         protocol = f", {scores['protocol']} protocol" if scores["protocol"] else ""
         print(f"{name}{protocol}: {report(scores)}\n")
+        if differ := [f"{key} {x} and {y}" for key, (x, y) in scores["settings"].items()]:
+            print(f"A and B were not made alike: {', '.join(differ)}\n")
     short = {name: {k: v for k, v in scores.items() if k not in DETAILS} for name, scores in found.items()}
     print(json.dumps(result | {"benchmarks": short}))
     return result

@@ -2,10 +2,10 @@ r"""DynaMath (arXiv 2411.00836): seed questions, each in several variants, so th
 
 The rule, from github.com/DynaMath/DynaMath (evaluation/), in our words and our code. The owners ask for JSON whose
 "short answer" is the answer, and without it take the last line; for other responses a rule comes in between
-(eval/extraction.py): the box, else by the question's type the letter or the number that `letter` or `number` finds. An
-answer is right by type:
+(eval/extraction.py): the box, a number in decimals, else by the question's type the letter or the number that `letter`
+or `number` finds. An answer is right by type:
 
-    float             within 0.001 of gold; what stands before π is multiplied by it
+    float             its first word within 0.001 of gold; what stands before π in it is multiplied by π
     multiple choice   the letter, or gold's letter among the first three characters
     any other         gold occurs in the answer as text
 
@@ -21,10 +21,10 @@ are variants. Ids are `12` in the first, `12/3` for variant 3 of question 12 in 
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from answers import extract_answer, value_of
-from eval.benchmark import Benchmark, Question, lettered, picture, plain_response
+from eval.benchmark import Benchmark, Question, gold_of, grouped, lettered, picture, plain_response
 from eval.extraction import letter, number, numbers, read, statements
 
 TOLERANCE = 0.001
@@ -35,9 +35,9 @@ _CHOICES = re.compile(r"(?i)\bchoices?\s*:")
 def question(key: str | None, row: dict, split: str) -> Question:
     seed, variant = str(row["id"] if key is None else key), re.search(r"\d+$", split)
     text, kind = row["question"], row["answer_type"]
-    gold = str(row["answer"] if "answer" in row else row["ground_truth"])
-    if kind == "float" and value_of(gold) is None:
-        raise ValueError(f"the answer {gold!r} is no number")
+    gold = gold_of(row["answer"] if "answer" in row else row["ground_truth"])
+    if kind == "float":
+        float(gold)  # a ValueError where it is no number
     return Question(
         id=f"{seed}/{variant[0]}" if variant else seed,
         alias=seed,
@@ -53,8 +53,9 @@ def question(key: str | None, row: dict, split: str) -> Question:
 
 def response(key: str | None, row: dict) -> tuple[str, str | None]:
     """(id, text) of a response. An object, as the owners' files have it, is its short answer."""
-    text = row["response"]
-    uid, text = plain_response(key, row | {"response": json.dumps(text) if isinstance(text, dict) else text})
+    if isinstance(text := row["response"], dict):
+        text = json.dumps(text, ensure_ascii=False)
+    uid, text = plain_response(key, row | {"response": text})
     return f"{uid}/{row['variant']}" if "variant" in row else uid, text
 
 
@@ -74,11 +75,11 @@ def prompt(question: Question) -> str:
 def extract(response: str, question: Question) -> tuple[str, str]:
     """The short answer that a response gives, "" for none, and the rule that found it."""
     if found := list(_SHORT.finditer(response)):
-        said = next(group for group in (*found[-1].groups(), "") if group is not None)
-        return said.replace("\\\\", "\\").replace('\\"', '"').strip(), "json"
+        quoted, single, bare = found[-1].groups()
+        return (_unescaped(quoted) if quoted is not None else single or bare or "").strip(), "json"
     reading = read(response)
     if boxed := extract_answer(reading.text):
-        return boxed, "box"
+        return _decimal(boxed) if question.answer_type == "float" else boxed, "box"
     if question.answer_type == "multiple choice":
         return letter(reading)
     if question.answer_type == "float":
@@ -90,19 +91,33 @@ def extract(response: str, question: Question) -> tuple[str, str]:
     return last, "last line" if last else "none"
 
 
+def _unescaped(text: str) -> str:
+    try:
+        return json.loads(f'"{text}"')
+    except ValueError:
+        return text
+
+
+def _decimal(answer: str) -> str:
+    """A number as the rule can read it; an answer that is none stays what it is."""
+    value = value_of(answer)
+    if value is None:
+        return next(iter(numbers(answer)), answer)
+    try:
+        return str(float(value))
+    except OverflowError:
+        return answer
+
+
 def is_right(question: Question, answer: str) -> bool:
     """Whether an answer is right by the rule for the question's type."""
-    if not answer:
-        return False
     if question.answer_type == "float":
-        value = value_of(answer)
-        if value is None:
-            words = numbers(answer.partition(" ")[0])
-            value = float(words[0]) if words else math.nan
+        word = answer if answer.isdigit() else answer.partition(" ")[0]
         try:
-            return abs(float(value) - float(value_of(question.gold))) <= TOLERANCE
-        except OverflowError:
+            value = float(word.partition("π")[0]) * (math.pi if "π" in word else 1)
+        except ValueError:
             return False
+        return abs(value - float(question.gold)) <= TOLERANCE
     if question.answer_type == "multiple choice":
         return answer == question.gold or (len(answer) > 1 and question.gold in answer[:3])
     return question.gold in answer
@@ -113,20 +128,14 @@ def metrics(rows: list[dict], questions: dict[str, Question]) -> dict:
 
     `incomplete` counts seed questions without a verdict on every variant; they are left out.
     """
-    parts, verdicts, incomplete = defaultdict(set), defaultdict(dict), 0
-    for question in questions.values():
-        parts[question.problem].add(question.id)
-    for row in rows:
-        verdicts[row["sample"], questions[row["id"]].problem][row["id"]] = row["correct"]
+    whole, incomplete = grouped(rows, questions)
     groups: dict[tuple[str, str], list[list[bool]]] = defaultdict(list)
-    for (_, problem), found in verdicts.items():
-        if found.keys() != parts[problem]:
-            incomplete += 1
-            continue
+    for found in whole:
         groups["all", ""].append(list(found.values()))
         for name, values in questions[next(iter(found))].categories.items():
             groups[name, values[0]].append(list(found.values()))
-    result: dict = {"variants": max(map(len, parts.values()), default=0), "incomplete": incomplete}
+    variants = Counter(question.problem for question in {id(q): q for q in questions.values()}.values())
+    result: dict = {"variants": max(variants.values(), default=0), "incomplete": incomplete}
     for (name, value), seeds in sorted(groups.items()):
         average = sum(sum(seed) / len(seed) for seed in seeds) / len(seeds)
         worst = sum(map(all, seeds)) / len(seeds)
@@ -141,7 +150,7 @@ def metrics(rows: list[dict], questions: dict[str, Question]) -> dict:
 
 BENCHMARK = Benchmark(
     title="DynaMath",
-    files="dataset*.json",
+    files=("dataset*.json", "trial*/dataset.json", "10trials/trial*/dataset.json"),
     categories=("subject", "level"),
     question=question,
     extract=extract,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import rollout
 from answers import extract_answer
 from eval.benchmark import Question
+from eval.extraction import LETTERS
 from policy import PROMPTS, Policy
 
 END = 2000  # characters of a response that it reads
@@ -28,7 +29,9 @@ def read(policy: Policy, unread: Sequence[tuple[dict, Question, str]]) -> list[s
         prompts = []
         for _, question, response in unread[start : start + AT_ONCE]:
             head, tail = template.split("{response}")
-            text = head.replace("{question}", policy.plain(question.text)) + policy.plain(response[-END:]) + tail
+            options = (f"\n{letter}. {text}" for letter, text in zip(LETTERS, question.choices, strict=False))
+            asked = policy.plain(question.text + "".join(options))
+            text = head.replace("{question}", asked) + policy.plain(response[-END:]) + tail
             prompts.append(policy.place(question.id, policy.tokens(policy.chat([("user", text)], False)), None))
         sampled = rollout.generate(policy, prompts, [0] * len(prompts), SETTINGS)
         texts = policy.tokenizer.batch_decode([r.ids for r in sampled], skip_special_tokens=True)

@@ -27,13 +27,15 @@ class Followed:
             if name in self.parts:
                 raise ValueError(f"--eval names {name} twice: give one folder for it")
             bench, folder = benchmark(name), folder_of(source)
-            self.parts[name] = bench, folder, select(bench, folder, limit=limit)
+            self.parts[name] = bench, folder, select(bench, folder, limit=limit)[1]
 
     def __call__(self, policy: Policy, config: rollout.Config, tick: Callable[[int], None]) -> dict[str, float]:
         """Accuracy by benchmark. Of `config`, the prompt style, lengths and the seed are used."""
         greedy, found = replace(config, temperature=0.0, group_size=1), {}
         for name, (bench, folder, questions) in self.parts.items():
-            rows, _ = respond(policy, bench, folder, questions, greedy, tick)
+            rows, left_out = respond(policy, bench, folder, questions, greedy, tick)
+            if not rows:
+                raise ValueError(f"--eval {name}: none of its {len(questions)} questions can be asked: {left_out}")
             asked = {question.id: question for question in questions}
             right = [bench.is_right(asked[r["id"]], bench.extract(r["response"], asked[r["id"]])[0]) for r in rows]
             found[name] = sum(right) / len(right)

@@ -12,14 +12,13 @@ Folder: `dataset.json`, {id: question}, `images/`. Responses: the owners' {id: {
 import re
 
 from answers import answer_key, extract_answer
-from eval.benchmark import Benchmark, Question, picture, plain_response
-from eval.extraction import LETTERS, letter, read
+from eval.benchmark import Benchmark, Question, gold_of, picture, plain_response
+from eval.extraction import letter, number, read
 
-_LETTERS = rf"\(?[{LETTERS}]\)?(?:(?:,? (?:and|&) |, ?|; ?)\(?[{LETTERS}]\)?)*"
-_ALONE = re.compile(rf"(?:(?:option|choice|answer)s?:? )?{_LETTERS}\.?", re.IGNORECASE)
-_STATED = re.compile(
-    rf"(?i:\b(?:answers?|options?|choices?)(?: is| are|:)+) ?\*{{0,2}}({_LETTERS})\*{{0,2}}(?=[.\s]|$)"
-)
+_SIGN = "[A-Z0-9]"  # most are letters to H, one question has numbers for its choices
+_SIGNS = rf"\(?{_SIGN}\)?(?:(?:,? (?:and|&) |, ?|; ?)\(?{_SIGN}\)?)*"
+_ALONE = re.compile(rf"(?i:(?:options?|choices?|answers?):? )?({_SIGNS})\.?")
+_STATED = re.compile(rf"(?i:\b(?:answers?|options?|choices?)(?: is| are|:)+) ?\*{{0,2}}({_SIGNS})\*{{0,2}}(?=[.\s]|$)")
 
 
 def question(key: str | None, row: dict, split: str) -> Question:
@@ -27,7 +26,7 @@ def question(key: str | None, row: dict, split: str) -> Question:
     return Question(
         id=str(key if key is not None else row["id"]),
         text=row["question"],
-        gold=", ".join(sorted(re.findall("[A-Z]", row["answer"].upper()))),
+        gold=_listed(gold_of(row["answer"])),
         choices=(),
         image=picture(row, "imagename", "image"),
         categories={"skill": tuple(row["skill"]), "capability": tuple(capability)},
@@ -36,10 +35,12 @@ def question(key: str | None, row: dict, split: str) -> Question:
 
 
 def response(key: str | None, row: dict) -> tuple[str, str | None]:
-    """(id, text) of a response: `response`, or the `answer` of the owners' files of responses."""
-    if "response" not in row and "imagename" in row:
+    """(id, text) of a response: `response`, or the `answer` of the owners' files, behind the prompt if it is in it."""
+    if "response" in row:
+        return plain_response(key, row)
+    if "imagename" in row:
         raise KeyError("response")  # a question, whose answer is gold
-    return plain_response(key, row if "response" in row else row | {"response": row["answer"]})
+    return plain_response(key, row | {"response": (row["answer"] or "").rpartition("ASSISTANT:")[2]})
 
 
 def prompt(question: Question) -> str:
@@ -50,13 +51,15 @@ def extract(response: str, question: Question) -> tuple[str, str]:
     """The letters that a response gives, as `A, C`, "" for none, and the rule that found them."""
     reading = read(response)
     boxed = extract_answer(reading.text)
-    if boxed and (key := answer_key(boxed, multi=True)) and re.fullmatch(f"[{LETTERS}]+", key):
-        return ", ".join(key), "box"
-    if len(reading.text) < 100 and _ALONE.fullmatch(reading.text):
-        return _listed(reading.text), "letters"
+    if boxed and (key := answer_key(boxed, multi=True)) and re.fullmatch(f"[A-Z]+|{_SIGN}", key.upper()):
+        return ", ".join(key.upper()), "box"
+    text = reading.text.upper() if len(reading.text) == 1 else reading.text
+    if len(text) < 100 and (alone := _ALONE.fullmatch(text)):
+        return _listed(alone[1]), "letters"
     if (stated := _STATED.findall(reading.text)) and len(_listed(stated[-1])) > 1:
         return _listed(stated[-1]), "letters"
-    return letter(reading)
+    found, method = letter(reading)
+    return (found, method) if found else number(reading)
 
 
 def is_right(question: Question, answer: str) -> bool:
@@ -65,12 +68,12 @@ def is_right(question: Question, answer: str) -> bool:
 
 
 def _listed(text: str) -> str:
-    return ", ".join(sorted(set(re.findall(rf"\b[{LETTERS}]\b", text.upper()))))
+    return ", ".join(sorted(set(re.findall(rf"\b{_SIGN}\b", text.upper()))))
 
 
 BENCHMARK = Benchmark(
     title="LogicVista",
-    files="dataset.json",
+    files=("dataset.json",),
     categories=("skill", "capability"),
     question=question,
     extract=extract,

@@ -12,29 +12,34 @@ Folder: `testmini.json`, `testmini_text_only.json`, `images/`; hub: AI4Math/Math
 `Text Only/1`, or plainly `1` where the folder has no other file.
 """
 
+import re
+
 from answers import answer_key, extract_answer, value_of
-from eval.benchmark import Benchmark, Question, lettered, picture
-from eval.extraction import LETTERS, chosen, number, numbers, read, statements
+from eval.benchmark import Benchmark, Question, gold_of, lettered, picture
+from eval.extraction import LETTERS, chosen, letter, number, numbers, read, statements
 
 TEXT_ONLY = "Text Only"
+_CHOICES = re.compile(r"\bChoices?:")
 
 
 def question(key: str | None, row: dict, split: str) -> Question:
     metadata = row["metadata"]
     index, version = str(row["sample_index"]), row["problem_version"]
+    text = row.get("question_for_eval") or row["question"]  # in the version Vision Only the question has no text
     has_choices = row["question_type"] == "multi-choice"
     return Question(
         id=f"{version}/{index}" if version == TEXT_ONLY else index,
         alias=index,
         text=row["question"],
-        gold=str(row["answer"]),
-        choices=lettered(row["question"].rpartition("Choices:")[2]) if has_choices else (),
+        gold=gold_of(row["answer"]),
+        choices=lettered(_CHOICES.split(text)[-1]) if has_choices else (),
         image=picture(row, "image"),
         categories={
             "problem_version": (version,),
             "subject": (metadata["subject"],),
             "subfield": (metadata["subfield"],),
         },
+        answer_type=row["question_type"],
         query=row.get("query_cot") or "",
     )
 
@@ -58,6 +63,8 @@ def extract(response: str, question: Question) -> tuple[str, str]:
     if question.choices:
         place, method = chosen(reading, question.choices, question.text)
         return "" if place is None else LETTERS[place], method
+    if question.answer_type == "multi-choice":  # its choices stand in the picture alone
+        return letter(reading)
     if boxed := extract_answer(reading.text):
         return boxed, "box"
     for said in statements(reading.text, 200):
@@ -70,7 +77,7 @@ def extract(response: str, question: Question) -> tuple[str, str]:
 
 def is_right(question: Question, answer: str) -> bool:
     """Whether a letter is gold's, or an answer has gold's vote key."""
-    if question.choices:
+    if question.answer_type == "multi-choice":
         return answer == question.gold
     key = answer_key(answer)
     return key is not None and key == answer_key(question.gold)
@@ -78,7 +85,7 @@ def is_right(question: Question, answer: str) -> bool:
 
 BENCHMARK = Benchmark(
     title="MathVerse",
-    files="testmini*.json",
+    files=("testmini.json", "testmini_text*only.json"),
     categories=("problem_version", "subject", "subfield"),
     question=question,
     extract=extract,

@@ -15,7 +15,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 from answers import MAX_CHARS, value_of
-from eval.benchmark import Benchmark, Question, picture
+from eval.benchmark import Benchmark, Question, gold_of, picture, texts_of
 
 CATEGORIES = ("subject", "level")
 
@@ -45,8 +45,8 @@ def question(key: str | None, row: dict, split: str) -> Question:
     return Question(
         id=str(row["id"]),
         text=row["question"],
-        gold=str(row["answer"]),
-        choices=tuple(map(str, row["options"])),
+        gold=gold_of(row["answer"]),
+        choices=texts_of(row["options"]),
         image=picture(row, "decoded_image", "image"),
         categories={name: (str(row[name]),) for name in CATEGORIES},
     )
@@ -60,7 +60,10 @@ def prompt(question: Question) -> str:
 
 
 def extract(response: str, question: Question) -> tuple[str, str]:
-    """What the rule takes for the answer, in lower case, and how it was found: letter, number, phrase, box or text."""
+    """What the rule takes for the answer, in lower case, and how it was found.
+
+    That is by letter, number, phrase or box; of what is left, `bare` is an answer and nothing else, `text` is not.
+    """
     text, method = response.strip(), "text"
     if letters := [m[1] or m[2] for m in (_LETTER_FIRST.match(text), _LETTER_LAST.search(text)) if m]:
         text, method = min(letters), "letter"
@@ -78,7 +81,10 @@ def extract(response: str, question: Question) -> tuple[str, str]:
     text = _stripped(text)
     for letter in "abcde":
         text = text.replace(f"({letter})", letter).replace(f"{{{letter}}}", letter)
-    return text.rstrip(".").lstrip(":").strip(), method
+    text = text.rstrip(".").lstrip(":").strip()
+    if method == "text" and (text in tuple("abcde") or text in map(_stripped, question.choices) or _rounded(text)):
+        method = "bare"
+    return text, method
 
 
 def _stripped(text: str) -> str:
@@ -149,7 +155,7 @@ def _is_float(text: str) -> bool:
 
 BENCHMARK = Benchmark(
     title="MATH-Vision",
-    files="*.jsonl",
+    files=("test.jsonl", "testmini.jsonl"),
     categories=CATEGORIES,
     question=question,
     extract=extract,

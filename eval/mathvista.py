@@ -14,7 +14,7 @@ Folder: `testmini.json` or `test.json`, {pid: question}, and `images/`; hub: AI4
 
 import re
 
-from eval.benchmark import Benchmark, Question, picture
+from eval.benchmark import Benchmark, Question, gold_of, picture, texts_of
 from eval.extraction import LETTERS, MAX_CHARS, chosen, number, read
 
 _LIST = re.compile(r"\[[^\[\]]{0,500}\]")
@@ -27,8 +27,8 @@ def question(key: str | None, row: dict, split: str) -> Question:
     return Question(
         id=str(row["pid"]),
         text=row["question"] + (f" (Unit: {row['unit']})" if row.get("unit") else ""),
-        gold=str(row.get("answer") or ""),  # of the split `test` the owners keep the answers
-        choices=tuple(map(str, row["choices"] or ())),
+        gold=gold_of(row.get("answer")),  # of the split `test` the owners keep the answers
+        choices=texts_of(row["choices"]),
         image=picture(row, "decoded_image", "image"),
         categories=categories,
         answer_type=row["answer_type"],
@@ -90,7 +90,7 @@ def _edits(a: str, b: str) -> int:
 
 BENCHMARK = Benchmark(
     title="MathVista",
-    files="test*.json",
+    files=("testmini.json", "test.json"),
     categories=("question_type", "answer_type", "task", "skills"),
     question=question,
     extract=extract,

@@ -1,7 +1,7 @@
 """Ask a model a benchmark's questions and score what it answers.
 
 For each benchmark:
-    1. read its questions in the owners' layout, from a folder or the hub, and choose the split that has pictures
+    1. read its questions in the owners' layout, from a folder or the hub, of the split with most pictures
     2. word the prompts: the owners' style, a paper's, or a template of your own
     3. sample by rollout.py, one prefill a question; responses.jsonl grows by whole questions
     4. score by the owners' rule (eval/score.py) into scores.jsonl and its summary
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import tyro
 from tqdm import tqdm
@@ -32,12 +32,13 @@ import presets
 import rollout
 import shards
 from eval import score
-from eval.benchmark import NAMES, Benchmark, Question, benchmark, folder_of
+from eval.benchmark import NAMES, Benchmark, Question, benchmark, folder_of, has_picture, picture_path
 from policy import Policy
 from stats import markdown
 
 STEP = -1  # the step that keys the sampling noise, as in eval/heldout.py
 AT_ONCE = 128  # responses sampled between two writes
+TOO_LONG = "prompt too long"  # in place of how a response ended
 SHOWN = 5  # of the questions that are left out
 FREE = ("out", "device", "rollout_tokens", "protocol", "extractor", "pixels")  # may change when a run goes on
 FROM_RUN = ("prompt", "max_new_tokens", "max_prompt_tokens", "min_pixels", "max_pixels")
@@ -47,7 +48,7 @@ FROM_RUN = ("prompt", "max_new_tokens", "max_prompt_tokens", "min_pixels", "max_
 class Config(rollout.Config):
     """Settings left at None are those of --run, else the defaults for the model (see presets.py)."""
 
-    benchmark: Literal["mathvision", "mathverse", "mathvista", "wemath", "logicvista", "dynamath", "all"] = "all"
+    benchmark: Literal[*NAMES, "all"] = "all"
     """which questions; all: every benchmark that has a folder of its name in --data"""
     data: str | None = None
     """folder in the owners' layout, or hub id; with all, the folder of the benchmarks' folders"""
@@ -60,7 +61,9 @@ class Config(rollout.Config):
     prompt: str | None = None
     """official (the owners' style), mm-upt, self-judge, boxed, think-boxed, or a file with {question} in it"""
     split: str | None = None
-    """file of questions, such as test; None: the largest whose pictures are all there"""
+    """file of questions, such as test; None: the one with most pictures"""
+    max_prompt_tokens: int | None = None
+    """questions with longer prompts count as answered wrong"""
     limit: int | None = None
     """the first K questions only"""
     n: int = 1
@@ -109,47 +112,40 @@ class Config(rollout.Config):
 # ------------------------------------------------------------------------------------------------ questions
 
 
-def select(bench: Benchmark, folder: Path, split: str | None = None, limit: int | None = None) -> list[Question]:
-    """The questions to ask: those of one split, or of all files where these are variants; the first `limit`.
+def select(
+    bench: Benchmark, folder: Path, split: str | None = None, limit: int | None = None
+) -> tuple[str, list[Question]]:
+    """The questions to ask, the first `limit` of a split, and its name; "all" where the files are variants.
 
-    Without `split`: of the splits whose pictures and answers are all there the largest, else the one with the most.
-    Raises ValueError for a split that is not there, FileNotFoundError where no question can be asked.
+    Without `split` it is the one with most pictures, of equal ones that which lacks fewest. Questions whose answer the
+    owners keep are left out. Raises ValueError for a split that is not there, FileNotFoundError where nothing can be
+    asked.
     """
-    splits = bench.questions(folder)
+    splits = bench.questions(folder, pictures=True)
     if split is not None and split not in splits:
         raise ValueError(f"{folder} has no {split} among its files of questions, which are {', '.join(splits)}")
     if bench.variants and split is None:
-        found = [question for questions in splits.values() for question in questions]
-        found.sort(key=lambda q: [int(part) for part in re.findall(r"\d+", q.id)])  # variants of a question together
-    else:
-        usable = {name: sum(is_usable(folder, q) for q in questions) for name, questions in splits.items()}
-        complete = [name for name in splits if usable[name] == len(splits[name])]
-        found = splits[split or max(complete or splits, key=usable.get)]
-    if not any(question.gold for question in found):
-        raise ValueError(f"{folder}: the owners publish no answers to these questions; give another --split")
-    if not any(is_usable(folder, question) for question in found):
-        raise FileNotFoundError(f"{folder} has none of its pictures: {found[0].image} is expected in it")
-    return found[:limit]
+        splits = {"all": [question for questions in splits.values() for question in questions]}
+        splits["all"].sort(key=lambda q: [int(part) for part in re.findall(r"\d+", q.id)])  # seed by seed
 
+    def fitness(name: str) -> tuple:
+        there = [question for question in splits[name] if has_picture(folder, question)]
+        return sum(question.image != "" for question in there), len(there) / len(splits[name]), len(there)
 
-def is_usable(folder: Path, question: Question) -> bool:
-    """Whether a question can be asked and scored: its picture is there or it has none, and its answer is known."""
-    if not question.gold:
-        return False
-    return isinstance(question.image, bytes) or not question.image or picture_path(folder, question).is_file()
-
-
-def picture_path(folder: Path, question: Question) -> Path:
-    """Where a picture lies: at its path, or under `images`, which some owners' paths leave out."""
-    path = folder / question.image
-    return path if path.is_file() else folder / "images" / question.image
+    split = split or max(splits, key=fitness)
+    found = [question for question in splits[split] if question.gold]
+    if not found:
+        raise ValueError(f"{folder}: the owners publish no answers to {split}; give another --split")
+    if not any(has_picture(folder, question) for question in found[:limit]):
+        raise FileNotFoundError(f"{folder} has none of the pictures of {split}: {found[0].image} is expected in it")
+    return split, found[:limit]
 
 
 def ask(bench: Benchmark, folder: Path, question: Question, style: str) -> data.Question:
     """A question as the model gets it. Raises data.BadRow for a picture that is missing or broken."""
     image = question.image
     if isinstance(image, str) and image:
-        if Path(image).is_absolute() or ".." in Path(image).parts or not picture_path(folder, question).is_file():
+        if Path(image).is_absolute() or ".." in Path(image).parts or not has_picture(folder, question):
             raise data.BadRow(question.id, f"missing image file: {image}")
         image = picture_path(folder, question).read_bytes()
     text = bench.prompt(question) if style == "official" else question.text
@@ -192,7 +188,7 @@ def respond(
     found = []
     for question in asked:
         for sample in range(settings.group_size):
-            row = {"id": question.uid, "sample": sample, "response": "", "finish": "prompt too long", "tokens": 0}
+            row = {"id": question.uid, "sample": sample, "response": "", "finish": TOO_LONG, "tokens": 0}
             if question.uid in groups:
                 r = groups[question.uid][sample]
                 text = policy.tokenizer.decode(r.ids, skip_special_tokens=True)
@@ -209,18 +205,21 @@ def answered(path: Path, n: int) -> set[str]:
     """Ids with all their responses in a file that a stopped run left; what else is in it is removed."""
     if not path.exists():
         return set()
-    rows: dict[str, list[str]] = {}
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # what follows the last line break was cut off
-        rows.setdefault(json.loads(line)["id"], []).append(line + "\n")
-    whole = {uid: lines for uid, lines in rows.items() if len(lines) == n}
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):  # the rest was cut off
+        try:
+            found.setdefault(json.loads(line)["id"], []).append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}:{number} is no response: remove the line, its question is asked again") from None
+    whole = {uid: lines for uid, lines in found.items() if len(lines) == n}
     shards.write_whole(path, ("".join(lines).encode() for lines in whole.values()))
     return set(whole)
 
 
 def answer(
     policy: Policy, bench: Benchmark, folder: Path, questions: list[Question], config: Config, out: Path
-) -> None:
-    """Append the responses that are still missing to out/responses.jsonl."""
+) -> dict[str, str]:
+    """Append the responses that are still missing to out/responses.jsonl; what was left out, by id and reason."""
     path, per_turn = out / "responses.jsonl", max(1, AT_ONCE // config.n)
     done, missing = answered(path, config.n), {}
     todo = [question for question in questions if question.id not in done]
@@ -239,79 +238,118 @@ def answer(
         print(f"left out {uid}: {reason}", file=sys.stderr)
     if len(missing) > SHOWN:
         print(f"and {len(missing) - SHOWN} more of {len(questions)} questions", file=sys.stderr)
+    return missing
 
 
 # ------------------------------------------------------------------------------------------------ runs
 
 
-def evaluate(policy: Policy, name: str, source: str, config: Config, out: Path) -> dict:
-    """Responses and scores of one benchmark in `out`; what eval.score returns."""
-    bench, folder = benchmark(name), folder_of(source)
-    questions = select(bench, folder, config.split, config.limit)
-    check(name, source, config, out)
-    size = policy.image_processor.size  # of areas, though the names speak of edges
-    pixels = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]} | policy.pixel_limits
-    settings = stored(name, source, config) | {"pixels": pixels}
-    shards.write_manifest(
-        out, stage="eval", config=settings, seed=config.seed, model=config.model, adapter=config.adapter
-    )
-    answer(policy, bench, folder, questions, config, out)
-    paths = out / "responses.jsonl", out / "scores.jsonl"
-    return score.score(score.Config(name, source, *paths, config.protocol, config.extractor), policy)
+class Job(NamedTuple):
+    """One benchmark of a run: what is asked, where it goes, and the settings that its manifest holds."""
+
+    name: str
+    folder: Path
+    questions: list[Question]
+    out: Path
+    settings: dict
 
 
-def stored(name: str, source: str, config: Config) -> dict:
-    """The settings of one benchmark's run, with a digest of the template."""
-    known = asdict(config) | {"benchmark": name, "data": source}
-    digest = sha256(template(config.prompt).encode()).hexdigest()[:16]
+def prepare(name: str, source: str, config: Config, out: Path) -> Job:
+    """A job whose folder is fresh or holds the same job's responses; raises ShardError otherwise."""
+    folder = folder_of(source)
+    split, questions = select(benchmark(name), folder, config.split, config.limit)
+    known = asdict(config) | {"benchmark": name, "data": source, "split": split}
     unused = ("run", "preset", "steps", "questions_per_step", "group_size")
-    return {key: value for key, value in known.items() if key not in unused} | {"prompt_file": digest}
+    asked = repr([(question.id, question.text, question.choices, question.query) for question in questions])
+    digests = {"prompt_file": template(config.prompt), "questions_file": asked}
+    digests = {key: sha256(text.encode(errors="replace")).hexdigest()[:16] for key, text in digests.items()}
+    job = Job(name, folder, questions, out, {key: v for key, v in known.items() if key not in unused} | digests)
+    if (out / "responses.jsonl").exists() and not (out / "manifest.json").exists():
+        raise shards.ShardError(f"{out} has responses of unknown settings (no manifest.json there); use another --out")
+    shards.check_manifest(out, job.settings, ignore=FREE)
+    return job
 
 
-def check(name: str, source: str, config: Config, out: Path) -> None:
-    """Raise ShardError if `out` holds responses that were made with other settings."""
-    shards.check_manifest(out, stored(name, source, config), ignore=FREE)
+def evaluate(policy: Policy, job: Job, config: Config) -> dict:
+    """Responses and scores of one benchmark; the summary of eval.score, with what was left out."""
+    bench, out, own = benchmark(job.name), job.out, {"model": config.model, "adapter": config.adapter}
+    if not (out / "manifest.json").exists():
+        size = policy.image_processor.size  # of areas, though the names speak of edges
+        pixels = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]} | policy.pixel_limits
+        shards.write_manifest(out, stage="eval", config=job.settings | {"pixels": pixels}, seed=config.seed, **own)
+    left_out = answer(policy, bench, job.folder, job.questions, config, out)
+    paths = out / "responses.jsonl", out / "scores.jsonl"
+    settings = score.Config(job.name, str(job.folder), *paths, config.protocol, config.extractor, **own)
+    summary = score.score(settings, policy)
+    rows = [json.loads(line) for line in paths[0].read_text(encoding="utf-8").splitlines()]
+    summary |= {"split": job.settings["split"], "asked": len(job.questions), "left_out": len(left_out)}
+    summary["too_long"] = len({row["id"] for row in rows if row["finish"] == TOO_LONG})
+    shards.write_whole(score.summary_of(paths[1]), [json.dumps(summary, indent=1).encode()])
+    return summary
 
 
 def table(summaries: dict[str, dict]) -> str:
-    """One line a benchmark: responses, accuracy, and the figures that its owners give besides."""
-    rows = [("benchmark", "responses", "accuracy", "further figures")]
+    """One line a benchmark: responses, accuracy by both protocols, and the figures that its owners give besides."""
+    rows = [("benchmark", "responses", "official", "ours", "verdicts differ", "further figures")]
     for name, summary in summaries.items():
         found = score.figures(summary["metrics"])
         shown = [f"{key} {value}" for key, value in found if key in ("strict score", "loose score", "average", "worst")]
-        rows.append((benchmark(name).title, str(summary["n"]), f"{100 * summary['accuracy']:.2f}", ", ".join(shown)))
-    return markdown(rows)
+        both = [f"{100 * summary['accuracies'][protocol]:.2f}" for protocol in ("official", "ours")]
+        title = benchmark(name).title + "*" * ("owners' large model" in summary["extraction"])
+        rows.append((title, str(summary["n"]), *both, str(summary["disagree"]), ", ".join(shown)))
+    return markdown(rows) + "\n\n* answers extracted by rules in place of the owners' large model"
+
+
+def status(summary: dict) -> str:
+    """What was asked, and what of it has no response."""
+    parts = [f"{summary['asked']} questions of the split {summary['split']}"]
+    parts += [f"{summary[name]} {name.replace('_', ' ')}" for name in ("left_out", "too_long") if summary[name]]
+    return ", ".join(parts)
 
 
 def main(config: Config) -> dict:
     """Run, score and print; returns the object of the last line: that of eval.score or, of all, one by name."""
     config = replace(config).resolve()
-    jobs, missing = {config.benchmark: (config.data, config.out)}, {}
-    if config.benchmark == "all":
+    every = config.benchmark == "all"
+    wanted, jobs, missing, summaries = {config.benchmark: (config.data, config.out)}, [], {}, {}
+    if every:
         root = Path(config.data).expanduser()
-        jobs = {name: (str(root / name), config.out / name) for name in NAMES}
-    for name, (source, out) in list(jobs.items()):
+        wanted = {name: (str(root / name), config.out / name) for name in NAMES}
+    for name, (source, out) in wanted.items():
         try:
-            select(benchmark(name), folder_of(source), config.split, config.limit)
-            check(name, source, config, out)
+            if every and not Path(source).is_dir():
+                raise FileNotFoundError(f"there is no folder {source}")
+            jobs.append(prepare(name, source, config, out))
         except (FileNotFoundError, ValueError) as error:
-            if config.benchmark != "all" or isinstance(error, shards.ShardError):
+            if not every or isinstance(error, shards.ShardError):
                 raise
             missing[name] = str(error)
             print(f"{name} is left out: {error}", file=sys.stderr)
-            del jobs[name]
     if not jobs:
         raise ValueError(f"no benchmark can run from {config.data}: it needs folders such as {', '.join(NAMES[:2])} …")
     options = {name: getattr(config, name) for name in ("adapter", "dtype", "device", "min_pixels", "max_pixels")}
     policy = Policy.load(config.model, **options)
-    summaries = {name: evaluate(policy, name, source, config, out) for name, (source, out) in jobs.items()}
+    try:
+        for job in jobs:
+            try:
+                summaries[job.name] = evaluate(policy, job, config)
+            except ValueError as error:  # such as that all pictures are broken
+                if not every:
+                    raise
+                missing[job.name] = str(error)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from {config.out}", file=sys.stderr)
+        raise SystemExit(130) from None
     result = {name: score.last_line(summary) for name, summary in summaries.items()}
-    if config.benchmark != "all":
-        print(f"{score.report(summaries[config.benchmark])}\n{json.dumps(result[config.benchmark])}")
+    if not every:
+        summary = summaries[config.benchmark]
+        print(f"{score.report(summary)}\n{status(summary)}\n{json.dumps(result[config.benchmark])}")
         return result[config.benchmark]
     result = {"benchmarks": result, "missing": missing}
     shards.write_whole(config.out / "summary.json", [json.dumps(result, indent=1).encode()])
     print(f"{table(summaries)}\n")
+    for name, summary in summaries.items():
+        print(f"{name}: {status(summary)}")
     for name, reason in missing.items():
         print(f"not run: {name} ({reason})")
     print(json.dumps(result))

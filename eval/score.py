@@ -27,7 +27,7 @@ import tyro
 
 import shards
 from answers import answer_key, vote_key
-from eval.benchmark import Benchmark, Question, benchmark, folder_of, rows
+from eval.benchmark import NAMES, Benchmark, Question, benchmark, folder_of, rows
 from stats import markdown
 
 FIELDS = ("id", "sample", "key", "correct", "method", "vote_key", "categories")
@@ -35,7 +35,7 @@ FIELDS = ("id", "sample", "key", "correct", "method", "vote_key", "categories")
 
 @dataclass
 class Config:
-    benchmark: Literal["mathvision", "mathverse", "mathvista", "wemath", "logicvista", "dynamath"]
+    benchmark: Literal[*NAMES]
     """whose questions and protocol"""
     data: str
     """folder in the owners' layout, or hub id"""
@@ -60,10 +60,12 @@ def read_responses(path: Path, bench: Benchmark) -> Iterator[tuple[str, int, str
     for where, key, row in rows(path):
         try:
             uid, text = bench.response(key, row)
-            sample = int(row.get("sample", 0))
+            sample = row.get("sample", 0)
+            if type(sample) is not int:
+                raise TypeError(f"the sample is {sample!r}, not a whole number")
             if not isinstance(text, str | None):
                 raise TypeError(f"the response is {type(text).__name__}, not text")
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where} is no response: {error!r}; expected id and response") from None
         yield uid, sample, text or ""
 
@@ -93,7 +95,10 @@ def verdicts(config: Config, bench: Benchmark, questions: dict[str, Question], p
     found, seen, unread = [], set(), []
     for uid, sample, text in read_responses(config.responses, bench):
         if uid not in questions:
-            raise ValueError(f"{config.responses}: no question of {config.data} has the id {uid!r}")
+            example = next(iter(questions.values())).id
+            raise ValueError(
+                f"{config.responses}: no question of {config.data} has the id {uid!r}; ids there read like {example!r}"
+            )
         question = questions[uid]
         if not question.gold:
             raise ValueError(
@@ -148,6 +153,8 @@ def score(config: Config, policy=None) -> dict:
     """Score the responses, write `out` and its summary; returns the summary. `policy`: see `verdicts`."""
     if config.extractor == "model" and policy is None and config.model is None:
         raise ValueError("--extractor model needs the model that is to read: give --model")
+    if config.out.resolve() == config.responses.resolve():
+        raise ValueError(f"--out {config.out} would replace the responses: give another file")
     bench = benchmark(config.benchmark)
     questions = bench.by_id(folder_of(config.data))
     scored = verdicts(config, bench, questions, policy)
@@ -155,21 +162,26 @@ def score(config: Config, policy=None) -> dict:
         if config.protocol == "official":
             row |= {"key": row["answer"], "correct": row["official"]}
         else:
-            how = {None: "none"}.get(row["vote_key"], "model" if row["method"] == "model" else "vote key")
-            row |= {"key": row["vote_key"], "correct": row["ours"], "method": how}
+            method = "model" if row["method"] == "model" else "vote key"
+            row |= {"key": row["vote_key"], "correct": row["ours"]}
+            row["method"] = method if row["vote_key"] is not None else "none"
+    methods = Counter(row["method"] for row in scored)
     summary = {
         "benchmark": config.benchmark,
         "protocol": config.protocol,
         "extractor": config.extractor,
         "questions": len({row["id"] for row in scored}),
+        "of_questions": len({question.id for question in questions.values()}),
         **share(scored),
         "correct": sum(row["correct"] for row in scored),
         "accuracies": {name: sum(row[name] for row in scored) / len(scored) for name in ("official", "ours")},
         "disagree": sum(row["official"] != row["ours"] for row in scored),
-        "methods": dict(sorted(Counter(row["method"] for row in scored).items())),
+        "methods": dict(sorted(methods.items())),
+        "unread": sum(methods[name] for name in (bench.unfound if config.protocol == "official" else ("none",))),
         "metrics": bench.metrics(scored, questions),
         "categories": breakdown(scored, bench.categories),
         "extraction": extraction(config, bench),
+        "extractor_model": None if config.extractor == "rules" else identity(config),
         "versions": shards.versions(),
         "responses": made_by(config),
     }
@@ -188,13 +200,16 @@ def report(summary: dict) -> str:
     parts = [f"{title}, {summary['protocol']} protocol; {summary['extraction']}", markdown(found)]
     if summary["metrics"]:
         parts.append(markdown([("figure", "value"), *figures(summary["metrics"])]))
-    both = ", ".join(f"{name} {value:.2%}" for name, value in summary["accuracies"].items())
-    return "\n\n".join([*parts, f"{both}; {summary['disagree']} verdicts differ"])
+    both = ", ".join(f"{name} {100 * value:.2f}" for name, value in summary["accuracies"].items())
+    counts = f"{summary['questions']} of {summary['of_questions']} questions have a response"
+    unread = f"in {summary['unread']} of {summary['n']} responses no answer was found"
+    return "\n\n".join([*parts, f"{both}; {summary['disagree']} verdicts differ\n{counts}; {unread}"])
 
 
 def last_line(summary: dict) -> dict:
     """The part of a summary that is printed as one line of JSON."""
-    return {name: value for name, value in summary.items() if name not in ("categories", "versions", "responses")}
+    longer = ("categories", "versions", "responses", "extractor_model")
+    return {name: value for name, value in summary.items() if name not in longer}
 
 
 def summary_of(out: Path) -> Path:
@@ -215,10 +230,16 @@ def extraction(config: Config, bench: Benchmark) -> str:
 def made_by(config: Config) -> dict | None:
     """How responses of eval.run were made: the manifest beside them. None for any other responses."""
     folder = config.responses.parent
-    if not (folder / "manifest.json").is_file():
+    if config.responses.name != "responses.jsonl" or not (folder / "manifest.json").is_file():
         return None
     manifest = shards.read_manifest(folder)
     return manifest if manifest["stage"] == "eval" else None
+
+
+def identity(config: Config) -> dict | None:
+    """Names and fingerprints of the model that extracts and of its adapter."""
+    named = {"model": config.model, "adapter": config.adapter}
+    return {role: {"name": name, "fingerprint": shards.fingerprint(name)} for role, name in named.items() if name}
 
 
 def main(config: Config) -> dict:

@@ -22,10 +22,10 @@ Folder: `testmini.json`, `2steps/`, `3steps/`; hub: We-Math/We-Math. Responses: 
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 
 from answers import answer_key, extract_answer
-from eval.benchmark import Benchmark, Question, lettered, picture
+from eval.benchmark import Benchmark, Question, gold_of, grouped, lettered, picture
 from eval.extraction import LETTERS
 
 _SIGNS = re.compile(r"[<>:.]")
@@ -38,7 +38,7 @@ def question(key: str | None, row: dict, split: str) -> Question:
         id=f"{row['ID']}/{row['key']}",
         alias=str(row["question number"]),
         text=row["question"],
-        gold=row["answer"],
+        gold=gold_of(row["answer"]),
         choices=lettered(row["option"]),
         image=picture(row, "image_path", "image"),
         categories={"steps": (steps,)},
@@ -67,8 +67,9 @@ def extract(response: str, question: Question) -> tuple[str, str]:
     _, mark, tail = response.rpartition("Answer")
     text = _SIGNS.sub("", tail.strip()[:1000]).strip()
     letter = text[0] if text and text[0] in LETTERS else ""
-    if mark and letter:
-        return letter, "answer"
+    alone = not re.match(r"\w|[^\S\n]+[a-z]", text[1:])  # and not the start of a sentence
+    if letter and (mark or alone):
+        return letter, "answer" if mark else "letter"
     if (boxed := extract_answer(response)) and (key := answer_key(boxed, question.choices)):
         return key, "box"
     return letter, "first" if letter else "none"
@@ -85,23 +86,16 @@ def metrics(rows: list[dict], questions: dict[str, Question]) -> dict:
     Of several samples, those of equal number are taken together and their counts summed. `incomplete` counts problems
     without a verdict on every question; they are left out.
     """
-    parts, verdicts, counts = defaultdict(set), defaultdict(dict), Counter()
-    for question in questions.values():
-        parts[question.problem].add(question.id)
-    for row in rows:
-        verdicts[row["sample"], questions[row["id"]].problem][row["id"]] = row["correct"]
-    for (_, problem), found in verdicts.items():
-        if found.keys() != parts[problem]:
-            counts["incomplete"] += 1
-            continue
-        whole = next(right for uid, right in found.items() if uid.endswith("multi"))
+    whole, incomplete = grouped(rows, questions)
+    counts = Counter(problems=len(whole), incomplete=incomplete)
+    for found in whole:
+        solved = next(right for uid, right in found.items() if uid.endswith("multi"))
         steps = [right for uid, right in found.items() if not uid.endswith("multi")]
-        counts["problems"] += 1
-        counts["IG"] += not whole and all(steps)
-        counts["IK"] += not whole and not all(steps)
+        counts["IG"] += not solved and all(steps)
+        counts["IK"] += not solved and not all(steps)
         for name, mastered in (("strict", all(steps)), ("loose", any(steps))):
-            counts["CM", name] += whole and mastered
-            counts["RM", name] += whole and not mastered
+            counts["CM", name] += solved and mastered
+            counts["RM", name] += solved and not mastered
     result = {"problems": counts["problems"], "incomplete": counts["incomplete"]}
     for name in ("strict", "loose") if counts["problems"] else ():
         n, ig, ik = counts["problems"], counts["IG"], counts["IK"]
@@ -113,7 +107,7 @@ def metrics(rows: list[dict], questions: dict[str, Question]) -> dict:
 
 BENCHMARK = Benchmark(
     title="We-Math",
-    files="testmini.json",
+    files=("testmini.json",),
     categories=("steps",),
     question=question,
     extract=extract,

@@ -129,7 +129,7 @@ def test_problems_without_all_verdicts_are_left_out_and_samples_are_summed(tmp_p
         ("Answer: B. 2", "B", "answer"),
         ("Answer A, no, Answer: Because", "B", "answer"),  # as the owners' rule has it
         ("C is too long. Answer: none", "", "none"),
-        ("B. It is 2", "B", "first"),
+        ("B. It is 2", "B", "letter"),
         ("As we see, it is 2", "A", "first"),  # as the owners' rule has it
         (r"As we see, \boxed{C}", "C", "box"),
         (r"Answer: \boxed{\text{B}}", "B", "box"),
@@ -188,6 +188,17 @@ def test_mathverses_answers(tmp_path, gold, question, response, answer, right):
     assert found == answer and mathverse.is_right(asked, found) is right
 
 
+@pytest.mark.parametrize("response", ["B", "(B)", "So the answer is (B) 60°.", r"\boxed{60^\circ}", "So it is 60°."])
+def test_choices_that_stand_in_the_picture(tmp_path, response):
+    """The question of the version Vision Only is empty; the owners have its text, for the evaluation, elsewhere."""
+    row = verse(1, "Vision Only", "B", "") | {"question_type": "multi-choice", "question_for_eval": CHOICE}
+    (tmp_path / "testmini.json").write_text(json.dumps([row, {**row, "sample_index": "2", "question_for_eval": ""}]))
+    questions = mathverse.BENCHMARK.by_id(tmp_path)
+    assert questions["1"].choices == ("40°", "60°") and mathverse.extract(response, questions["1"])[0] == "B"
+    assert mathverse.extract("The answer is (B).", questions["2"]) == ("B", "letter")
+    assert not mathverse.is_right(questions["2"], "60°")
+
+
 def test_mathverse_by_version_and_its_two_files(tmp_path):
     (tmp_path / "testmini.json").write_text(json.dumps([verse(1, "Text Lite", "5"), verse(2, "Vision Only", "5")]))
     (tmp_path / "testmini_text_only.json").write_text(json.dumps([verse(1, "Text Only", "7")]))
@@ -225,6 +236,9 @@ def logic(answer: str, skill: str = "inductive") -> dict:
         ("They rotate. The correct answer is **B, D**.", "B, D", "letters"),
         ("Row by row the dot moves. The answer is (E).", "E", "letter"),
         ("They would all require the same effort", "", "none"),
+        ("3", "3", "letters"),
+        (r"\boxed{I}", "I", "box"),
+        ("The third row is filled, so it is 3.", "3", "last"),
         ("", "", "none"),
     ],
 )
@@ -243,6 +257,9 @@ def test_logicvista_by_skill_in_both_layouts(tmp_path):
     assert {k: v["accuracy"] for k, v in found["categories"]["skill"].items()} == {"inductive": 1.0, "spatial": 0.0}
     boxed = [{"id": uid, "response": rf"\boxed{{{text}}}"} for uid, text in texts.items()]
     assert scored("logicvista", tmp_path, boxed, protocol="ours")["accuracy"] == 0.5
+    prompted = {uid: {"answer": f"Is it A or B? The answer is D. ASSISTANT: {text}"} for uid, text in texts.items()}
+    scored("logicvista", tmp_path, prompted)
+    assert correct(tmp_path) == {"v1_0": True, "v1_1": True, "v1_2": False, "v1_3": False}
     with pytest.raises(ValueError, match="v1_0 is no response: KeyError"):  # the questions, whose answers are gold
         scored("logicvista", tmp_path, rows)
 
@@ -259,12 +276,15 @@ def dyna(answer: str, kind: str = "float", level: str = "high school", question:
     ("gold", "kind", "response", "answer", "right"),
     [
         ("2.0944", "float", '{"solution": "…", "short answer": "2.094"}', "2.094", True),
-        ("2.0944", "float", '{"short answer": 2.0960}', "2.0960", False),  # off by more than 0.001
+        ("2.0944", "float", '{"short answer": 2.0956}', "2.0956", False),  # off by more than 0.001
         ("2.0944", "float", "```json\n{'short answer': '2.0950'}\n```", "2.0950", True),
         ("6.2832", "float", '{"short answer": "2π"}', "2π", True),
         ("24", "float", '{"short answer": "24.0 cm"}', "24.0 cm", True),
-        ("24", "float", r"4 sides of 6: \boxed{24}", "24", True),
-        ("2.0944", "float", r"\boxed{\frac{2\pi}{3}}", r"\frac{2\pi}{3}", True),
+        ("24", "float", r"4 sides of 6: \boxed{24}", "24.0", True),
+        ("24", "float", r"4 sides of 6: \boxed{\text{about } 24 cm}", "24", True),
+        ("0.5", "float", '{"short answer": "1/2"}', "1/2", False),  # a first word that Python reads as no float
+        ("6.2832", "float", '{"short answer": "2\\u03c0"}', "2π", True),
+        ("2.0944", "float", r"\boxed{\frac{2\pi}{3}}", "2.0943951023931957", True),
         ("24", "float", "The answer is 24.", "24", True),
         ("24", "float", '{"short answer": "1e999"}', "1e999", False),
         ("24", "float", '{"short answer": "unknown"}', "unknown", False),
@@ -313,7 +333,7 @@ def test_worst_case_over_variants_by_hand(tmp_path):
 
 def test_a_float_question_needs_a_number(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps({"1": dyna("long")}))
-    with pytest.raises(ValueError, match="dataset.json:1 is no DynaMath question: ValueError.*'long' is no number"):
+    with pytest.raises(ValueError, match="dataset.json:1 is no DynaMath question: ValueError.*'long'"):
         dynamath.BENCHMARK.questions(tmp_path)
 
 

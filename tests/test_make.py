@@ -55,8 +55,9 @@ def test_variables_are_flags():
     assert 'rewards.py --rollouts runs/rollouts --reward "frequency"' in commands("score", "REWARD=frequency")
     assert '-m eval.heldout --data "shapes" --adapter x' in commands("eval", "ARGS=--adapter x")
     assert '-m eval.heldout --data "shapes" --adapter "runs/t/adapter"' in commands("eval", "RUN=runs/t")
-    assert '-m eval.run --benchmark "wemath" --data "d" --run "runs/t" --out "runs/t/benchmarks" --n 2' in commands(
-        "eval", "BENCH=wemath", "DATA=d", "RUN=runs/t", "ARGS=--n 2"
+    assert (
+        '-m eval.run --benchmark "wemath" --data "d" --run "runs/t" --out "runs/t/benchmarks/wemath" --n 2'
+        in commands("eval", "BENCH=wemath", "DATA=d", "RUN=runs/t", "ARGS=--n 2")
     )
     shown = commands(
         "ablate", "DATA=geoqa", "MODEL=a/b", "REWARDS=majority judged(t_h=.9)@rloo", "ADVANTAGE=mean", "STEPS=3",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval import mathvision, mathvista, score
-from eval.benchmark import Question
+from eval.benchmark import Question, benchmark
 from eval.mathvision import extract, is_right
 
 SHARED = Path(os.environ.get("UPT_SHARED_DATA", Path(__file__).parents[2] / "shared/data"))
@@ -234,7 +234,8 @@ def test_rows_tables_and_the_last_line(folder, capsys):
     assert (result["n"], result["correct"], result["accuracy"]) == (4, 2, 0.5)
     assert "| subject | algebra | 2 | 50.00 |" in printed and "| level | 2 | 2 | 50.00 |" in printed
     # "The answer is (B)." has no box, so it has no vote key.
-    assert "official 50.00%, ours 25.00%; 1 verdicts differ" in printed
+    assert "official 50.00, ours 25.00; 1 verdicts differ" in printed
+    assert "2 of 2 questions have a response; in 1 of 4 responses no answer was found" in printed
     rows = [json.loads(line) for line in (folder / "out/s.jsonl").open()]
     assert rows[0] == {
         "id": "1", "sample": 0, "key": "60", "correct": True, "method": "box", "vote_key": "60",
@@ -258,6 +259,49 @@ def test_responses_by_id_in_json(folder):
         list(score.read_responses(path, mathvision.BENCHMARK))
 
 
+def test_files_as_people_have_them(folder):
+    lines = [json.dumps({"id": "1", "response": r"\boxed{60}"}), json.dumps({"id": "2", "response": "B"})]
+    path = folder / "a.json"  # lines of JSON by another name, with the mark that editors put in front
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    assert score.main(score.Config("mathvision", folder, path, folder / "s.scores"))["correct"] == 2
+    path.write_bytes(lines[0].encode().replace(b"60", b"60 \xff"))  # a byte that is no UTF-8
+    assert list(score.read_responses(path.rename(folder / "b.json.jsonl"), mathvision.BENCHMARK))[0][0] == "1"
+    (folder / "b.json.jsonl").rename(folder / "answers.jsonl")  # beside the questions, it is not one of their files
+    assert set(mathvision.BENCHMARK.questions(folder)) == {"test", "testmini"}
+    line = json.dumps({"id": "1", "response": "a\u2028b\x85c"}, ensure_ascii=False)
+    path.with_suffix(".jsonl").write_text(line + "\n", encoding="utf-8")
+    assert len(list(score.read_responses(path.with_suffix(".jsonl"), mathvision.BENCHMARK))) == 1
+    with pytest.raises(ValueError, match="would replace the responses"):
+        path = path.with_suffix(".jsonl")
+        score.main(score.Config("mathvision", folder, path, path))
+    with pytest.raises(FileNotFoundError, match="is no file: give a JSONL or JSON file"):
+        score.main(score.Config("mathvision", folder, folder, folder / "s.scores"))
+
+
+def test_of_equal_ids_the_first_file_counts(folder):
+    rows = [json.loads(line) for line in (folder / "testmini.jsonl").read_text().splitlines()]
+    (folder / "testmini.jsonl").write_text(json.dumps(rows[0] | {"answer": "61"}) + "\n")
+    assert scores(folder, {"id": "1", "response": r"\boxed{60}"})["correct"] == 1
+    (folder / "testmini.jsonl").write_text(json.dumps(rows[0] | {"options": "AB"}) + "\n")
+    with pytest.raises(ValueError, match="testmini.jsonl:1 is no MATH-Vision question: TypeError.*str, not a list"):
+        scores(folder, {"id": "1", "response": "B"})
+
+
+def test_what_is_said_of_the_extraction(folder):
+    found = score.score(score.Config("mathvision", folder, written(folder, "B", "It is big"), folder / "s.scores"))
+    assert found["extraction"] == "answers extracted by rules" and found["methods"] == {"bare": 1, "text": 1}
+    assert (found["unread"], found["questions"], found["of_questions"]) == (1, 2, 2)
+    for name in ("mathvista", "mathverse", "logicvista", "dynamath"):
+        said = score.extraction(score.Config(name, folder, folder, folder), benchmark(name))
+        assert said == "answers extracted by rules in place of the owners' large model"
+
+
+def written(folder, *texts):
+    path = folder / "w.jsonl"
+    path.write_text("".join(json.dumps({"id": str(n), "response": text}) + "\n" for n, text in enumerate(texts, 1)))
+    return path
+
+
 def test_stored_extractions_and_verdicts_are_not_read(folder):
     stored = {"model_answer": "60", "extraction": "60", "prediction": "60", "correct": True, "true_false": True}
     assert scores(folder, {"id": "1", "response": r"\boxed{61}"} | stored)["correct"] == 0
@@ -270,7 +314,9 @@ def test_stored_extractions_and_verdicts_are_not_read(folder):
         ([{"id": "1", "response": "1"}, "not json\n"], "a.jsonl:2 is no JSON"),
         (["[1]\n"], "a.jsonl:1 is no response: AttributeError"),
         ([{"id": "1", "response": ["1"]}], "the response is list, not text"),
-        ([{"id": "7", "response": "1"}], "no question of .* has the id '7'"),
+        ([{"id": "7", "response": "1"}], "no question of .* has the id '7'; ids there read like '1'"),
+        ([{"id": "1", "response": "1", "sample": 1.5}], "the sample is 1.5, not a whole number"),
+        (['{"id": "1", "response": "1", "response": "2"}\n'], "the key 'response' is there twice"),
         ([{"id": "1", "response": "1"}] * 2, "two responses to question '1' with sample 0"),
         ([], "holds no response"),
     ],
