@@ -301,7 +301,7 @@ def _option_keys(choices: tuple[str, ...]) -> tuple[list[str | None], list[str |
 
 def _choice_key(tokens: list[str], choices: tuple[str, ...], multi: bool) -> str | None:
     letters = ascii_uppercase[: len(choices)]
-    if len(tokens) == 1 and tokens[0] in letters:
+    if len(tokens) == 1 and tokens[0] in tuple(letters):
         return tokens[0]
     texts, keys = _option_keys(choices)
     # The exact text comes before other letters (an option may read "AC" or "a"), the key after (5 m and 5 cm share it).

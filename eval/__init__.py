@@ -1,1 +1,1 @@
-"""Evaluation: held-out questions, with intervals."""
+"""Evaluation: held-out questions with intervals, and benchmarks by their owners' protocols."""

@@ -9,7 +9,8 @@ subfield.
 
 Folder: `testmini.json`, `testmini_text_only.json`, `images/`; hub: AI4Math/MathVerse. Responses: JSON or JSONL of
 `sample_index` (or `id`) and `response`. The text-only file counts its samples anew, so its ids get the version's name:
-`Text Only/1`, or plainly `1` where the folder has no other file.
+`Text Only/1`, or plainly `1` where the folder has no other file. In the owners' files of results the response is called
+`model_answer`, which is not read here: rename it.
 """
 
 import re

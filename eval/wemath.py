@@ -18,7 +18,7 @@ IG, IK and CM are shares of all problems, RM is a share of RM + CM. The owners d
 by the problems whose questions were all answered, the same number for a full set.
 
 Folder: `testmini.json`, `2steps/`, `3steps/`; hub: We-Math/We-Math. Responses: a JSON list of the owners' rows with
-`response`, or JSONL of `id` (`2steps_1/2steps_multi`: the row's ID and key) and `response`.
+`response`, or JSONL of `id` (`2steps_1/2steps_multi`: the row's ID and key, or its question number) and `response`.
 """
 
 import re

@@ -314,6 +314,10 @@ def test_choices(answer, choices, letter):
     assert vote_key(f"\\boxed{{{answer}}}", tuple(choices)) == letter
 
 
+def test_neighbouring_letters_are_no_letter():
+    assert answer_key("ABC", ["1", "2", "3", "4"]) is None and answer_key("ABC", list("1234"), multi=True) == "ABC"
+
+
 @pytest.mark.parametrize(
     "answer, key",
     [
