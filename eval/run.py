@@ -129,7 +129,7 @@ def select(
         splits["all"].sort(key=lambda q: [int(part) for part in re.findall(r"\d+", q.id)])  # seed by seed
 
     def fitness(name: str) -> tuple:
-        there = [question for question in splits[name] if has_picture(folder, question)]
+        there = [question for question in splits[name] if question.gold and has_picture(folder, question)]
         return sum(question.image != "" for question in there), len(there) / len(splits[name]), len(there)
 
     split = split or max(splits, key=fitness)

@@ -80,6 +80,12 @@ def test_the_split_with_most_pictures_is_asked(tmp_path):
         run.select(VISION, folder)
 
 
+def test_a_split_without_answers_is_not_chosen(tmp_path):
+    folder = vision_folder(tmp_path, pictures=6)
+    (folder / "test.jsonl").write_text("".join(json.dumps(vision(str(n)) | {"answer": None}) + "\n" for n in range(6)))
+    assert run.select(VISION, folder)[0] == "testmini"
+
+
 def test_text_gives_way_to_pictures(tmp_path):
     """One of two pictures is there: still the split with pictures, not the one in text alone."""
     row = {
