@@ -17,9 +17,10 @@ benchmark. Let a_q and b_q be the shares of right samples of question q, d_q = b
                  responses that gave it, and a block without a key is wrong. So is, in maj@1, an answer that the
                  protocol took from a response without a vote key: maj@1 can be below the accuracy
 
-Accuracy and difference are also given for each value of each category. Nothing is corrected for how many categories or
-benchmarks are looked at: of twenty that are equal, one is expected to show a difference. The interval of a handful of
-questions is too narrow, and that of questions without a change is [0, 0], however few they are.
+Where both sides have their summaries, the benchmark's own figures stand beside each other, each over all questions of
+its side. Accuracy and difference are also given for each value of each category. Nothing is corrected for how many
+categories or benchmarks are looked at: of twenty that are equal, one is expected to show a difference. The interval of
+a handful of questions is too narrow, and that of questions without a change is [0, 0], however few they are.
 
 The last line printed is a JSON object; `--out` has besides the ids gained and lost, the categories, pass@k and maj@k.
 """
@@ -35,6 +36,7 @@ import numpy as np
 import tyro
 from scipy.stats import binomtest
 
+from eval.score import figures
 from shards import write_whole
 from stats import markdown
 
@@ -43,7 +45,7 @@ AT_ONCE = 500  # resamples held in memory
 SHOWN = 5  # ids printed of those gained and of those lost
 # Of eval.run, those that change what a model says.
 SETTINGS = ("prompt", "temperature", "top_p", "top_k", "max_new_tokens", "max_prompt_tokens", "pixels", "split")
-DETAILS = ("gained_ids", "lost_ids", "categories", "at_k")  # in --out, not in the last line
+DETAILS = ("figures", "gained_ids", "lost_ids", "categories", "at_k")  # in --out, not in the last line
 
 # name: what is expected, and whether a value is that; other fields are not read
 FIELDS = {
@@ -129,10 +131,11 @@ def read_scores(file: Path) -> dict[str, list[dict]]:
 
 
 def origin(a: Path, b: Path) -> dict:
-    """{"benchmark", "protocol", "settings"} by the summaries beside the score files; None where neither tells.
+    """{"benchmark", "protocol", "figures", "settings"} by the summaries beside the score files.
 
-    `settings` are those of how responses were made and read that differ, {name: [of a, of b]}. Raises ValueError where
-    the two sides are not of one benchmark and protocol.
+    The first two are None where neither tells. `figures` are the benchmark's own, {"a", "b"}, empty where a side has
+    none; `settings` are those of how responses were made and read that differ, {name: [of a, of b]}. Raises ValueError
+    where the two sides are not of one benchmark and protocol.
     """
     sides, about = [], {}
     for path in (a.with_suffix(".summary.json"), b.with_suffix(".summary.json")):
@@ -140,10 +143,10 @@ def origin(a: Path, b: Path) -> dict:
             summary = json.loads(path.read_bytes()) if path.is_file() else {}
             made = (summary.get("responses") or {}).get("config") or {}
             known = {name: summary.get(name) for name in ("benchmark", "protocol", "extractor")}
-            sides.append((known, {name: made[name] for name in SETTINGS if name in made}))
+            sides.append((known, {name: made[name] for name in SETTINGS if name in made}, summary.get("metrics") or {}))
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path} is no summary: {error}; score again with eval.score, or remove it") from None
-    (known_a, made_a), (known_b, made_b) = sides
+    (known_a, made_a, own_a), (known_b, made_b, own_b) = sides
     for name in ("benchmark", "protocol"):
         if None not in (known_a[name], known_b[name]) and known_a[name] != known_b[name]:
             raise ValueError(
@@ -154,6 +157,7 @@ def origin(a: Path, b: Path) -> dict:
     pairs = {name: [made_a[name], made_b[name]] for name in made_a if name in made_b}
     if None not in (known_a["extractor"], known_b["extractor"]):
         pairs["extractor"] = [known_a["extractor"], known_b["extractor"]]
+    about["figures"] = {"a": own_a, "b": own_b} if own_a and own_b else {}
     return about | {"settings": {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}}
 
 
@@ -225,8 +229,8 @@ def paired(a: Sequence[float], b: Sequence[float], seed: int) -> dict:
 def compare(a: Path, b: Path, seed: int = 0) -> dict:
     """Two score files compared as the docstring above says; shares are from 0 to 1.
 
-    {"benchmark", "protocol", "settings", "questions", "only_a", "only_b", "samples_a", "samples_b", "a", "b",
-    "difference", "gained", "lost", "p", "significant", "gained_ids", "lost_ids", "categories": {name: {value: …}},
+    {"benchmark", "protocol", "figures", "settings", "questions", "only_a", "only_b", "samples_a", "samples_b", "a",
+    "b", "difference", "gained", "lost", "p", "significant", "gained_ids", "lost_ids", "categories": {name: {value: …}},
     "at_k"}; at_k is empty where each question has one sample. Raises ValueError for files that cannot be compared.
     """
     about, left, right = origin(a, b), read_scores(a), read_scores(b)
@@ -297,6 +301,10 @@ def report(found: dict) -> str:
     for name, values in found["categories"].items():
         table += [(name, value, str(scores["questions"]), *_cells(scores)) for value, scores in values.items()]
     parts = [f"{found['questions']} questions; {samples}; {alone}", markdown(table)]
+    if found["figures"]:  # of all questions of each side, as its owners give them
+        own_a, own_b = (dict(figures(found["figures"][side])) for side in "ab")
+        lines = [(name, own_a[name], own_b[name]) for name in own_a if name in own_b]
+        parts.append(markdown([("figure", "A", "B"), *lines]))
     if found["at_k"]:
         head = [("", "A", "B", "B - A, 95 %")]
         lines = [(f"{m}@{row['k']}", *_cells(row[m])) for m in ("pass", "maj") for row in found["at_k"]]

@@ -320,3 +320,25 @@ def test_end_to_end(pair, tmp_path):
     assert "| subject | even | 5 | 40.00 | 100.00 | +60.00 [+20.00, +100.00] |" in done.stdout
     assert "gained: 6 (5, 6, 7, 8, 9, …)" in lines and "lost: 1 (1)" in lines
     assert "not significant" in lines[-3]
+
+
+def test_the_owners_figures_and_settings_that_differ_are_shown(tmp_path, capsys):
+    def side(name: str, score: float, prompt: str, **more) -> Path:
+        (tmp_path / name).mkdir()
+        made = {"config": {"prompt": prompt, "temperature": 0.0}}
+        known = {
+            "benchmark": "wemath",
+            "protocol": "official",
+            "metrics": {"strict": {"score": score}},
+            "responses": made,
+        }
+        return write(tmp_path / name / "scores.jsonl", [line("1", True)], **known | more)
+
+    a, b = side("a", 0.25, "boxed", extractor="rules"), side("b", 0.5, "official", extractor="model")
+    found = compare.main(compare.Config(a, b))["benchmarks"]["wemath"]
+    assert found["settings"] == {"prompt": ["boxed", "official"], "extractor": ["rules", "model"]}
+    printed = capsys.readouterr().out
+    assert "| strict score | 25.00 | 50.00 |" in printed
+    assert "A and B were not made alike: prompt boxed and official, extractor rules and model" in printed
+    same = compare.main(compare.Config(a, side("c", 0.25, "boxed", extractor="rules")))["benchmarks"]["wemath"]
+    assert same["settings"] == {} and "not made alike" not in capsys.readouterr().out
