@@ -26,7 +26,7 @@ MODEL_READY = $(if $(NEEDS_TINY),$(TINY)/warmup.json)
 SAMPLING = --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,seed,$(SEED))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup warmup train rollout judge score eval ablate test lint bench bench-gpu clean one-gpu
+.PHONY: help setup warmup train rollout judge score eval synth ablate test lint bench bench-gpu clean one-gpu
 
 help:  ## this list
 	@echo "make TARGET [DATA=shapes] [MODEL=] [REWARD=] [ADVANTAGE=] [STEPS=] [SEED=] [REWARDS=] [SEEDS=] [OUT=] [RUN=] [BENCH=] [GPUS=1] [ARGS=...]"
@@ -73,6 +73,9 @@ ifneq ($(BENCH),)
 else
 	$(PY) -m eval.heldout $(SAMPLING) $(call flag,adapter,$(if $(RUN),$(RUN)/adapter)) $(call flag,out,$(OUT)) $(ARGS)
 endif
+
+synth: one-gpu $(READY) $(MODEL_READY)  ## the model writes questions of its own to the pictures of DATA
+	$(PY) synthesize.py $(SAMPLING) --out "$(or $(OUT),runs/questions)" $(ARGS)
 
 ablate: one-gpu $(READY) $(if $(findstring --rollouts,$(ARGS)),,$(MODEL_READY))  ## compare REWARDS="majority frequency ..." over SEEDS=3, or on shards (ARGS="--rollouts DIR")
 	$(PY) ablate.py --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,rewards,$(REWARDS)) \

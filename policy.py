@@ -217,7 +217,8 @@ class Policy:
         path = PROMPTS / f"{name}.md"
         path = path if path.is_file() else Path(name)
         if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in PROMPTS.glob("*.md") if "{response}" not in p.read_text("utf-8")))
+            others = ("judge", "ask-", "extract")  # prompts that are not put around a question
+            known = ", ".join(sorted(p.stem for p in PROMPTS.glob("*.md") if not p.stem.startswith(others)))
             raise PolicyError(f"no prompt {name!r}: give one of {known}, or the path of a file with {{question}} in it")
         text = path.read_text(encoding="utf-8").strip()
         if "{question}" not in text:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -379,6 +380,13 @@ def test_a_model_reads_what_the_rules_cannot(tmp_path, monkeypatch):
     monkeypatch.setattr(extractor, "read", read)
     found = score.score(score.Config(*given, extractor="model", protocol="ours"), policy="a policy")
     assert found["methods"] == {"vote key": 1, "model": 1, "none": 1} and found["correct"] == 2
+    path.write_text(json.dumps({"id": "0", "response": "The answer is 5."}) + "\n")
+    monkeypatch.setattr(extractor, "read", lambda policy, unread: ["5"] * len(unread))
+    read_by = {
+        protocol: score.score(score.Config(*given, protocol, "model"), policy="a policy")["methods"]
+        for protocol in ("official", "ours")
+    }
+    assert read_by == {"official": {"number": 1}, "ours": {"model": 1}}  # it has no vote key
     with pytest.raises(ValueError, match="--extractor model needs the model"):
         score.score(score.Config(*given, extractor="model"))
 
@@ -450,6 +458,14 @@ def test_accuracy_is_followed_through_a_run(trained):
     assert curve["2"] < curve["0"]  # random rewards at a wild learning rate
 
 
+def test_a_finished_run_does_not_look_again(trained, tmp_path):
+    _, out = trained
+    shutil.copytree(out, tmp_path / "run")
+    (tmp_path / "run/benchmarks.json").write_text('{"mathvision": 0.125}')
+    again = train_upt.main(train_upt.Config(out=tmp_path / "run", resume=True, device="cpu"))
+    assert again["benchmarks"]["mathvision"]["end"] == 0.125
+
+
 def test_a_runs_own_model_is_evaluated(trained, tmp_path):
     folder, out = trained
     settings = run.Config(benchmark="mathvision", data=str(folder), run=out, out=tmp_path / "o", device="cpu")
@@ -460,6 +476,12 @@ def test_a_runs_own_model_is_evaluated(trained, tmp_path):
     assert made["adapter"]["name"] == str(out / "adapter") and made["config"]["max_new_tokens"] == 6
     with pytest.raises(ValueError, match="--run brings its own model and adapter"):
         config(folder, tmp_path, "x", run=out).resolve()
+    (tmp_path / "merged/start").mkdir(parents=True)  # a run that began from an adapter
+    (tmp_path / "merged/adapter").mkdir()
+    (tmp_path / "merged/manifest.json").write_text((out / "manifest.json").read_text())
+    began = run.Config(data=str(folder), run=tmp_path / "merged")
+    began._take_from_run()
+    assert began.model == str(tmp_path / "merged/start")
     (tmp_path / "manifest.json").write_text((out / "manifest.json").read_text())
     with pytest.raises(ValueError, match="has no adapter yet"):
         run.Config(data=str(folder), run=tmp_path).resolve()

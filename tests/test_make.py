@@ -31,7 +31,7 @@ def commands(*arguments: str) -> str:
 
 def test_help_is_the_default_and_lists_every_target():
     text = make().stdout
-    for target in "help setup warmup train rollout judge score eval ablate test lint bench clean".split():
+    for target in "help setup warmup train rollout judge score eval synth ablate test lint bench clean".split():
         assert any(line.split()[0] == target and len(line.split()) > 2 for line in text.splitlines()[1:]), target
 
 
@@ -49,6 +49,9 @@ def test_variables_are_flags():
     assert "warmup.py" not in commands("train", "-B", "DATA=geoqa") and "warmup.py" in commands(
         "train", "-B", "DATA=geoqa", "MODEL=models/tiny"
     )
+    assert '--out "runs/benchmarks"' in commands("eval", "BENCH=all", "DATA=d")
+    asked = commands("synth", "DATA=d", "ARGS=--mode direct")
+    assert 'synthesize.py --data "d" --out "runs/questions" --mode direct' in asked
     assert 'judge.py --rollouts runs/rollouts --model "a/b" --out "runs/j" --judge-mode text' in commands(
         "judge", "MODEL=a/b", "OUT=runs/j", "ARGS=--judge-mode text"
     )

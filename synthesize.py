@@ -1,0 +1,305 @@
+r"""The model writes its own training questions (MM-UPT, arXiv 2505.22453), without labels.
+
+    1. ask      show the model pictures and have it write k questions for each
+                in-context   the picture and its question, and ask for a new, different one
+                direct       the picture alone
+    2. filter   rules on the text of a question (filters.py)
+    3. answer   sample responses to those that are left, and keep the ones whose majority has a share within a band and
+                whose abstentions are few: neither trivial nor beyond the model
+    4. write    a data set like any other: parquet in the hub's schema with a card, and provenance.jsonl, a line for
+                each candidate, kept or not
+
+No gold exists for these questions, and none is written. The filters are ours; `--filters none` keeps all that is not
+empty. Shards of what was asked and answered lie in OUT/asked and OUT/answered; the same command again goes on where it
+was stopped, and loses and repeats nothing.
+
+    python synthesize.py --data shapes --mode in-context --per-image 2 --out runs/questions
+    python train_upt.py --data runs/questions --model models/tiny --out runs/evolved
+"""
+
+import io
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import tyro
+from tqdm import tqdm
+from tyro.conf import Suppress
+
+import data
+import filters
+import rollout
+import shards
+from policy import PROMPTS, Policy, PolicyError
+from stats import markdown
+from votes import abstentions, majority_share
+
+FREE = ("out", "device", "rollout_tokens", "steps")
+ASK, ANSWER = 0, 1  # "steps" that key the sampling noise apart from a training run's
+
+
+@dataclass
+class Config(rollout.Config):
+    """Settings left at None take the default for the model (see presets.py)."""
+
+    mode: Literal["in-context", "direct"] = "in-context"
+    """in-context: the model sees the picture and its question; direct: the picture alone"""
+    out: Path = Path("runs/questions")
+    """folder of the data set to write"""
+    per_image: int = 1
+    """questions to write for each picture, k"""
+    filters: str = "all"
+    """all, none, or names of filters.py with commas between them"""
+    ask_prompt: str | None = None
+    """what asks for a question: a name in prompts/ or a file; None: ask-in-context or ask-direct"""
+    ask_max_new_tokens: int | None = None
+    """longest question, in tokens; None: as long as a response"""
+    min_share: float = 0.25
+    """agreement: the majority's least share of the responses"""
+    max_share: float = 0.99
+    """agreement: its largest share"""
+    max_abstentions: float = 0.5
+    """abstention: largest share of responses without an answer"""
+    preset: Suppress[None] = None
+    steps: Suppress[int | None] = None
+
+    def resolve(self) -> "Config":
+        super().resolve()
+        if self.per_image < 1:
+            raise ValueError(f"--per-image must be at least 1, not {self.per_image}")
+        if not 0 <= self.min_share <= self.max_share <= 1 or not 0 <= self.max_abstentions <= 1:
+            raise ValueError("shares go from 0 to 1: --min-share <= --max-share, and --max-abstentions")
+        self.chosen()
+        asking(self)
+        return self
+
+    def chosen(self) -> tuple[str, ...]:
+        """The filters by name, in the order of filters.NAMES."""
+        named = {"all": filters.NAMES, "none": ()}.get(self.filters, tuple(self.filters.split(",")))
+        if unknown := [name for name in named if name not in filters.NAMES]:
+            raise ValueError(f"--filters {unknown[0]!r}: give all, none, or some of {','.join(filters.NAMES)}")
+        return tuple(name for name in filters.NAMES if name in named)
+
+
+def asking(config: Config) -> str:
+    """The text that asks for a question. In context, `{question}` stands for the source question."""
+    name = config.ask_prompt or f"ask-{config.mode}"
+    path = PROMPTS / f"{name}.md"
+    path = path if path.is_file() else Path(name)
+    if not path.is_file():
+        raise PolicyError(f"no prompt {name!r}: give the name of a file in prompts/, or a path, as --ask-prompt")
+    text = path.read_text(encoding="utf-8").strip()
+    if ("{question}" in text) != (config.mode == "in-context"):
+        wanted = "needs {question}, the source question" if config.mode == "in-context" else "shows no {question}"
+        raise PolicyError(f"{path}: a prompt for --mode {config.mode} {wanted}")
+    return text
+
+
+def sampled(policy, folder: Path, count: int, read, config: rollout.Config, title: str) -> list[dict]:
+    """Groups of responses to `count` questions; `read(rows)` gives some of them and their prompts.
+
+    A shard that is there already is read instead.
+    """
+    found, per_shard = [], config.questions_per_step
+    with tqdm(total=count * config.group_size, desc=title, unit="response") as bar:
+        for number, start in enumerate(range(0, count, per_shard)):
+            path = shards.shard_path(folder, number)
+            if shards.is_complete(path):
+                groups = shards.read_shard(path)
+                bar.update(sum(len(group["responses"]) for group in groups))
+            else:
+                questions, prompts = read(range(start, min(start + per_shard, count)))
+                groups = []
+                if prompts:
+                    batch = rollout.Batch(questions, prompts)
+                    groups = rollout.rollout(policy, batch, number, config, folder, bar.update)
+                    shards.write_shard(path, groups)
+            found += groups
+    return found
+
+
+def encoded(policy, questions: list, shown: list, template: str, config) -> tuple[list, list]:
+    """Questions whose prompts fit, and the prompts, made from what is shown in their place."""
+    prompts, too_long = policy.encode(shown, template, config.max_prompt_tokens)
+    for uid, tokens in too_long.items():
+        print(f"left out {uid}: prompt of {tokens} tokens is over --max-prompt-tokens", file=sys.stderr)
+    return [question for question in questions if question.uid not in too_long], prompts
+
+
+def ask(policy: Policy, questions: data.Questions, config: Config) -> list[dict]:
+    """Groups of the texts in which the model asks, a group for each source question."""
+    prompt = asking(config)
+
+    def read(rows: range) -> tuple[list, list]:
+        found = questions.get(rows)
+        shown = [replace(q, question=prompt.replace("{question}", policy.ask(q)), choices=None) for q in found]
+        return encoded(policy, found, shown, "{question}", config)
+
+    length = config.ask_max_new_tokens or config.max_new_tokens
+    settings = replace(config, group_size=config.per_image, max_new_tokens=length)
+    return sampled(policy, config.out / "asked", len(questions), read, settings, "asking")
+
+
+def answer(policy: Policy, candidates: list[dict], config: Config) -> dict[str, dict]:
+    """Groups of responses to candidates, by uid."""
+
+    def read(rows: range) -> tuple[list, list]:
+        chosen = candidates[rows.start : rows.stop]
+        found = [data.Question(c["uid"], c["question"], None, picture(config, c["image"]), None) for c in chosen]
+        return encoded(policy, found, found, policy.template(config.prompt), config)
+
+    groups = sampled(policy, config.out / "answered", len(candidates), read, config, "answering")
+    return {group["uid"]: group for group in groups}
+
+
+def picture(config: Config, image: str | None):
+    """A candidate's picture, from where the asking stage left it."""
+    return None if image is None else shards.open_image(config.out / "asked", image)
+
+
+def written(text: str) -> str:
+    """The question in a text: behind the last "Question:", without thoughts, quotation marks and markup."""
+    text = text.rpartition("</think>")[2]
+    text = re.split(r"(?i)\bquestion\*{0,2} ?:", text)[-1]
+    return " ".join(text.replace("**", " ").split()).strip("\"'“”` ")
+
+
+def judged(groups: list[dict], config: Config) -> list[dict]:
+    """A candidate for each text: uid, source, question, and which text filters it passes."""
+    found = []
+    for group in groups:
+        others: list[str] = []
+        for i, response in enumerate(group["responses"]):
+            text = written(response["text"])
+            candidate = filters.Candidate(text, group["question"], tuple(others), response["finish"] == "stop")
+            passed = {name: filters.TEXT[name](candidate) for name in config.chosen() if name in filters.TEXT}
+            others.append(text)
+            found.append(
+                {
+                    "uid": f"{group['uid']}/{config.mode}-{i}",
+                    "source": group["uid"],
+                    "source_question": group["question"],
+                    "mode": config.mode,
+                    "prompt": config.ask_prompt or f"ask-{config.mode}",
+                    "image": group["image"],
+                    "text": response["text"],
+                    "question": text,
+                    "filters": passed,
+                }
+            )
+    return found
+
+
+def tried(candidates: list[dict], groups: dict[str, dict], config: Config) -> None:
+    """Add to candidates what their responses say of them. One without responses fails: its prompt was too long."""
+    for candidate in candidates:
+        passed = dict.fromkeys(filters.ANSWERS, False)
+        if group := groups.get(candidate["uid"]):
+            share, silent = majority_share(group), abstentions(group) / len(group["responses"])
+            candidate |= {"majority_share": share, "abstention_share": silent}
+            passed["agreement"] = config.min_share <= share <= config.max_share
+            passed["abstention"] = silent <= config.max_abstentions
+        candidate["filters"] |= {name: passed[name] for name in config.chosen() if name in passed}
+
+
+def is_kept(candidate: dict) -> bool:
+    """Whether a question is not empty and passed every filter."""
+    return candidate["question"] != "" and all(candidate["filters"].values())
+
+
+def write(candidates: list[dict], summary: dict, config: Config) -> None:
+    """The kept questions as parquet with a card, and provenance.jsonl with all of them."""
+    kept = [candidate for candidate in candidates if candidate["kept"]]
+    lines = (json.dumps(candidate) + "\n" for candidate in candidates)
+    shards.write_whole(config.out / "provenance.jsonl", (line.encode() for line in lines))
+    file = config.out / "data" / "train-00000-of-00001.parquet"
+    file.unlink(missing_ok=True)
+    if kept:
+        columns = {
+            "images": [[] if c["image"] is None else [_stored(config.out / "asked" / c["image"])] for c in kept],
+            "problem": ["<image>" * (c["image"] is not None) + c["question"] for c in kept],
+            "uid": [c["uid"] for c in kept],
+        }
+        features = {"images": datasets.List(datasets.Image()), "problem": datasets.Value("string")}
+        features = datasets.Features(features | {"uid": datasets.Value("string")})
+        content = io.BytesIO()
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(content)
+        shards.write_whole(file, [content.getvalue()])
+    shards.write_whole(config.out / "README.md", [card(summary, config).encode()])
+
+
+def _stored(path: Path) -> dict:
+    return {"bytes": path.read_bytes(), "path": None}
+
+
+def counts(candidates: list[dict], config: Config) -> dict:
+    """Candidates, those kept, and for each filter how many fail it of how many it has seen."""
+    seen = {name: [c["filters"][name] for c in candidates if name in c["filters"]] for name in config.chosen()}
+    return {
+        "candidates": len(candidates),
+        "empty": sum(c["question"] == "" for c in candidates),
+        "kept": sum(c["kept"] for c in candidates),
+        "filters": {name: {"seen": len(passed), "failed": len(passed) - sum(passed)} for name, passed in seen.items()},
+    }
+
+
+def table(summary: dict) -> str:
+    """How many candidates each filter has seen, and how many failed it."""
+    rows = [(name, str(of["seen"]), str(of["failed"])) for name, of in summary["filters"].items()]
+    return markdown([("filter", "seen", "failed"), *rows])
+
+
+def card(summary: dict, config: Config) -> str:
+    """README.md of the data set: what it is made from, by which model and filters, with what counts."""
+    files = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n"
+    model = f"`{config.model}`" + (f" with the adapter `{config.adapter}`" if config.adapter else "")
+    return f"""---
+{files if summary["kept"] else ""}tags: [synthetic, visual-question-answering]
+---
+# Questions that a model wrote
+
+{summary["kept"]} questions to the pictures of `{config.data}` ({config.split}), written by {model}: mode {config.mode},
+{config.per_image} for each picture, temperature {config.temperature}, seed {config.seed}. There are no answers: nobody
+wrote any.
+
+{table(summary)}
+
+Of {summary["candidates"]} texts {summary["empty"]} held no question. provenance.jsonl has a line for each, kept or not.
+Pictures and source questions are under the terms of the source.
+"""
+
+
+def main(config: Config) -> dict:
+    """Ask, filter, answer, write; returns the counts."""
+    config = replace(config).resolve()
+    questions = data.load(config.data, config.split, config.seed, config.limit).without_gold()
+    settings = asdict(config) | {"ask_prompt_file": sha256(asking(config).encode()).hexdigest()[:16]}
+    shards.check_manifest(config.out, settings, ignore=FREE)
+    print(questions.describe(), file=sys.stderr)
+    options = {name: getattr(config, name) for name in ("adapter", "dtype", "device", "min_pixels", "max_pixels")}
+    policy = Policy.load(config.model, **options)
+    shards.write_manifest(
+        config.out, stage="synthesize", config=settings, seed=config.seed, model=config.model, adapter=config.adapter
+    )
+    candidates = judged(ask(policy, questions, config), config)
+    if set(config.chosen()) & set(filters.ANSWERS):
+        left = [candidate for candidate in candidates if is_kept(candidate)]
+        tried(left, answer(policy, left, config), config)
+    for candidate in candidates:
+        candidate["kept"] = is_kept(candidate)
+    summary = counts(candidates, config)
+    write(candidates, summary, config)
+    print(table(summary))
+    print(f"{summary['kept']} of {summary['candidates']} questions kept in {config.out}")
+    if not summary["kept"]:
+        print("no question was kept: see provenance.jsonl for the reasons, and --filters", file=sys.stderr)
+    return summary
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

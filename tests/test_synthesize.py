@@ -1,0 +1,166 @@
+"""Self-written questions: the filters by cases, and a data set made by a random model, resumed, loaded."""
+
+import json
+
+import pytest
+
+import data
+import filters
+import shards
+import synthesize
+from filters import Candidate
+
+SOURCE = "How many red shapes are there in the picture?"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "passes"),
+    [
+        ("question", "How long is the side AB?", True),
+        ("question", "Find the area of triangle ABC.", True),
+        ("question", "The triangle ABC.", False),
+        ("question", "What?", False),
+        ("length", "How long is AB?", True),
+        ("length", "How " + "very " * 80 + "long is AB?", False),
+        ("repeat", "How many blue shapes are there in the picture?", True),
+        ("repeat", "how many red shapes are there in the picture", False),
+        (
+            "repeat",
+            "So how many red shapes are there in the picture?",
+            False,
+        ),  # 8 of 9 pairs: under the tenth it may miss
+        ("repeat", "How many red shapes are there in the picture, and how many of them are round?", True),
+        ("repeat", "Is there a bird?", False),  # written before
+        ("answered", "What is the sum of 3 and 4?", True),
+        ("answered", "How long is AB? The answer is 5.", False),
+        ("answered", r"How long is AB? \boxed{5}", False),
+        ("answered", "Answer: 5. How long is AB?", False),
+        ("several", "How long is AB?", True),
+        ("several", "How long is AB? How long is BC?", False),
+        ("several", "How long is AB and what is the angle at C?", False),
+        ("several", "(a) Find AB. (b) Find BC.", False),
+        ("second-image", "How far is A from B in the picture?", True),
+        ("second-image", "What changed in the second image?", False),
+        ("second-image", "Compare figure 2 with the one shown?", False),
+    ],
+)
+def test_filters_by_cases(name, text, passes):
+    assert filters.TEXT[name](Candidate(text, SOURCE, ("Is there a bird?",), True)) is passes
+
+
+def test_a_question_that_was_cut_off_is_too_long():
+    assert not filters.TEXT["length"](Candidate("How long is", SOURCE, (), False))
+
+
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        ("How long is AB?", "How long is AB?"),
+        ("<think>Let me see.</think>\nQuestion: How long\n is AB?", "How long is AB?"),
+        ('**New question:** "How long is AB?"', "How long is AB?"),
+        ("  ", ""),
+    ],
+)
+def test_the_question_in_a_text(text, question):
+    assert synthesize.written(text) == question
+
+
+def config(out, tiny, **changed) -> synthesize.Config:
+    given = {
+        "limit": 5,
+        "per_image": 2,
+        "questions_per_step": 2,
+        "max_new_tokens": 6,
+        "device": "cpu",
+        "filters": "none",
+    }
+    return synthesize.Config(data="shapes", model=tiny, out=out, **given | changed)
+
+
+def provenance(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "provenance.jsonl").read_text().splitlines()]
+
+
+def test_a_set_is_written_and_loads_without_gold(tmp_path, tiny, capsys):
+    out = tmp_path / "questions"
+    summary = synthesize.main(config(out, tiny))
+    rows, source = provenance(out), data.load("shapes", limit=5)
+    assert [row["uid"] for row in rows] == [f"{uid}/in-context-{k}" for uid in source.uids for k in range(2)]
+    assert summary["candidates"] == 10 and summary["kept"] == sum(row["question"] != "" for row in rows) > 0
+    assert {row["source_question"] for row in rows} == {question.question for question in source}
+    made = data.load(str(out), "train")
+    everything = {q.uid: q for split in ("train", "test") for q in data.load(str(out), split)}
+    kept = {row["uid"]: row for row in rows if row["kept"]}
+    assert set(everything) == set(kept) and not made.has_gold
+    pictures = dict(zip(source.uids, (question.image for question in source), strict=True))
+    for uid, question in everything.items():
+        assert question.gold is None and question.question == kept[uid]["question"]
+        assert question.image.tobytes() == pictures[kept[uid]["source"]].convert("RGB").tobytes()
+    assert all(group["gold"] is None for path in shards.list_shards(out / "asked") for group in shards.read_shard(path))
+    assert f"{summary['kept']} of 10 questions kept" in capsys.readouterr().out
+    assert f"{summary['kept']} questions to the pictures of `shapes`" in (out / "README.md").read_text()
+
+
+def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, tiny):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    synthesize.main(config(whole, tiny, filters="agreement", min_share=0.0))
+    synthesize.main(config(stopped, tiny, filters="agreement", min_share=0.0))
+    for name in ("asked/step-000001.jsonl", "answered/step-000000.jsonl", "provenance.jsonl"):
+        (stopped / name).unlink()
+    synthesize.main(config(stopped, tiny, filters="agreement", min_share=0.0))
+    for file in whole.rglob("*"):
+        if file.suffix in (".jsonl", ".parquet", ".png"):
+            assert file.read_bytes() == (stopped / file.relative_to(whole)).read_bytes(), file
+    with pytest.raises(shards.ShardError, match="per_image: 2 there, 3 now"):
+        synthesize.main(config(stopped, tiny, filters="agreement", min_share=0.0, per_image=3))
+
+
+def test_nothing_kept_is_a_warning(tmp_path, tiny, capsys):
+    out = tmp_path / "questions"
+    (out / "data").mkdir(parents=True)
+    summary = synthesize.main(config(out, tiny, filters="all", limit=2))
+    assert summary["kept"] == 0 and "no question was kept" in capsys.readouterr().err
+    assert len(provenance(out)) == 4 and not list((out / "data").iterdir())
+    assert summary["filters"]["question"] == {"seen": 4, "failed": 4} and summary["filters"]["agreement"]["seen"] == 0
+
+
+def group(*keys) -> dict:
+    return {"responses": [{"key": key} for key in keys]}
+
+
+@pytest.mark.parametrize(
+    ("keys", "share", "silent", "passed"),
+    [
+        (("5", "5", "7", None), 0.5, 0.25, (True, True)),
+        (("5", "5", "5", "5"), 1.0, 0.0, (False, True)),  # unanimous
+        (("1", "2", "3", "4", "5"), 0.2, 0.0, (False, True)),  # chaotic
+        (("5", "5", None, None, None), 0.4, 0.6, (True, False)),
+    ],
+)
+def test_what_responses_say_of_a_question(tiny, tmp_path, keys, share, silent, passed):
+    candidate = {"uid": "a", "question": "?", "filters": {}}
+    synthesize.tried([candidate], {"a": group(*keys)}, config(tmp_path, tiny, filters="all").resolve())
+    assert (candidate["majority_share"], candidate["abstention_share"]) == (share, silent)
+    assert (candidate["filters"]["agreement"], candidate["filters"]["abstention"]) == passed
+    assert synthesize.is_kept(candidate) is all(passed)
+    unanswered = {"uid": "b", "question": "?", "filters": {}}
+    synthesize.tried([unanswered], {}, config(tmp_path, tiny, filters="agreement").resolve())
+    assert unanswered["filters"] == {"agreement": False}
+
+
+def test_each_mode_has_its_prompt(tmp_path, tiny):
+    assert "{question}" in synthesize.asking(config(tmp_path, tiny))
+    assert "{question}" not in synthesize.asking(config(tmp_path, tiny, mode="direct"))
+    mine = tmp_path / "mine.md"
+    mine.write_text("Ask for something else than {question}")
+    assert synthesize.asking(config(tmp_path, tiny, ask_prompt=str(mine))) == mine.read_text()
+    for changed, message in (
+        ({"ask_prompt": str(mine), "mode": "direct"}, "shows no {question}"),
+        ({"ask_prompt": "ask-direct"}, "needs {question}"),
+        ({"ask_prompt": "nowhere"}, "no prompt 'nowhere'"),
+        ({"filters": "length,new"}, "--filters 'new': give all, none, or some of"),
+        ({"per_image": 0}, "--per-image must be at least 1"),
+        ({"min_share": 0.9, "max_share": 0.5}, "shares go from 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(tmp_path, tiny, **changed).resolve()
