@@ -342,7 +342,7 @@ def test_hostile_text_is_scored_in_a_worker_thread(name, tmp_path):
     """A question of each type is answered by every hostile text, through eval.score."""
     if not (SHARED / name).exists():
         pytest.skip("the owners' files are not on this machine")
-    kinds = {(q.answer_type, len(q.choices)): q.id for q in benchmark(name).by_id(SHARED / name).values()}
+    kinds = {(q.answer_type, bool(q.choices)): q.id for q in benchmark(name).by_id(SHARED / name).values()}
     texts = [*HOSTILE, "Answer" * 10**5, '{"short answer": "' + "\\" * 10**5, "answers are A, B, " * 10**5]
     rows = [{"id": uid, "sample": n, "response": text} for uid in kinds.values() for n, text in enumerate(texts)]
     path, found = tmp_path / "a.jsonl", []
