@@ -115,13 +115,30 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, tiny):
         synthesize.main(config(stopped, tiny, filters="agreement", min_share=0.0, per_image=3))
 
 
+def test_what_is_there_is_not_sampled_again(tmp_path, tiny, monkeypatch):
+    settings = config(tmp_path / "questions", tiny, limit=2)
+    first = synthesize.main(settings)
+    monkeypatch.setattr(synthesize.rollout, "rollout", None)
+    assert synthesize.main(settings) == first
+
+
+def test_a_text_that_was_written_before_is_a_repetition(tmp_path, tiny):
+    texts = ["How long is AB?", "How wide is the door?", "How long is AB?", ""]
+    responses = [{"text": text, "finish": "stop"} for text in texts]
+    source = {"uid": "a", "question": SOURCE, "image": None, "responses": responses}
+    found = synthesize.judged([source], config(tmp_path, tiny, filters="repeat").resolve())
+    assert [c["filters"]["repeat"] for c in found] == [True, True, False, True]
+    assert [synthesize.is_kept(c) for c in found] == [True, True, False, False]  # the last is empty
+
+
 def test_nothing_kept_is_a_warning(tmp_path, tiny, capsys):
     out = tmp_path / "questions"
     (out / "data").mkdir(parents=True)
-    summary = synthesize.main(config(out, tiny, filters="all", limit=2))
+    (out / "data/train-00000-of-00001.parquet").write_bytes(b"of an earlier run")
+    summary = synthesize.main(config(out, tiny, filters="all", limit=2, per_image=3))
     assert summary["kept"] == 0 and "no question was kept" in capsys.readouterr().err
-    assert len(provenance(out)) == 4 and not list((out / "data").iterdir())
-    assert summary["filters"]["question"] == {"seen": 4, "failed": 4} and summary["filters"]["agreement"]["seen"] == 0
+    assert len(provenance(out)) == 6 and not list((out / "data").iterdir())
+    assert summary["filters"]["question"] == {"seen": 6, "failed": 6} and summary["filters"]["agreement"]["seen"] == 0
 
 
 def group(*keys) -> dict:
