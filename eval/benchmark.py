@@ -1,7 +1,7 @@
 """What a benchmark is: questions in its owners' layout, their rule, and how they ask. One module each fills it in.
 
-BENCHMARKS["mathvista"].questions(folder)      by split, from JSON, JSONL or the hub's parquet
-BENCHMARKS["mathvista"].extract(response, question), .is_right(question, answer)
+benchmark("mathvista").questions(folder)       by split, from JSON, JSONL or the hub's parquet
+benchmark("mathvista").extract(response, question), .is_right(question, answer)
 """
 
 import json

@@ -23,12 +23,11 @@ def load(config) -> Policy:
 
 def read(policy: Policy, unread: Sequence[tuple[dict, Question, str]]) -> list[str | None]:
     """The final answer of each (row, question, response), None where the model finds none either."""
-    template = (PROMPTS / "extract.md").read_text(encoding="utf-8").strip()
+    head, tail = (PROMPTS / "extract.md").read_text(encoding="utf-8").strip().split("{response}")
     found = []
     for start in range(0, len(unread), AT_ONCE):
         prompts = []
         for _, question, response in unread[start : start + AT_ONCE]:
-            head, tail = template.split("{response}")
             options = (f"\n{letter}. {text}" for letter, text in zip(LETTERS, question.choices, strict=False))
             asked = policy.plain(question.text + "".join(options))
             text = head.replace("{question}", asked) + policy.plain(response[-END:]) + tail

@@ -280,12 +280,10 @@ def evaluate(policy: Policy, job: Job, config: Config) -> dict:
     left_out = answer(policy, bench, job.folder, job.questions, config, out)
     paths = out / "responses.jsonl", out / "scores.jsonl"
     settings = score.Config(job.name, str(job.folder), *paths, config.protocol, config.extractor, **own)
-    summary = score.score(settings, policy)
     rows = [json.loads(line) for line in paths[0].read_text(encoding="utf-8").splitlines()]
-    summary |= {"split": job.settings["split"], "asked": len(job.questions), "left_out": len(left_out)}
-    summary["too_long"] = len({row["id"] for row in rows if row["finish"] == TOO_LONG})
-    shards.write_whole(score.summary_of(paths[1]), [json.dumps(summary, indent=1).encode()])
-    return summary
+    too_long = len({row["id"] for row in rows if row["finish"] == TOO_LONG})
+    asked = {"split": job.settings["split"], "asked": len(job.questions)}
+    return score.score(settings, policy, asked | {"left_out": len(left_out), "too_long": too_long})
 
 
 def table(summaries: dict[str, dict]) -> str:

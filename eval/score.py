@@ -149,8 +149,11 @@ def figures(metrics: dict, name: str = "") -> list[tuple[str, str]]:
     return found
 
 
-def score(config: Config, policy=None) -> dict:
-    """Score the responses, write `out` and its summary; returns the summary. `policy`: see `verdicts`."""
+def score(config: Config, policy=None, asked: dict | None = None) -> dict:
+    """Score the responses, write `out` and its summary; returns the summary.
+
+    `policy`: see `verdicts`. `asked` goes into the summary: what eval.run knows of the questions besides.
+    """
     if config.extractor == "model" and policy is None and config.model is None:
         raise ValueError("--extractor model needs the model that is to read: give --model")
     if config.out.resolve() == config.responses.resolve():
@@ -184,6 +187,7 @@ def score(config: Config, policy=None) -> dict:
         "extractor_model": None if config.extractor == "rules" else identity(config),
         "versions": shards.versions(),
         "responses": made_by(config),
+        **(asked or {}),
     }
     lines = (json.dumps({name: row[name] for name in FIELDS}, ensure_ascii=False) + "\n" for row in scored)
     shards.write_whole(config.out, (line.encode(errors="replace") for line in lines))
@@ -219,12 +223,11 @@ def summary_of(out: Path) -> Path:
 
 def extraction(config: Config, bench: Benchmark) -> str:
     """In words, how answers are found in the responses."""
+    by_model = config.extractor == "model"
     if config.protocol == "ours":
-        found = "answers are vote keys"
-    else:
-        stand_in = " in place of the owners' large model" if bench.owners_use_a_model else ""
-        found = f"answers extracted by rules{stand_in}"
-    return found + (", where they find none by a model" if config.extractor == "model" else "")
+        return "answers are vote keys" + ", where there is none of what a model reads" * by_model
+    stand_in = " in place of the owners' large model" if bench.owners_use_a_model else ""
+    return f"answers extracted by rules{stand_in}" + ", where they find none by a model" * by_model
 
 
 def made_by(config: Config) -> dict | None:

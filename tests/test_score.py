@@ -103,7 +103,7 @@ def test_the_owners_verdicts_on_a_models_answers(name, tmp_path, capsys):
     theirs = {row["response"]: row["model_answer"] for row in map(json.loads, responses.open())}
     assert sum(extract(text, asked("1"))[0] != answer for text, answer in theirs.items()) <= 3
     agreement = sum(mine[uid] == verdict for uid, verdict in official.items()) / len(official)
-    assert len(mine) == result["n"] == 3040 and agreement > 0.999
+    assert len(mine) == result["n"] == 3040 and agreement == 1
     assert result["accuracy"] == pytest.approx(sum(official.values()) / 3040, abs=0.001)
 
 
@@ -188,7 +188,7 @@ def test_equality_after_normalisation(question, answer, right):
     assert mathvista.is_right(question, answer) is right
 
 
-@pytest.mark.parametrize(("name", "least"), [("output_bard", 0.97), ("output_llava_llama_2_13b", 0.955)])
+@pytest.mark.parametrize(("name", "least"), [("output_bard", 0.985), ("output_llava_llama_2_13b", 0.969)])
 def test_rules_agree_with_the_owners_extraction(name, least, tmp_path, capsys):
     path = SHARED / f"responses/mathvista/{name}.json"
     if not path.exists():

@@ -166,7 +166,8 @@ def in_float64(logits, ids, temperature):
     return logp.gather(1, ids[:, None])[:, 0], entropy, z.logsumexp(-1), mean
 
 
-def close(found, expected, rounding=0.0, atol=2e-5):
+def assert_close(found, expected, rounding=0.0, atol=2e-5):
+    expected = expected.float().double()  # what float32 can hold: a mask of its minimum over T < 1 is -inf there
     torch.testing.assert_close(found.double(), expected, rtol=3e-6 + rounding, atol=atol)
 
 
@@ -187,11 +188,11 @@ def test_selective_log_softmax(device, guarded, case, in_place):
     found = selective_log_softmax(mine, ids, temperature, in_place, statistics=True)
     assert all(value.dtype == torch.float32 for value in found) and not any(v.requires_grad for v in found[1:])
     for value, wanted in zip(found, expected, strict=True):
-        close(value.detach().cpu(), wanted.detach())
+        assert_close(value.detach().cpu(), wanted.detach())
     assert torch.equal(whole.nan_to_num(9.0), before.nan_to_num(9.0))  # the forward pass changes no logit
     (gradient,) = torch.autograd.grad(found[0], mine, grad.to(device))
     assert gradient.dtype == logits.dtype
-    close(gradient.cpu(), slope.masked_fill(slope.isnan(), 0.0), rounding, atol=2e-6 + 2.0**-24 * (rounding > 0))
+    assert_close(gradient.cpu(), slope.masked_fill(slope.isnan(), 0.0), rounding, atol=2e-6 + 2.0**-24 * (rounding > 0))
     if in_place:
         assert gradient.data_ptr() == inner.data_ptr()
         inner.fill_(float("nan"))  # all that was written, then, was written inside
@@ -211,9 +212,11 @@ def test_shipped_blocks(device, monkeypatch):
     exact = logits.double().requires_grad_()
     expected = in_float64(exact, ids, 1.0)
     expected[0].sum().backward()
-    close(logprob.detach(), expected[0].detach())
-    close(entropy, expected[1].detach())
-    close(mine.grad, exact.grad, atol=1e-7)
+    assert_close(logprob.detach(), expected[0].detach())
+    assert_close(entropy, expected[1].detach())
+    assert_close(mine.grad, exact.grad, atol=1e-7)
+    assert mine.grad.sum(1).abs().max() < 1e-5  # onehot - p: the parts of every row of a softmax's gradient cancel
+    assert mine.grad.argmax(1).tolist() == ids.tolist()  # and only the token that was taken has a positive one
 
 
 @pytest.mark.parametrize("size", [127, 128, 129, 255, 257])
@@ -223,9 +226,11 @@ def test_all_values_at_the_edge_of_a_block(device, size):
     mine, exact = logits.to(device).requires_grad_(), logits.double().requires_grad_()
     found, expected = selective_log_softmax(mine, ids.to(device), statistics=True), in_float64(exact, ids, 1.0)
     for value, wanted in zip(found, expected, strict=True):
-        close(value.detach().cpu(), wanted.detach())
+        assert_close(value.detach().cpu(), wanted.detach())
     (gradient,), (slope,) = torch.autograd.grad(found[0].sum(), mine), torch.autograd.grad(expected[0].sum(), exact)
-    close(gradient.cpu(), slope)
+    assert_close(gradient.cpu(), slope)
+    assert (gradient > 0).nonzero().tolist() == [[0, 0], [1, int(ids[1])]]  # onehot - p: positive at the tokens alone
+    assert (gradient < 0).sum().item() == 2 * (size - 1)  # and negative at all others, on both sides of an edge
 
 
 def test_a_second_backward_over_overwritten_logits_is_refused(device):
@@ -279,8 +284,8 @@ def test_linear_logprob(device, guarded, rows, width, size, seed, dtype, tempera
     needs = None if needs is None else needs.to(device)
     logprob, entropy = linear_logprob(mine, weight, ids, temperature, chunk, needs)
     rounding = DTYPES[dtype]
-    close(logprob.detach().cpu(), expected[0].detach())
-    close(entropy.cpu(), expected[1].detach())
+    assert_close(logprob.detach().cpu(), expected[0].detach())
+    assert_close(entropy.cpu(), expected[1].detach())
     (gradient,) = torch.autograd.grad(logprob, mine, grad.to(device))
     slope = slope if needs is None else slope * needs.cpu()[:, None]
     assert (gradient.cpu().double() - slope).norm() <= (1e-5 + 4 * rounding) * slope.norm() + 1e-5
@@ -318,7 +323,7 @@ def test_the_gradient_takes_the_place_of_the_logits(device, case, narrow):
     rest = whole[1:-1].view(narrow)[:, size:].clone()
     found = logprob_triton.rows(whole[1:-1], ids.to(device), temperature, replaced)
     gradient = (replaced.float() * found.factor[:, None]).cpu()
-    close(
+    assert_close(
         gradient,
         slope.masked_fill(slope.isnan(), 0.0),
         DTYPES[narrow],
@@ -500,7 +505,7 @@ def test_sample(device, guarded, case, top_p, top_k, cold, seed, position, banne
         assert (tied | edge).all()
     exact = in_float64(logits.double(), found[0], temperature or 1.0)
     for value, wanted in zip(found[1:], (exact[0], exact[1], exact[2] - exact[3]), strict=True):
-        close(value, wanted)
+        assert_close(value, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
