@@ -19,9 +19,11 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready-$(subst /,-,$(subst =,-,$(TORCH)))
 TINY   := models/tiny
+TAUGHT := boxed think-boxed judge-tiny ask-direct ask-in-context
 flag    = $(if $(2),--$(1) "$(2)")
 # The embedded model is warmed up when it is what will be used.
-NEEDS_TINY = $(if $(MODEL),$(filter $(TINY),$(patsubst %/,%,$(MODEL))),$(filter shapes,$(DATA)))
+comma  := ,
+NEEDS_TINY = $(if $(MODEL),$(filter $(TINY),$(patsubst %/,%,$(MODEL))),$(filter shapes shapes:%,$(subst $(comma), ,$(DATA))))
 MODEL_READY = $(if $(NEEDS_TINY),$(TINY)/warmup.json)
 SAMPLING = --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,seed,$(SEED))
 
@@ -42,7 +44,7 @@ $(READY): requirements.txt
 	rm -f $(VENV)/.ready-*
 	touch $@
 
-$(TINY)/warmup.json: warmup.py shapes.py prompts/boxed.md prompts/think-boxed.md prompts/judge-tiny.md | $(READY)
+$(TINY)/warmup.json: warmup.py shapes.py $(TAUGHT:%=prompts/%.md) | $(READY)
 	$(PY) warmup.py --out $(TINY) $(call flag,seed,$(SEED))
 
 warmup: $(READY)  ## (re)make the embedded default model in models/tiny

@@ -4,6 +4,7 @@
     load("geoqa"), load("geometry3k"), load("mmr1")
     load("org/name", "test")            any data set of the hub; a copy in the hub cache is used as it is
     load("~/data/mine")                 a folder of parquet in the hub schema, or of JSONL with image paths; or one file
+    load("shapes,runs/questions")       several as one, also by weight: shapes:3,runs/questions:1 (mixture.py)
 
 Splits: `train`, `validation` and `test` can always be asked for, and `train` never shares a row with the other two.
 A missing `test` is the `validation` split and the other way round. With neither, both are the same 5 % of `train`,
@@ -86,6 +87,7 @@ class Questions:
     def __init__(self, name: str, split: str, uids: list[str], read: Callable, has_gold: bool, note: str):
         self.name, self.split, self.uids, self.has_gold, self.note = name, split, uids, has_gold, note
         self.bad: dict[str, str] = {}  # uid → reason, of the rows met so far
+        self.weights: list[tuple[int, float]] | None = None  # (rows, weight) of sets that are drawn by weight
         self._read, self._blind, self._labelled = read, False, False
 
     def __len__(self) -> int:
@@ -146,6 +148,10 @@ def load(name_or_path: str | Path, split: str = "train", seed: int = 0, limit: i
     name, split = str(name_or_path), ALIASES.get(split, split)
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}: give a number of rows from 1, or None for all of them")
+    import mixture
+
+    if mixture.is_mixture(name):
+        return mixture.load(name, split, seed, limit)
     if name == "shapes":
         import shapes
 

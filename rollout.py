@@ -30,12 +30,14 @@ import tyro
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
+from tyro.conf import Suppress
 
 import data
 import presets
 import shards
 from answers import vote_key
 from kernels import row_id, sample
+from mixture import quotas
 from policy import Policy, Prompt, model_config
 
 FREE = ("out", "steps", "device")  # settings that may change when sampling goes on
@@ -46,7 +48,7 @@ class Config:
     """Settings left at None take the preset's value, else the default for the model (see presets.py)."""
 
     data: str | None = None
-    """shapes (the default), geoqa, geometry3k, mmr1, a hub id, or a local folder or JSONL file"""
+    """shapes (the default), geoqa, geometry3k, mmr1, a hub id, a local folder or JSONL file; several: a,b or a:3,b:1"""
     model: str | None = None
     """snapshot folder or hub id; None: models/tiny for shapes, Qwen/Qwen2.5-VL-7B-Instruct for anything else"""
     adapter: str | None = None
@@ -85,6 +87,8 @@ class Config:
     """largest image area after resizing, in pixels; None: for models/tiny as its processor says"""
     rollout_tokens: int | None = None
     """token budget of one decoding batch, prompts and responses together"""
+    round: Suppress[int] = 0
+    """round of a self-evolving run (evolve.py)"""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU"""
     device: str = "auto"
@@ -103,6 +107,10 @@ class Config:
             )
         Policy.template(self.prompt)
         return self
+
+    def turn(self, step: int) -> int:
+        """What keys a step's questions and noise: the steps of two rounds lie far apart."""
+        return step + (self.round << 20)
 
 
 @dataclass
@@ -133,9 +141,21 @@ def schedule(size: int, per_step: int, seed: int, step: int) -> list[int]:
     return order[turn * per_step : (turn + 1) * per_step].tolist()
 
 
+def step_rows(questions: data.Questions, per_step: int, seed: int, step: int) -> list[int]:
+    """The rows of one step; of a mixture by weight, each set's part of them. Raises DataError if one is too small."""
+    if questions.weights is None:
+        return schedule(len(questions), per_step, seed, step)
+    rows, first = [], 0
+    for (size, _), count in zip(questions.weights, quotas(per_step, questions.weights), strict=True):
+        rows += [first + row for row in schedule(size, count, seed, step)]
+        first += size
+    # Shuffled, so that every minibatch is a mixture.
+    return np.random.default_rng([seed, step, len(rows)]).permutation(rows).tolist()
+
+
 def step_batch(policy: Policy, questions: data.Questions, step: int, config: Config) -> Batch:
     """Load and encode the questions of one step; none may be left when all are bad or over the limit."""
-    rows = schedule(len(questions), config.questions_per_step, config.seed, step)
+    rows = step_rows(questions, config.questions_per_step, config.seed, config.turn(step))
     found = questions.get(rows)
     prompts, too_long = policy.encode(found, policy.template(config.prompt), config.max_prompt_tokens)
     left_out = {
@@ -169,7 +189,7 @@ def rollout(policy, batch: Batch, step: int, config: Config, folder: Path, tick=
     groups = []
     with ThreadPoolExecutor() as pool:  # the disk works while the model samples
         pictures = pool.map(lambda q: None if q.image is None else shards.save_image(folder, q.image), batch.questions)
-        sampled = sample_groups(policy, batch.prompts, step, config, tick)
+        sampled = sample_groups(policy, batch.prompts, config.turn(step), config, tick)
     for question, picture, prompt, responses in zip(batch.questions, pictures, batch.prompts, sampled, strict=True):
         texts = policy.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
         groups.append(
@@ -399,6 +419,7 @@ def main(config: Config) -> None:
     model_config(config.model)
     shards.check_manifest(folder, asdict(config), ignore=FREE)
     print(questions.describe(), file=sys.stderr)
+    step_rows(questions, config.questions_per_step, config.seed, 0)  # a mixture that cannot be is refused at once
     policy = Policy.load(
         config.model,
         adapter=config.adapter,

@@ -59,7 +59,7 @@ def claim(config) -> None:
     settings = jsonable(config)
     identity = {"seed": config.seed, "model": config.model, "adapter": config.adapter}
     if not (config.out / "manifest.json").exists():
-        if not config.from_shards:
+        if not config.from_shards and not config.rounds:
             sampling = {field.name: settings[field.name] for field in fields(rollout.Config)}
             shards.write_manifest(config.out / "rollouts", stage="rollout", config=sampling, **identity)
         shards.write_manifest(config.out, stage="train", config=settings, **identity)

@@ -18,6 +18,7 @@ pictures that no label was given for.
 """
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +31,16 @@ BACKGROUND = (122, 116, 104)  # close to zero after CLIP normalisation, so that 
 WHITE = (255, 255, 255)
 COLOURS = {"red": (230, 30, 30), "blue": (40, 70, 235), "green": (20, 170, 50), "yellow": (245, 215, 20)}
 FORMS = ("circle", "square", "triangle")
-KINDS = ("count", "sum", "difference", "bars", "angle", "length")
+QUESTIONS = {
+    "count": "How many {} shapes are there?",
+    "sum": "How many {} and {} shapes are there?",
+    "difference": "How many more {} than {} shapes are there?",
+    "bars": "What is the sum of the {} and {} bars?",
+    "angle": "What is the third angle, in degrees?",
+    "length": "How long is the whole segment?",
+}
+KINDS = tuple(QUESTIONS)
+FIT = {"grid": ("count", "sum", "difference"), "bars": ("bars",), "triangle": ("angle",), "segment": ("length",)}
 SIZES = {"warmup": 24000, "train": 4096, "validation": 512, "test": 512}
 LIMITS = {"warmup": 40000, "train": 6000, "validation": 6000, "test": 6000}  # distinct pictures run out
 # A picture's hash modulo 10 decides its split.
@@ -116,25 +126,56 @@ def _scene(kind: str, rng: random.Random) -> tuple:
 
 def ask(kind: str, scene: tuple, rng: random.Random) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
     """A random question of a kind about a scene that is fit for it: (question, colours asked about, facts to read)."""
-    what, *parts = scene
-    if kind == "angle":
-        return "What is the third angle, in degrees?", (), tuple(parts[:2])
-    if kind == "length":
-        return "How long is the whole segment?", (), tuple(parts[:2])
+    number = _numbers(scene)
+    names = []
     if kind == "bars":
-        (a, height_a, _), (b, height_b, _) = rng.sample(parts, 2)
-        return f"What is the sum of the {a} and {b} bars?", (a, b), (height_a, height_b)
-    number = {name: sum(cell is not None and cell[1] == name for cell in parts) for name in sorted(COLOURS)}
-    present = [name for name in number if number[name]]
-    names = rng.sample(present if len(present) > 1 else sorted(COLOURS), 1 if kind == "count" else 2)
+        names = rng.sample(list(number), 2)
+    elif kind not in ("angle", "length"):
+        present = [name for name in number if number[name]]
+        names = rng.sample(present if len(present) > 1 else sorted(COLOURS), 1 if kind == "count" else 2)
     if kind == "difference":
         names.sort(key=number.get, reverse=True)
-    words = {
-        "count": "How many {} shapes are there?",
-        "sum": "How many {} and {} shapes are there?",
-        "difference": "How many more {} than {} shapes are there?",
-    }
-    return words[kind].format(*names), tuple(names), tuple(number[name] for name in names)
+    return QUESTIONS[kind].format(*names), tuple(names), _facts(scene, names)
+
+
+def ask_else(item: Item, rng: random.Random) -> str | None:
+    """A random question about an item's picture that asks for something else; None where there is no other."""
+    if item.kind in ("angle", "length"):
+        return None
+    while True:
+        kind = rng.choice(FIT[item.scene[0]])
+        question, names, _ = ask(kind, item.scene, rng)
+        if (kind, {*names}) != (item.kind, {*item.names}):
+            return question
+
+
+def understand(scene: tuple, question: str) -> tuple[str, tuple[str, ...], tuple[int, ...]] | None:
+    """What a question asks of a scene, whoever wrote it: (kind, colours asked about, facts to read), as for `worked`.
+
+    None for what is no question of `shapes`, or none that this scene answers: of another kind of picture, about one
+    colour twice or a bar that is not there, or how many more there are of the rarer colour.
+    """
+    number = _numbers(scene)
+    for kind in FIT[scene[0]]:
+        match = re.fullmatch(QUESTIONS[kind].replace("?", r"\?").replace("{}", "(.+)"), question.strip())
+        names = match.groups() if match else ()
+        if match and len({*names}) == len(names) and {*names} <= {*number}:
+            facts = _facts(scene, names)
+            return None if kind == "difference" and facts[0] < facts[1] else (kind, names, facts)
+    return None
+
+
+def _numbers(scene: tuple) -> dict[str, int]:
+    """What can be read of each colour: its shapes in a grid, or the height of its bar."""
+    what, *parts = scene
+    if what == "grid":
+        return {name: sum(cell is not None and cell[1] == name for cell in parts) for name in sorted(COLOURS)}
+    return {colour: height for colour, height, _ in parts} if what == "bars" else {}
+
+
+def _facts(scene: tuple, names: Sequence[str]) -> tuple[int, ...]:
+    number = _numbers(scene)
+    return tuple(number[name] for name in names) if number else scene[1:3]
 
 
 def worked(kind: str, names: tuple[str, ...], facts: tuple[int, ...]) -> tuple[str, int]:

@@ -40,17 +40,12 @@ from stats import markdown
 from votes import abstentions, majority_share
 
 FREE = ("out", "device", "rollout_tokens", "steps")
-ASK, ANSWER = 0, 1  # "steps" that key the sampling noise apart from a training run's
 
 
 @dataclass
-class Config(rollout.Config):
-    """Settings left at None take the default for the model (see presets.py)."""
+class Settings:
+    """How questions are asked for and which are kept."""
 
-    mode: Literal["in-context", "direct"] = "in-context"
-    """in-context: the model sees the picture and its question; direct: the picture alone"""
-    out: Path = Path("runs/questions")
-    """folder of the data set to write"""
     per_image: int = 1
     """questions to write for each picture, k"""
     filters: str = "all"
@@ -59,24 +54,21 @@ class Config(rollout.Config):
     """what asks for a question: a name in prompts/ or a file; None: ask-in-context or ask-direct"""
     ask_max_new_tokens: int | None = None
     """longest question, in tokens; None: as long as a response"""
-    min_share: float = 0.25
+    min_agreement: float = 0.25
     """agreement: the majority's least share of the responses"""
-    max_share: float = 0.99
+    max_agreement: float = 0.99
     """agreement: its largest share"""
     max_abstentions: float = 0.5
     """abstention: largest share of responses without an answer"""
-    preset: Suppress[None] = None
-    steps: Suppress[int | None] = None
 
-    def resolve(self) -> "Config":
-        super().resolve()
+    def check_asking(self, mode: str) -> None:
+        """Raise ValueError for settings that cannot work, with what to change."""
         if self.per_image < 1:
             raise ValueError(f"--per-image must be at least 1, not {self.per_image}")
-        if not 0 <= self.min_share <= self.max_share <= 1 or not 0 <= self.max_abstentions <= 1:
-            raise ValueError("shares go from 0 to 1: --min-share <= --max-share, and --max-abstentions")
+        if not 0 <= self.min_agreement <= self.max_agreement <= 1 or not 0 <= self.max_abstentions <= 1:
+            raise ValueError("shares go from 0 to 1: --min-agreement <= --max-agreement, and --max-abstentions")
         self.chosen()
-        asking(self)
-        return self
+        asking(mode, self.ask_prompt)
 
     def chosen(self) -> tuple[str, ...]:
         """The filters by name, in the order of filters.NAMES."""
@@ -86,18 +78,44 @@ class Config(rollout.Config):
         return tuple(name for name in filters.NAMES if name in named)
 
 
-def asking(config: Config) -> str:
-    """The text that asks for a question. In context, `{question}` stands for the source question."""
-    name = config.ask_prompt or f"ask-{config.mode}"
+@dataclass
+class Config(Settings, rollout.Config):
+    """Settings left at None take the default for the model (see presets.py)."""
+
+    mode: Literal["in-context", "direct"] = "in-context"
+    """in-context: the model sees the picture and its question; direct: the picture alone"""
+    out: Path = Path("runs/questions")
+    """folder of the data set to write"""
+    preset: Suppress[None] = None
+    steps: Suppress[int | None] = None
+
+    def resolve(self) -> "Config":
+        super().resolve()
+        self.check_asking(self.mode)
+        return self
+
+
+def asking(mode: str, name: str | None = None) -> str:
+    """The text that asks for a question. In context, `{question}` stands for the source question.
+
+    `name` is one in prompts/ or a file; None is this mode's own.
+    """
+    name = name or f"ask-{mode}"
     path = PROMPTS / f"{name}.md"
     path = path if path.is_file() else Path(name)
     if not path.is_file():
         raise PolicyError(f"no prompt {name!r}: give the name of a file in prompts/, or a path, as --ask-prompt")
     text = path.read_text(encoding="utf-8").strip()
-    if ("{question}" in text) != (config.mode == "in-context"):
-        wanted = "needs {question}, the source question" if config.mode == "in-context" else "shows no {question}"
-        raise PolicyError(f"{path}: a prompt for --mode {config.mode} {wanted}")
+    if ("{question}" in text) != (mode == "in-context"):
+        wanted = "needs {question}, the source question" if mode == "in-context" else "shows no {question}"
+        raise PolicyError(f"{path}: a prompt for --mode {mode} {wanted}")
     return text
+
+
+def shown(policy: Policy, question, prompt: str) -> data.Question:
+    """What the model is shown, to be encoded with the template "{question}", where it is to ask."""
+    text = prompt.replace("{question}", policy.ask(question))
+    return data.Question(question.uid, text, None, question.image, None)
 
 
 def sampled(policy, folder: Path, count: int, read, config: rollout.Config, title: str) -> list[dict]:
@@ -123,9 +141,9 @@ def sampled(policy, folder: Path, count: int, read, config: rollout.Config, titl
     return found
 
 
-def encoded(policy, questions: list, shown: list, template: str, config) -> tuple[list, list]:
+def encoded(policy, questions: list, instead: list, template: str, config) -> tuple[list, list]:
     """Questions whose prompts fit, and the prompts, made from what is shown in their place."""
-    prompts, too_long = policy.encode(shown, template, config.max_prompt_tokens)
+    prompts, too_long = policy.encode(instead, template, config.max_prompt_tokens)
     for uid, tokens in too_long.items():
         print(f"left out {uid}: prompt of {tokens} tokens is over --max-prompt-tokens", file=sys.stderr)
     return [question for question in questions if question.uid not in too_long], prompts
@@ -133,12 +151,11 @@ def encoded(policy, questions: list, shown: list, template: str, config) -> tupl
 
 def ask(policy: Policy, questions: data.Questions, config: Config) -> list[dict]:
     """Groups of the texts in which the model asks, a group for each source question."""
-    prompt = asking(config)
+    prompt = asking(config.mode, config.ask_prompt)
 
     def read(rows: range) -> tuple[list, list]:
         found = questions.get(rows)
-        shown = [replace(q, question=prompt.replace("{question}", policy.ask(q)), choices=None) for q in found]
-        return encoded(policy, found, shown, "{question}", config)
+        return encoded(policy, found, [shown(policy, q, prompt) for q in found], "{question}", config)
 
     length = config.ask_max_new_tokens or config.max_new_tokens
     settings = replace(config, group_size=config.per_image, max_new_tokens=length)
@@ -202,7 +219,7 @@ def tried(candidates: list[dict], groups: dict[str, dict], config: Config) -> No
         if group := groups.get(candidate["uid"]):
             share, silent = majority_share(group), abstentions(group) / len(group["responses"])
             candidate |= {"majority_share": share, "abstention_share": silent}
-            passed["agreement"] = config.min_share <= share <= config.max_share
+            passed["agreement"] = config.min_agreement <= share <= config.max_agreement
             passed["abstention"] = silent <= config.max_abstentions
         candidate["filters"] |= {name: passed[name] for name in config.chosen() if name in passed}
 
@@ -278,7 +295,8 @@ def main(config: Config) -> dict:
     """Ask, filter, answer, write; returns the counts."""
     config = replace(config).resolve()
     questions = data.load(config.data, config.split, config.seed, config.limit).without_gold()
-    settings = asdict(config) | {"ask_prompt_file": sha256(asking(config).encode()).hexdigest()[:16]}
+    prompt = asking(config.mode, config.ask_prompt)
+    settings = asdict(config) | {"ask_prompt_file": sha256(prompt.encode()).hexdigest()[:16]}
     shards.check_manifest(config.out, settings, ignore=FREE)
     print(questions.describe(), file=sys.stderr)
     options = {name: getattr(config, name) for name in ("adapter", "dtype", "device", "min_pixels", "max_pixels")}
@@ -294,6 +312,7 @@ def main(config: Config) -> dict:
         candidate["kept"] = is_kept(candidate)
     summary = counts(candidates, config)
     write(candidates, summary, config)
+    shards.write_whole(config.out / "summary.json", [json.dumps(summary, indent=1).encode()])
     print(table(summary))
     print(f"{summary['kept']} of {summary['candidates']} questions kept in {config.out}")
     if not summary["kept"]:

@@ -20,7 +20,7 @@ by their rewards, hence with `majority` on the majority's.
     python train_upt.py --from-shards runs/scored --out runs/y     # the same update from the output of the stages
 
 The same command again goes on where it was stopped. What a run leaves in OUT: adapter/ (PEFT), summary.json,
-metrics.jsonl, rollouts/ (shards), checkpoints/.
+metrics.jsonl, rollouts/ (shards), checkpoints/. With `--rounds` the model also writes itself questions (evolve.py).
 """
 
 import json
@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 import answers
 import data
+import evolve
 import health
 import judge
 import presets
@@ -45,6 +46,7 @@ import rewards
 import rollout
 import runs
 import shards
+import synthesize
 from eval import heldout
 from eval.follow import Followed
 from policy import TARGETS, Policy
@@ -54,7 +56,7 @@ from update import update
 
 
 @dataclass
-class Config(judge.Settings, rollout.Config):
+class Config(judge.Settings, synthesize.Settings, rollout.Config):
     """Settings left at None take the preset's value, else the default for the model (see presets.py)."""
 
     out: Path = Path("runs/train")
@@ -63,6 +65,14 @@ class Config(judge.Settings, rollout.Config):
     """take every setting from the run in --out and go on with it"""
     from_shards: Path | None = None
     """train on these scored (or sampled) shards, one step each, instead of sampling"""
+    init_adapter: str | None = None
+    """PEFT adapter to go on training, of whatever rank; judge and reference are the model without it"""
+    rounds: int = 0
+    """rounds of asking and training on what was asked, --steps each (see evolve.py); 0: train on --data alone"""
+    synthesize: Literal["in-context", "direct"] | None = None
+    """how a round asks: from the picture and its question, or from the picture alone"""
+    own_share: float | None = None
+    """share of a step's questions that the model wrote; None: all questions of a round count alike"""
     gpus: int = 1
     """processes; more than one is not supported yet"""
     reward: str | None = None
@@ -123,6 +133,8 @@ class Config(judge.Settings, rollout.Config):
     """end the run at the first alarm (see health.py), with the last healthy checkpoint's adapter"""
     select: Literal["last", "label-free"] = "last"
     """label-free: keep all checkpoints and end with the one whose answers say most about their questions"""
+    eval_data: str | None = None
+    """data set of the held-out evaluation; None: --data, of a mixture its first set"""
     eval_split: str = "test"
     """split of the held-out evaluation"""
     eval_questions: int | None = None
@@ -146,6 +158,7 @@ class Config(judge.Settings, rollout.Config):
             rewards.bind_reward(self.reward, run_seed=self.seed, **rewards.band(self))
             rewards.bind_advantage(self.advantage)
         self.check_judge()
+        evolve.check(self)
         if self.temperature == 0 or self.group_size < 2:
             raise ValueError("training needs samples that differ: a temperature above 0 and a group size of 2 or more")
         for name in ("eval_samples", "eval_limit", "save_every", "keep", "lora_rank", "lora_alpha", "update_tokens"):
@@ -175,6 +188,7 @@ def check_questions(questions, held_out, config: Config) -> None:
             raise ValueError(
                 f"--reward {config.reward} needs gold answers, and {config.data} has none; use a label-free reward"
             )
+        rollout.step_rows(questions, config.questions_per_step, config.seed, 0)  # a mixture that cannot be is refused
         if config.questions_per_step > len(questions):
             print(f"{config.data} has {len(questions)} questions: that many a step, not {config.questions_per_step}")
     for source in filter(None, (questions, held_out)):
@@ -254,7 +268,7 @@ def train(
     latest = runs.checkpoints(folder)[-1:]
     if latest:
         policy.load_adapter(latest[0] / "adapter")
-    else:
+    elif not config.init_adapter:
         policy.add_lora(config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
     optimizer = torch.optim.AdamW(
         policy.trainable(), config.learning_rate, (0.9, 0.999), weight_decay=config.weight_decay, fused=True
@@ -364,7 +378,7 @@ def scored(policy: Policy, questions: data.Questions, name: str, config: Config,
 
 
 def starting_policy(config: Config) -> Policy:
-    """The model that the run starts from. An adapter that it starts from is merged first, into OUT/start."""
+    """The model that the run starts from: --adapter is merged into it, in OUT/start, --init-adapter put on it."""
     options = {name: getattr(config, name) for name in ("dtype", "device", "min_pixels", "max_pixels")}
     model, start = config.model, config.out / "start"
     if config.adapter:
@@ -376,16 +390,22 @@ def starting_policy(config: Config) -> Policy:
             draft.rename(start)
         model = str(start)
     options |= {"feature_cache_gib": config.feature_cache_gib}
-    return Policy.load(model, gradient_checkpointing=config.gradient_checkpointing, **options)
+    policy = Policy.load(model, gradient_checkpointing=config.gradient_checkpointing, **options)
+    if config.init_adapter:
+        policy.load_adapter(config.init_adapter)
+    return policy
 
 
 def main(config: Config) -> dict:
     """Run the loop and return its summary; stopped by a signal, it saves its state and exits with 128 + the signal."""
     config = prepare(config)
+    if config.rounds:
+        return evolve.evolve(config, main)
     clock = Clock()
     with clock("setup"):
         questions = None if config.from_shards else data.load(config.data, config.split, config.seed, config.limit)
-        held_out = data.load(config.data, config.eval_split, config.seed) if config.eval_questions else None
+        where = config.eval_data or config.data
+        held_out = data.load(where, config.eval_split, config.seed) if config.eval_questions else None
         check_questions(questions, held_out, config)
         if questions is not None and rewards.needs_gold(config.reward):
             questions = questions.with_gold()

@@ -4,7 +4,8 @@ r"""Make the embedded default model: a tiny Qwen2.5-VL, trained from scratch on 
     2. model: the real Qwen2_5_VLForConditionalGeneration, 1.5 M parameters, random weights
     3. clean phase: supervised training on step-by-step demonstrations that are right
     4. mixed phase: half of the demonstrations are quick guesses without reasoning, most of them wrong; the model
-       learns both manners, and its samples disagree; and it learns to judge, from right and wrong candidates
+       learns both manners, and its samples disagree; it learns to judge, from right and wrong candidates, and to ask,
+       from questions about pictures of their own (synthesize.py)
     5. write a snapshot as on the hub, with the scores after both phases in warmup.json
 
 A judge's lesson is a candidate, prompts/judge-tiny.md's question and the verdict, \boxed{9/9} or \boxed{0/9}. It stands
@@ -38,15 +39,19 @@ import judge
 import presets
 import rollout
 import shapes
+import synthesize
 from answers import vote_key
 from eval import heldout
 from policy import Policy, Prompt, Row, layout, packed_mask
 from shards import write_whole
 
 STYLES = ("think-boxed", "boxed")  # prompts; a quarter of the demonstrations are in the second
+ASKED = 4
+MODES = ("direct", "in-context")  # of asking
 PLAUSIBLE = {"angle": range(20, 150, 10), "length": range(4, 19)}  # answers that a guess may give; others are 0 to 9
 READABLE = {"angle": range(20, 90, 10), "length": range(2, 10), "bars": range(1, 5)}  # numbers in a picture
 SAMPLING = ("temperature", "top_p", "group_size", "max_new_tokens", "prompt", "max_prompt_tokens", "rollout_tokens")
+QUESTION_WEIGHT = 0.2  # of a question's tokens in the clean phase
 VERDICT_WEIGHT = 0.3  # of a verdict's tokens in the loss; from 0.1 to 1 it made little difference
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS)
@@ -80,6 +85,8 @@ class Config:
     """updates on right demonstrations"""
     mixed_steps: int = 160
     """updates on demonstrations of mixed quality"""
+    asking: int = 8
+    """questions to be written in one update of the mixed phase, besides those to be answered"""
     batch: int = 32
     """questions in one update"""
     learning_rate: float = 4e-3
@@ -252,6 +259,14 @@ def lesson(policy: Policy, item: shapes.Item, style: str, text: str) -> Lesson:
     return Lesson(prompt, pixels, [response], [[1.0] * len(response)])
 
 
+def with_question(policy: Policy, made: Lesson, item: shapes.Item) -> Lesson:
+    """A lesson in which the question has to be foreseen, too, from the picture before it."""
+    ids, start = made.prompt.ids, made.prompt.ids.index(policy.tokens("<|vision_end|>")[0]) + 1
+    prompt = replace(made.prompt, ids=ids[:start], positions=made.prompt.positions[:, :start])
+    weights = [QUESTION_WEIGHT if i < len(policy.tokens(item.question)) else 0.0 for i in range(len(ids) - start)]
+    return Lesson(prompt, made.pixels, [ids[start:] + made.responses[0]], [weights + made.weights[0]])
+
+
 def add_verdicts(policy: Policy, made: Lesson, item: shapes.Item, poor: str) -> Lesson:
     """A `think-boxed` lesson with a judge's verdict behind its response, and behind `poor`, which is not taught itself.
 
@@ -268,6 +283,14 @@ def add_verdicts(policy: Policy, made: Lesson, item: shapes.Item, poor: str) -> 
         responses.append(response + ask + verdict)
         weights.append((weight or [0.0] * len(response)) + [0.0] * len(ask) + [VERDICT_WEIGHT] * len(verdict))
     return Lesson(made.prompt, made.pixels, responses, weights)
+
+
+def asking_lesson(policy: Policy, item: shapes.Item, mode: str, texts: list[str]) -> Lesson:
+    """The picture, in context with its question, answered by each of the questions `texts`."""
+    made = synthesize.shown(policy, item, synthesize.asking(mode))
+    prompt, pixels, _ = policy.encode_one(made, "{question}")
+    responses = [[*policy.tokens(text), policy.tokenizer.eos_token_id] for text in texts]
+    return Lesson(prompt, pixels, responses, [[1.0] * len(response) for response in responses])
 
 
 def train(
@@ -324,14 +347,15 @@ def main(config: Config) -> dict:
     if min(config.eval_questions, config.eval_samples, config.batch, config.questions or 1) < 1:
         raise ValueError("--batch, --questions, --eval-questions and --eval-samples must be at least 1")
     started = time.perf_counter()
-    total = min(config.batch * (config.clean_steps + config.mixed_steps), config.questions or 2**31)
+    answered = config.batch * (config.clean_steps + config.mixed_steps)
+    total = min(answered + config.asking * config.mixed_steps, config.questions or 2**31)
     items = list(shapes.questions("warmup", config.seed, total))
     validation = data.load("shapes", "validation", config.seed, limit=config.eval_questions)
-    rng = random.Random(f"warmup/{config.seed}")
+    rng, rng_asking = random.Random(f"warmup/{config.seed}"), random.Random(f"warmup/asking/{config.seed}")
     texts = [Policy.template(style).replace("{question}", item.question) for item in items[:2000] for style in STYLES]
     texts += [demonstrate(item, style) for item in items[:2000] for style in STYLES]
     asked = judge.template(presets.TINY["judge_prompt"])[-1][1]
-    texts += ["by eye user assistant", "\\boxed{9/9} \\boxed{0/9}", asked] * 2000
+    texts += ["by eye user assistant", "\\boxed{9/9} \\boxed{0/9}", asked, *map(synthesize.asking, MODES)] * 2000
     tokenizer = make_tokenizer(texts)
     with TemporaryDirectory() as folder:
         make_model(tokenizer, config.seed).save_pretrained(folder)
@@ -342,16 +366,25 @@ def main(config: Config) -> dict:
 
     def clean(n: int) -> Lesson:
         style = STYLES[n % 4 == 0]
-        return lesson(policy, items[n], style, demonstrate(items[n], style))
+        made = lesson(policy, items[n], style, demonstrate(items[n], style))
+        return with_question(policy, made, items[n]) if QUESTION_WEIGHT else made
 
     def mixed(n: int) -> Lesson:
         item, style = items[n], STYLES[n % 4 == 0]
         made = lesson(policy, item, style, demonstrate_mixed(item, style, rng, config))
         return add_verdicts(policy, made, item, poor_candidate(item, rng)) if style == "think-boxed" else made
 
-    def lessons(first: int, steps: int, make: Callable[[int], Lesson]) -> Iterator[list[Lesson]]:
+    def asking(n: int) -> Lesson:
+        item = items[(answered + n) % len(items)]
+        others = [q for _ in range(ASKED) if (q := shapes.ask_else(item, rng_asking))]
+        if others and n % 2:
+            return asking_lesson(policy, item, "in-context", others)
+        return asking_lesson(policy, item, "direct", [item.question, *others[1:]])
+
+    def lessons(first: int, steps: int, make: Callable[[int], Lesson], asked: int = 0) -> Iterator[list[Lesson]]:
         for step in range(first, first + steps):
-            yield [make(n % len(items)) for n in range(step * config.batch, (step + 1) * config.batch)]
+            answering = [make(n % len(items)) for n in range(step * config.batch, (step + 1) * config.batch)]
+            yield answering + [asking(n) for n in range((step - first) * asked, (step - first + 1) * asked)]
 
     sampling = rollout.Config(model=presets.TINY_MODEL, seed=config.seed, **{k: presets.TINY[k] for k in SAMPLING})
 
@@ -364,7 +397,8 @@ def main(config: Config) -> dict:
     train(policy, lessons(0, config.clean_steps, clean), config.clean_steps, optimizers, 0.25, "clean")
     scores["clean"] = score()
     optimizers = [adamw([{"params": list(model.parameters()), "lr": config.mixed_learning_rate}])]
-    train(policy, lessons(config.clean_steps, config.mixed_steps, mixed), config.mixed_steps, optimizers, 0.0, "mixed")
+    lessons_mixed = lessons(config.clean_steps, config.mixed_steps, mixed, config.asking)
+    train(policy, lessons_mixed, config.mixed_steps, optimizers, 0.0, "mixed")
     scores["mixed"] = score()
     model.requires_grad_(False)
     (config.out / "warmup.json").unlink(missing_ok=True)  # until the new one is whole, there is no warmed-up model

@@ -103,16 +103,16 @@ def test_a_set_is_written_and_loads_without_gold(tmp_path, tiny, capsys):
 
 def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, tiny):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    synthesize.main(config(whole, tiny, filters="agreement", min_share=0.0))
-    synthesize.main(config(stopped, tiny, filters="agreement", min_share=0.0))
+    synthesize.main(config(whole, tiny, filters="agreement", min_agreement=0.0))
+    synthesize.main(config(stopped, tiny, filters="agreement", min_agreement=0.0))
     for name in ("asked/step-000001.jsonl", "answered/step-000000.jsonl", "provenance.jsonl"):
         (stopped / name).unlink()
-    synthesize.main(config(stopped, tiny, filters="agreement", min_share=0.0))
+    synthesize.main(config(stopped, tiny, filters="agreement", min_agreement=0.0))
     for file in whole.rglob("*"):
         if file.suffix in (".jsonl", ".parquet", ".png"):
             assert file.read_bytes() == (stopped / file.relative_to(whole)).read_bytes(), file
     with pytest.raises(shards.ShardError, match="per_image: 2 there, 3 now"):
-        synthesize.main(config(stopped, tiny, filters="agreement", min_share=0.0, per_image=3))
+        synthesize.main(config(stopped, tiny, filters="agreement", min_agreement=0.0, per_image=3))
 
 
 def test_what_is_there_is_not_sampled_again(tmp_path, tiny, monkeypatch):
@@ -166,18 +166,18 @@ def test_what_responses_say_of_a_question(tiny, tmp_path, keys, share, silent, p
 
 
 def test_each_mode_has_its_prompt(tmp_path, tiny):
-    assert "{question}" in synthesize.asking(config(tmp_path, tiny))
-    assert "{question}" not in synthesize.asking(config(tmp_path, tiny, mode="direct"))
+    assert "{question}" in synthesize.asking("in-context")
+    assert "{question}" not in synthesize.asking("direct")
     mine = tmp_path / "mine.md"
     mine.write_text("Ask for something else than {question}")
-    assert synthesize.asking(config(tmp_path, tiny, ask_prompt=str(mine))) == mine.read_text()
+    assert synthesize.asking("in-context", str(mine)) == mine.read_text()
     for changed, message in (
         ({"ask_prompt": str(mine), "mode": "direct"}, "shows no {question}"),
         ({"ask_prompt": "ask-direct"}, "needs {question}"),
         ({"ask_prompt": "nowhere"}, "no prompt 'nowhere'"),
         ({"filters": "length,new"}, "--filters 'new': give all, none, or some of"),
         ({"per_image": 0}, "--per-image must be at least 1"),
-        ({"min_share": 0.9, "max_share": 0.5}, "shares go from 0 to 1"),
+        ({"min_agreement": 0.9, "max_agreement": 0.5}, "shares go from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=message):
             config(tmp_path, tiny, **changed).resolve()

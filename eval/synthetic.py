@@ -1,0 +1,76 @@
+r"""How good are self-written questions to the pictures of `shapes`? Diagnostics only: nothing here is trained on.
+
+The scene of a `shapes` picture is known, so a question that a model wrote to it can be understood and answered by the
+generator (shapes.py). Reported, of all candidates of a folder that synthesize.py wrote and of those that it kept:
+
+    valid          share that are questions of `shapes` which their picture answers
+    new            share of the valid ones that ask for something else than their source
+    accuracy       share of right responses to the valid ones that were answered: the lower, the harder
+    label          share of right majority answers among those that have one: the accuracy of the pseudo-labels
+
+by kind, too. The last two need responses, which `--filters none` does not sample.
+
+    python -m eval.synthetic --questions runs/questions
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+import shapes
+import shards
+from answers import answer_key
+from stats import average, markdown
+from votes import keys_of, majority_key
+
+
+@dataclass
+class Config:
+    questions: Path = Path("runs/questions")
+    """folder that synthesize.py wrote, from --data shapes"""
+
+
+def diagnose(candidate: dict, item: shapes.Item, group: dict | None) -> dict:
+    """What the scene says of a candidate to `item`'s picture and, where it was answered, of the responses to it.
+
+    {"kept", "valid", "kind", "new", "accuracy", "label"}; the last four are None where there is nothing to say.
+    """
+    found = {"kept": candidate["kept"], "valid": False, "kind": None, "new": None, "accuracy": None, "label": None}
+    if understood := shapes.understand(item.scene, candidate["question"]):
+        kind, names, _ = understood
+        found |= {"valid": True, "kind": kind, "new": (kind, {*names}) != (item.kind, {*item.names})}
+        if group:
+            gold, majority = answer_key(str(shapes.worked(*understood)[1])), majority_key(group)
+            found["accuracy"] = average([key == gold for key in keys_of(group)])
+            found["label"] = None if majority is None else majority == gold
+    return found
+
+
+def row(name: str, found: list[dict]) -> tuple[str, ...]:
+    """A line of the table: how many, and the mean of each figure in per cent over those that have it."""
+    means = [average([c[key] for c in found if c[key] is not None]) for key in ("valid", "new", "accuracy", "label")]
+    return (name, str(len(found)), *("" if mean is None else f"{100 * mean:.1f}" for mean in means))
+
+
+def main(config: Config) -> list[dict]:
+    """Print the table; returns what was found of each candidate."""
+    asked = shards.read_manifest(config.questions)["config"]
+    if asked.get("data") != "shapes" or not (config.questions / "provenance.jsonl").is_file():
+        raise ValueError(f"{config.questions} holds no finished questions to the pictures of shapes; run synthesize.py")
+    items = {item.uid: item for item in shapes.questions(asked["split"], asked["seed"], asked["limit"])}
+    paths = shards.list_shards(config.questions / "answered")
+    groups = {group["uid"]: group for path in paths for group in shards.read_shard(path)}
+    lines = (config.questions / "provenance.jsonl").read_text().splitlines()
+    candidates = [json.loads(line) for line in lines]
+    found = [diagnose(c, items[c["source"]], groups.get(c["uid"])) for c in candidates]
+    kept = [c for c in found if c["kept"]]
+    rows = [row("candidates", found), row("kept", kept)]
+    rows += [row(f"kept, {kind}", [c for c in kept if c["kind"] == kind]) for kind in shapes.KINDS]
+    print(markdown([("", "questions", "valid", "new", "accuracy", "label"), *rows]))
+    return found
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,196 @@
+"""Rounds of asking and training: what each round is made from, and that an interruption changes nothing."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import evolve
+import shards
+import synthesize
+import train_upt
+from policy import Policy
+from train_upt import Config
+
+SMALL = {
+    "questions_per_step": 4,
+    "group_size": 4,
+    "max_new_tokens": 12,
+    "lora_rank": 2,
+    "lora_alpha": 4,
+    "learning_rate": 1e-2,
+    "reward": "random",
+    "steps": 1,
+    "eval_questions": 4,
+    "eval_samples": 1,
+    "limit": 8,
+    "filters": "none",
+}
+
+
+def config(tiny: str, out: Path, **settings) -> Config:
+    return Config(model=tiny, out=out, **SMALL | {"rounds": 2, "synthesize": "direct"} | settings)
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(one: Path, two: Path) -> bool:
+    a, b = adapter(one), adapter(two)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def groups(folder: Path) -> list[dict]:
+    return [group for path in shards.list_shards(folder) for group in shards.read_shard(path)]
+
+
+@pytest.fixture(scope="module")
+def evolved(tiny, tmp_path_factory) -> Path:
+    """Two whole rounds."""
+    out = tmp_path_factory.mktemp("evolve") / "whole"
+    train_upt.main(config(tiny, out))
+    return out
+
+
+def test_each_round_asks_with_the_adapter_of_the_last_and_goes_on_training_it(tiny, evolved):
+    first, second = evolved / "round-01", evolved / "round-02"
+    settings = [shards.read_manifest(folder / "questions")["config"] for folder in (first, second)]
+    assert [s["adapter"] for s in settings] == [None, str(first / "run" / "adapter")]
+    runs = [shards.read_manifest(folder / "run")["config"] for folder in (first, second)]
+    assert [r["init_adapter"] for r in runs] == [None, str(first / "run" / "adapter")]
+    assert same(evolved, second / "run") and not same(first / "run", second / "run")
+    # One step from the first round's adapter: nothing was merged, and nothing started anew.
+    start, end = adapter(first / "run"), adapter(second / "run")
+    moved = max(float((end[name] - start[name]).abs().max()) for name in start)
+    assert 0 < moved < 0.05 and not (second / "run" / "start").exists()
+    Policy.load(tiny, adapter=str(evolved / "adapter"))
+
+
+def test_a_round_trains_on_the_data_and_its_own_questions(evolved):
+    summary = json.loads((evolved / "summary.json").read_text())
+    for number, done in enumerate(summary["rounds"], start=1):
+        folder = evolved / f"round-{number:02d}"
+        mixture = shards.read_manifest(folder / "run")["config"]["data"]
+        assert mixture == f"shapes,{folder / 'questions'}"
+        own = len(data.load(folder / "questions", limit=8))
+        assert len(data.load(mixture, limit=8)) == 8 + own and done["questions"]["kept"] >= own > 0
+    asked = [{g["responses"][0]["text"] for g in groups(evolved / f"round-0{n}" / "questions/asked")} for n in (1, 2)]
+    assert not asked[0] & asked[1]  # other noise, and another adapter
+    orders = [[g["uid"] for g in groups(evolved / f"round-0{n}" / "run/rollouts")] for n in (1, 2)]
+    assert orders[0] != orders[1]
+
+
+def test_the_scores_after_a_round_are_those_before_the_next(tiny, evolved):
+    first, second = (json.loads((evolved / f"round-0{n}/run/summary.json").read_text()) for n in (1, 2))
+    summary = json.loads((evolved / "summary.json").read_text())
+    assert second["before"] == first["after"] and summary["before"] == first["before"]
+    assert summary["after"] == second["after"] == summary["rounds"][1]["after"]
+    # Measured anew, they are the same: noise of the evaluation does not depend on the round.
+    (evolved / "round-02/run/before.json").unlink()
+    settings = shards.read_manifest(evolved / "round-02/run")["config"]
+    run = Config(**{name: value for name, value in settings.items() if name not in ("out", "lora_targets")})
+    policy = train_upt.starting_policy(replace(run, out=evolved / "unused"))
+    held_out = data.load("shapes", "test", 0)
+    measured = train_upt.scored(
+        policy, held_out, "before", replace(run, out=evolved / "round-02/run"), train_upt.Clock(), lambda *_: None
+    )
+    assert measured == second["before"]
+
+
+@pytest.mark.parametrize("lost", ["after the questions", "in the second round", "in the second questions"])
+def test_an_interrupted_run_ends_the_same(tiny, evolved, tmp_path, lost, monkeypatch):
+    """Stopped in three places by an error, then run again: the same bits, and nothing is asked or trained twice."""
+    out, calls = tmp_path / "stopped", []
+    stop = {"after the questions": "round-01/run", "in the second round": "round-02/run"}.get(
+        lost, "round-02/questions"
+    )
+    write_shard = shards.write_shard
+
+    def stopping(path, records):
+        if stop and stop in str(path):
+            raise KeyboardInterrupt
+        calls.append(str(path.relative_to(out)))
+        return write_shard(path, records)
+
+    monkeypatch.setattr(shards, "write_shard", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train_upt.main(config(tiny, out))
+    assert not (out / "summary.json").exists() and calls
+    stop = None
+    train_upt.main(config(tiny, out))
+    sampled = [call for call in calls if "rollouts" not in call]
+    assert len(sampled) == len({*sampled}) and same(out, evolved)
+    for name in ("round-01/questions", "round-02/questions"):
+        for file in ("provenance.jsonl", "asked/step-000000.jsonl", "data/train-00000-of-00001.parquet"):
+            assert (out / name / file).read_bytes() == (evolved / name / file).read_bytes()
+    before = len(calls)
+    train_upt.main(config(tiny, out))
+    assert len(calls) == before
+
+
+def test_settings_of_another_run_are_refused(tiny, evolved):
+    with pytest.raises(shards.ShardError, match="synthesize: 'direct' there, 'in-context' now"):
+        train_upt.main(config(tiny, evolved, synthesize="in-context"))
+
+
+def test_nothing_kept_trains_on_the_data_alone(tiny, tmp_path):
+    out = tmp_path / "out"
+    train_upt.main(config(tiny, out, rounds=1, filters="all", eval_questions=0))
+    assert shards.read_manifest(out / "round-01/run")["config"]["data"] == "shapes"
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["rounds"][0]["questions"]["kept"] == 0 and "after" not in summary
+
+
+def test_the_share_of_its_own_questions(tiny, tmp_path, capsys):
+    settings = config(tiny, tmp_path, own_share=0.25).resolve()
+    own = tmp_path / "own"
+    synthesize.main(
+        synthesize.Config(data="shapes", model=tiny, out=own, limit=8, mode="direct", filters="none", max_new_tokens=12)
+    )
+    count = len(data.load(own))
+    assert evolve.mixed(settings, own, count) == f"shapes:0.750000,{own}:0.250000"
+    assert evolve.mixed(replace(settings, own_share=1.0), own, count) == str(own)
+    assert evolve.mixed(replace(settings, own_share=None), own, count) == f"shapes,{own}"
+    assert evolve.mixed(settings, own, 0) == "shapes"
+    # Ten of sixteen questions are more than there are: a step takes all of them.
+    mixture = evolve.mixed(replace(settings, own_share=0.625, questions_per_step=16), own, count)
+    assert mixture == f"shapes:{1 - count / 16:.6f},{own}:{count / 16:.6f}" and count < 10
+    assert f"only {count} questions of its own" in capsys.readouterr().err
+    import rollout
+
+    rows = rollout.step_rows(data.load(mixture), 16, 0, 0)
+    assert sum(row >= 4096 for row in rows) == count
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rounds": 2}, "--rounds N and --synthesize"),
+        ({"synthesize": "direct"}, "--rounds N and --synthesize"),
+        ({"own_share": 0.5}, "--own-share is of the questions"),
+        ({"adapter": "a", "init_adapter": "b"}, "give one of them"),
+        ({"rounds": 1, "synthesize": "direct", "adapter": "a"}, "--init-adapter for --adapter"),
+        ({"rounds": 1, "synthesize": "direct", "own_share": 0.0}, "above 0 and at most 1, not 0.0"),
+        ({"rounds": 1, "synthesize": "direct", "data": "shapes:1,geoqa:1"}, "neither weights nor --own-share"),
+        ({"rounds": 1, "synthesize": "direct", "data": "shapes,geoqa", "own_share": 0.5}, "neither weights nor"),
+        ({"rounds": 1, "synthesize": "direct", "out": Path("runs/a,b")}, "a comma"),
+        ({"rounds": 1, "synthesize": "direct", "filters": "new"}, "--filters 'new'"),
+    ],
+)
+def test_what_rounds_cannot_be_is_refused(tiny, settings, message):
+    with pytest.raises(ValueError, match=message):
+        Config(model=tiny, **settings).resolve()
+
+
+def test_a_table_has_a_line_for_each_round():
+    scores = {name: {"value": value} for name, value in (("mean", 0.5), ("greedy", 0.625), ("maj", 0.75), ("pass", 1))}
+    rounds = [{"questions": {"kept": 3, "candidates": 8}, "before": scores, "after": scores | {"mean": {"value": 0.6}}}]
+    assert evolve.table(rounds).splitlines()[2:] == [
+        "| 0 |  | 50.0 | 62.5 | 75.0 | 100.0 |",
+        "| 1 | 3 of 8 | 60.0 | 62.5 | 75.0 | 100.0 |",
+    ]
