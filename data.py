@@ -218,7 +218,10 @@ def _folder(folder: Path) -> dict[str, datasets.Dataset]:
     if ".parquet" in kinds and card.exists() and re.search(r"^configs:", card.read_text("utf-8", "replace"), re.M):
         # The card says which file is which split and how many rows there are: a copy fetched in part is found out.
         fix = "Fetch the rest, or give a folder of one configuration, or remove README.md to take the files as they are"
-        return _load_dataset(f"{folder} is not what its README.md says", fix, str(folder))
+        # `datasets` tells the caches of such folders apart by the folder's last name alone, whatever lies in them.
+        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in [card, *paths]]
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / blake2b(repr(files).encode(), digest_size=12).hexdigest()
+        return _load_dataset(f"{folder} is not what its README.md says", fix, str(folder), cache_dir=str(cache))
     if len(kinds) != 1:
         raise DataError(f"{folder} has {' and '.join(kinds) or 'neither .parquet nor .jsonl'}: give a folder with one")
     return _files(paths, folder)
@@ -262,6 +265,8 @@ def _load_dataset(what: str, fix: str, *args, **options) -> dict[str, datasets.D
     try:
         return datasets.load_dataset(*args, **options)
     except Exception as error:
+        if "corresponds to no data" in str(error):
+            raise DataError(f"{args[0]} has no rows, as when synthesize.py kept no question: nothing to use") from error
         wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)  # says nothing; its cause does
         raise DataError(f"{what}: {_line(error.__cause__ if wrapped else error)}. {fix}") from error
 

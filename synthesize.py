@@ -234,19 +234,16 @@ def write(candidates: list[dict], summary: dict, config: Config) -> None:
     kept = [candidate for candidate in candidates if candidate["kept"]]
     lines = (json.dumps(candidate) + "\n" for candidate in candidates)
     shards.write_whole(config.out / "provenance.jsonl", (line.encode() for line in lines))
-    file = config.out / "data" / "train-00000-of-00001.parquet"
-    file.unlink(missing_ok=True)
-    if kept:
-        columns = {
-            "images": [[] if c["image"] is None else [_stored(config.out / "asked" / c["image"])] for c in kept],
-            "problem": ["<image>" * (c["image"] is not None) + c["question"] for c in kept],
-            "uid": [c["uid"] for c in kept],
-        }
-        features = {"images": datasets.List(datasets.Image()), "problem": datasets.Value("string")}
-        features = datasets.Features(features | {"uid": datasets.Value("string")})
-        content = io.BytesIO()
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(content)
-        shards.write_whole(file, [content.getvalue()])
+    columns = {
+        "images": [[] if c["image"] is None else [_stored(config.out / "asked" / c["image"])] for c in kept],
+        "problem": ["<image>" * (c["image"] is not None) + c["question"] for c in kept],
+        "uid": [c["uid"] for c in kept],
+    }
+    features = {"images": datasets.List(datasets.Image()), "problem": datasets.Value("string")}
+    features = datasets.Features(features | {"uid": datasets.Value("string")})
+    content = io.BytesIO()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(content)
+    shards.write_whole(config.out / "data" / "train-00000-of-00001.parquet", [content.getvalue()])
     shards.write_whole(config.out / "README.md", [card(summary, config).encode()])
 
 
@@ -273,10 +270,14 @@ def table(summary: dict) -> str:
 
 def card(summary: dict, config: Config) -> str:
     """README.md of the data set: what it is made from, by which model and filters, with what counts."""
-    files = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n"
     model = f"`{config.model}`" + (f" with the adapter `{config.adapter}`" if config.adapter else "")
     return f"""---
-{files if summary["kept"] else ""}tags: [synthetic, visual-question-answering]
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*
+tags: [synthetic, visual-question-answering]
 ---
 # Questions that a model wrote
 

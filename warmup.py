@@ -46,7 +46,6 @@ from policy import Policy, Prompt, Row, layout, packed_mask
 from shards import write_whole
 
 STYLES = ("think-boxed", "boxed")  # prompts; a quarter of the demonstrations are in the second
-ASKED = 4
 MODES = ("direct", "in-context")  # of asking
 PLAUSIBLE = {"angle": range(20, 150, 10), "length": range(4, 19)}  # answers that a guess may give; others are 0 to 9
 READABLE = {"angle": range(20, 90, 10), "length": range(2, 10), "bars": range(1, 5)}  # numbers in a picture
@@ -85,8 +84,8 @@ class Config:
     """updates on right demonstrations"""
     mixed_steps: int = 160
     """updates on demonstrations of mixed quality"""
-    asking: int = 8
-    """questions to be written in one update of the mixed phase, besides those to be answered"""
+    asking: int = 4
+    """pictures to ask about in one update of the mixed phase, besides the questions to answer"""
     batch: int = 32
     """questions in one update"""
     learning_rate: float = 4e-3
@@ -376,10 +375,10 @@ def main(config: Config) -> dict:
 
     def asking(n: int) -> Lesson:
         item = items[(answered + n) % len(items)]
-        others = [q for _ in range(ASKED) if (q := shapes.ask_else(item, rng_asking))]
-        if others and n % 2:
-            return asking_lesson(policy, item, "in-context", others)
-        return asking_lesson(policy, item, "direct", [item.question, *others[1:]])
+        # A picture that has one question only is to get it again: filters.py knows a repetition.
+        other, second = (shapes.ask_else(item, rng_asking) or item.question for _ in range(2))
+        mode, first = ("in-context", other) if n % 2 else ("direct", item.question)
+        return asking_lesson(policy, item, mode, [first, second])
 
     def lessons(first: int, steps: int, make: Callable[[int], Lesson], asked: int = 0) -> Iterator[list[Lesson]]:
         for step in range(first, first + steps):

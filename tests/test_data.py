@@ -404,6 +404,26 @@ def test_rows_without_gold_are_bad_where_gold_is_needed(tmp_path):
     assert labelled.bad == {questions.uids[1]: "no gold answer"} and not questions.bad
 
 
+CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n"
+
+
+@pytest.mark.parametrize("card", [CARD, None])
+def test_folders_of_one_name_and_files_written_anew_are_told_apart(tmp_path, card):
+    """`datasets` keeps copies of what it reads: they are neither another folder's rows nor newer ones."""
+
+    def write(run: str, rows) -> set[str]:
+        folder = tmp_path / run / "questions"
+        parquet(folder / "data/train-00000-of-00001.parquet", rows)
+        if card:
+            (folder / "README.md").write_text(card)
+        return {q.question for split in ("train", "test") for q in load(folder, split)}
+
+    first, second = plain(5), plain(5, start=100)
+    assert write("a", first) == {row["problem"] for row in first}
+    assert write("b", second) == {row["problem"] for row in second}
+    assert write("a", second[:4]) == {row["problem"] for row in second[:4]}
+
+
 # ---- splits
 
 

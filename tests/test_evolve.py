@@ -77,8 +77,13 @@ def test_a_round_trains_on_the_data_and_its_own_questions(evolved):
         folder = evolved / f"round-{number:02d}"
         mixture = shards.read_manifest(folder / "run")["config"]["data"]
         assert mixture == f"shapes,{folder / 'questions'}"
-        own = len(data.load(folder / "questions", limit=8))
-        assert len(data.load(mixture, limit=8)) == 8 + own and done["questions"]["kept"] >= own > 0
+        own = data.load(folder / "questions", limit=8)
+        assert len(data.load(mixture, limit=8)) == 8 + len(own) and done["questions"]["kept"] >= len(own) > 0
+        lines = (folder / "questions" / "provenance.jsonl").read_text().splitlines()
+        written = {c["uid"]: c["question"] for c in map(json.loads, lines)}
+        assert all(q.question == written[q.uid] for q in own)
+        trained = {g["uid"]: g["question"] for g in groups(folder / "run/rollouts") if g["uid"] in written}
+        assert all(question == written[uid] for uid, question in trained.items())
     asked = [{g["responses"][0]["text"] for g in groups(evolved / f"round-0{n}" / "questions/asked")} for n in (1, 2)]
     assert not asked[0] & asked[1]  # other noise, and another adapter
     orders = [[g["uid"] for g in groups(evolved / f"round-0{n}" / "run/rollouts")] for n in (1, 2)]

@@ -1,5 +1,6 @@
 """The embedded data set: deterministic, right, and without a picture that two splits share."""
 
+import random
 from collections import Counter
 
 import pytest
@@ -74,3 +75,50 @@ def test_what_cannot_be_made_is_refused():
         shapes.questions("dev")
     with pytest.raises(ValueError, match="6000"):
         shapes.questions("test", 0, 10_000)
+
+
+GRID = ("grid", ("circle", "red"), ("square", "red"), ("circle", "blue"), *[None] * 6)
+BARS = ("bars", ("red", 4, 0), ("green", 1, 0), ("blue", 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("scene", "question", "found"),
+    [
+        (GRID, "How many red shapes are there?", ("count", ("red",), (2,))),
+        (GRID, " How many yellow shapes are there? ", ("count", ("yellow",), (0,))),
+        (GRID, "How many blue and red shapes are there?", ("sum", ("blue", "red"), (1, 2))),
+        (GRID, "How many more red than blue shapes are there?", ("difference", ("red", "blue"), (2, 1))),
+        (GRID, "How many more blue than red shapes are there?", None),  # there are fewer
+        (GRID, "How many red and red shapes are there?", None),
+        (GRID, "How many pink shapes are there?", None),
+        (GRID, "How many red shapes are there", None),
+        (GRID, "How many red shapes are there? How many blue?", None),
+        (GRID, "How long is the whole segment?", None),
+        (GRID, "", None),
+        (BARS, "What is the sum of the red and blue bars?", ("bars", ("red", "blue"), (4, 2))),
+        (BARS, "What is the sum of the red and yellow bars?", None),  # no such bar
+        (BARS, "How many red shapes are there?", None),
+        (("triangle", 30, 40, 20, 1), "What is the third angle, in degrees?", ("angle", (), (30, 40))),
+        (("segment", 3, 5, 40, -1), "How long is the whole segment?", ("length", (), (3, 5))),
+        (("segment", 3, 5, 40, -1), "What is the third angle, in degrees?", None),
+    ],
+)
+def test_questions_in_anyones_words(scene, question, found):
+    assert shapes.understand(scene, question) == found
+
+
+def test_the_sets_own_questions_are_understood():
+    for item in shapes.questions("train", 5, 300):
+        assert shapes.understand(item.scene, item.question) == (item.kind, item.names, item.facts)
+
+
+def test_another_question_asks_for_something_else_of_the_same_picture():
+    rng, kinds = random.Random(0), Counter()
+    for item in shapes.questions("train", 0, 400):
+        other = shapes.ask_else(item, rng)
+        assert (other is None) == (item.kind in ("angle", "length"))
+        if other:
+            kind, names, _ = shapes.understand(item.scene, other)
+            assert (kind, {*names}) != (item.kind, {*item.names})
+            kinds[kind] += 1
+    assert set(kinds) == {"count", "sum", "difference", "bars"} and min(kinds.values()) > 30

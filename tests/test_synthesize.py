@@ -1,6 +1,10 @@
 """Self-written questions: the filters by cases, and a data set made by a random model, resumed, loaded."""
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +14,7 @@ import shards
 import synthesize
 from filters import Candidate
 
+ROOT = Path(__file__).parent.parent
 SOURCE = "How many red shapes are there in the picture?"
 
 
@@ -115,6 +120,31 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, tiny):
         synthesize.main(config(stopped, tiny, filters="agreement", min_agreement=0.0, per_image=3))
 
 
+@pytest.mark.parametrize("stage", ["asked", "answered"])
+def test_a_killed_run_loses_and_repeats_nothing(tmp_path, tiny, stage):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = {"limit": 8, "filters": "agreement", "min_agreement": 0.0, "questions_per_step": 1, "per_image": 1}
+    synthesize.main(config(whole, tiny, **settings))
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    command = [sys.executable, "synthesize.py", "--data=shapes", f"--model={tiny}", f"--out={killed}", *flags]
+    process = subprocess.Popen(
+        [*command, "--max-new-tokens=6", "--device=cpu"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (killed / stage / "step-000001.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (killed / "provenance.jsonl").exists()
+    done = {path: path.stat().st_ino for path in killed.rglob("step-*.jsonl")}
+    synthesize.main(config(killed, tiny, **settings))
+    assert done and all(path.stat().st_ino == inode for path, inode in done.items())
+    files = {path.relative_to(whole) for path in whole.rglob("*") if path.suffix in (".jsonl", ".parquet", ".png")}
+    assert len(files) > 16 and all((whole / file).read_bytes() == (killed / file).read_bytes() for file in files)
+    uids = [row["uid"] for row in provenance(killed)]
+    assert uids == [f"{uid}/in-context-0" for uid in data.load("shapes", limit=8).uids]
+
+
 def test_what_is_there_is_not_sampled_again(tmp_path, tiny, monkeypatch):
     settings = config(tmp_path / "questions", tiny, limit=2)
     first = synthesize.main(settings)
@@ -134,10 +164,12 @@ def test_a_text_that_was_written_before_is_a_repetition(tmp_path, tiny):
 def test_nothing_kept_is_a_warning(tmp_path, tiny, capsys):
     out = tmp_path / "questions"
     (out / "data").mkdir(parents=True)
-    (out / "data/train-00000-of-00001.parquet").write_bytes(b"of an earlier run")
+    (out / "data/train-00000-of-00001.parquet").write_bytes(b"of an earlier run")  # to be written over
     summary = synthesize.main(config(out, tiny, filters="all", limit=2, per_image=3))
     assert summary["kept"] == 0 and "no question was kept" in capsys.readouterr().err
-    assert len(provenance(out)) == 6 and not list((out / "data").iterdir())
+    assert len(provenance(out)) == 6
+    with pytest.raises(data.DataError, match="questions has no rows, as when synthesize.py kept no question"):
+        data.load(out)
     assert summary["filters"]["question"] == {"seen": 6, "failed": 6} and summary["filters"]["agreement"]["seen"] == 0
 
 
