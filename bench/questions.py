@@ -2,11 +2,11 @@
 
 For each seed the base writes questions to all training pictures, in both modes, and is trained without labels on
 
-    original            the questions of shapes
-    in-context          its own, written with the original one in sight
-    direct              its own, from the picture alone
-    original+in-context both as one set
-    in-context, no filters   all that it wrote in context, so that the filters' part shows
+    original                 the questions of shapes
+    in-context               its own, written with the original one in sight
+    direct                   its own, from the picture alone
+    original+in-context      both as one set
+    in-context-unfiltered    all that it wrote in context, so that the filters' part shows
 
 Prints the held-out gain of each (mean ± half of the 95 % t-interval over seeds, per cent), the filters' counts and what
 the generator says of the questions, as Markdown. What is there already is not done again.
@@ -56,9 +56,7 @@ def trained(config: Config, name: str, data: str, seed: int) -> dict:
     out = config.out / f"train-{name}-{seed}"
     if not (out / "summary.json").is_file():
         train_upt.main(
-            train_upt.Config(
-                data=data, eval_data="shapes", model=config.model, seed=seed, steps=config.steps, out=out
-            )
+            train_upt.Config(data=data, eval_data="shapes", model=config.model, seed=seed, steps=config.steps, out=out)
         )
     return json.loads((out / "summary.json").read_text())
 
@@ -71,12 +69,11 @@ def interval(values: list[float]) -> str:
 def main(config: Config) -> None:
     runs: dict[str, list[dict]] = {}
     for seed in config.seeds:
-        own = {mode: written(config, mode, seed) for mode in MODES}
-        sets = {"original": "shapes"} | {mode: str(folder) for mode, folder in own.items()}
-        sets["original+in-context"] = f"shapes,{own['in-context']}"
-        sets["in-context, no filters"] = str(written(config, "in-context", seed, "none"))
+        own = {mode: str(written(config, mode, seed)) for mode in MODES}
+        sets = {"original": "shapes"} | own | {"original+in-context": f"shapes,{own['in-context']}"}
+        sets["in-context-unfiltered"] = str(written(config, "in-context", seed, "none"))
         for name, data in sets.items():
-            runs.setdefault(name, []).append(trained(config, name.replace(", ", "-").replace(" ", "-"), data, seed))
+            runs.setdefault(name, []).append(trained(config, name, data, seed))
     rows = [("trained on", "seeds", *METRICS)]
     for name, found in runs.items():
         gains = [[s["after"][m]["value"] - s["before"][m]["value"] for s in found] for m in METRICS]

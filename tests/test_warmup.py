@@ -10,9 +10,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 import judge
 import presets
 import shapes
+import synthesize
 import warmup
 from answers import is_well_formed, vote_key
-from policy import Policy
+from policy import Policy, Row
 
 
 def test_clean_demonstrations_are_right_and_in_the_format_asked_for():
@@ -133,3 +134,35 @@ def test_a_verdict_stands_where_the_judge_reads_it(tiny):
         assert set(weights[:said]) == {1.0 if digit == "9" else 0.0}  # the poor candidate is judged, not taught
         verdict = len(policy.tokens("\\boxed{9/9}")) + 1
         assert set(weights[said:-verdict]) == {0.0} and set(weights[-verdict:]) == {warmup.VERDICT_WEIGHT}
+
+
+def test_a_question_to_be_foreseen_leaves_prompt_and_answer_as_they_are(tiny):
+    policy = Policy.load(tiny, dtype="fp32", device="cpu")
+    item = shapes.questions("warmup", 0, 5)[3]
+    made = warmup.lesson(policy, item, "think-boxed", warmup.demonstrate(item, "think-boxed"))
+    taught = warmup.with_question(policy, made, item)
+    assert taught.prompt.ids + taught.responses[0] == made.prompt.ids + made.responses[0]
+    asked, answer = policy.tokens(item.question), made.responses[0]
+    assert policy.tokenizer.decode(taught.prompt.ids[-1:]) == "<|vision_end|>"
+    assert policy.tokenizer.decode(taught.responses[0]).startswith(item.question)
+    between = len(taught.responses[0]) - len(asked) - len(answer)
+    expected = [warmup.QUESTION_WEIGHT] * len(asked) + [0.0] * between + [1.0] * len(answer)
+    assert taught.weights == [expected] and between > 5
+    policy.see([(made.prompt, made.pixels, None)])
+    rows = [Row(x.prompt, x.responses, []) for x in (made, taught)]
+    with torch.no_grad():
+        one, two = (policy.logprobs([row])[0] for row in rows)
+    assert torch.allclose(one, two[-len(answer) :], atol=1e-5)
+
+
+def test_asking_lessons_show_what_synthesis_shows(tiny):
+    policy = Policy.load(tiny, dtype="fp32", device="cpu")
+    item = shapes.questions("warmup", 0, 5)[3]
+    for mode in warmup.MODES:
+        made = warmup.asking_lesson(policy, item, mode, ["How long?", "How wide is it?"])
+        prompt = policy.tokenizer.decode(made.prompt.ids)
+        assert synthesize.asking(mode).split("{question}")[-1][:60] in prompt
+        assert (item.question in prompt) == (mode == "in-context")
+        texts = [policy.tokenizer.decode(response) for response in made.responses]
+        assert texts == ["How long?<|im_end|>", "How wide is it?<|im_end|>"]
+        assert made.weights == [[1.0] * len(response) for response in made.responses]
