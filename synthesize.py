@@ -49,17 +49,17 @@ class Settings:
     per_image: int = 1
     """questions to write for each picture, k"""
     filters: str = "all"
-    """all, none, or names of filters.py with commas between them"""
+    """which of these are kept: all, none, or names of filters.py with commas between them"""
     ask_prompt: str | None = None
     """what asks for a question: a name in prompts/ or a file; None: ask-in-context or ask-direct"""
     ask_max_new_tokens: int | None = None
     """longest question, in tokens; None: as long as a response"""
     min_agreement: float = 0.25
-    """agreement: the majority's least share of the responses"""
+    """filter agreement: the majority's least share of the responses to a question"""
     max_agreement: float = 0.99
-    """agreement: its largest share"""
+    """filter agreement: its largest share"""
     max_abstentions: float = 0.5
-    """abstention: largest share of responses without an answer"""
+    """filter abstention: largest share of responses without an answer"""
 
     def check_asking(self, mode: str) -> None:
         """Raise ValueError for settings that cannot work, with what to change."""

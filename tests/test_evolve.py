@@ -138,6 +138,12 @@ def test_an_interrupted_run_ends_the_same(tiny, evolved, tmp_path, lost, monkeyp
     assert len(calls) == before
 
 
+def test_resume_takes_every_setting_from_the_run(evolved, monkeypatch):
+    monkeypatch.setattr(train_upt.rollout, "rollout", None)  # there is nothing left to do
+    summary = train_upt.main(Config(out=evolved, resume=True))
+    assert summary["config"]["rounds"] == 2 and summary["after"] == summary["rounds"][1]["after"]
+
+
 def test_settings_of_another_run_are_refused(tiny, evolved):
     with pytest.raises(shards.ShardError, match="synthesize: 'direct' there, 'in-context' now"):
         train_upt.main(config(tiny, evolved, synthesize="in-context"))

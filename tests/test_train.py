@@ -17,6 +17,7 @@ import data
 import rewards
 import rollout
 import runs
+import shapes
 import shards
 import update
 from policy import Policy
@@ -65,6 +66,16 @@ def test_training_moves_the_adapter_and_only_seed_and_settings_matter(tiny, two_
     again = run(tiny, tmp_path / "again", steps=2, rollout_tokens=1, update_tokens=150)
     assert same(two_steps, again)
     assert not same(two_steps, run(tiny, tmp_path / "seed", steps=2, rollout_tokens=1, update_tokens=150, seed=1))
+
+
+def test_the_evaluation_may_be_of_another_set(tiny, tmp_path):
+    rows = [{"question": f"What is {i} + 1?"} for i in range(8)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"data": str(tmp_path / "own.jsonl"), "steps": 1, "eval_samples": 1} | SMALL
+    without = main(Config(model=tiny, out=tmp_path / "a", **own | {"eval_questions": 4}))
+    other = main(Config(model=tiny, out=tmp_path / "b", eval_data="shapes", **own | {"eval_questions": 4}))
+    assert "greedy" not in without["after"] and other["after"]["graded"] == 4
+    assert set(other["after"]["kinds"]) <= set(shapes.KINDS) and same(tmp_path / "a", tmp_path / "b")
 
 
 def test_stages_give_the_adapter_of_one_online_step(tiny, tmp_path):
