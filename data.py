@@ -148,7 +148,7 @@ def load(name_or_path: str | Path, split: str = "train", seed: int = 0, limit: i
     name, split = str(name_or_path), ALIASES.get(split, split)
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}: give a number of rows from 1, or None for all of them")
-    import mixture
+    import mixture  # here, since it is made of sets that this function loads
 
     if mixture.is_mixture(name):
         return mixture.load(name, split, seed, limit)
@@ -190,7 +190,7 @@ def load(name_or_path: str | Path, split: str = "train", seed: int = 0, limit: i
 def _find(name: str) -> tuple[str, Path | None, dict[str, datasets.Dataset]]:
     """A name, hub id or path → the set's label, its folder, its tables."""
     repo = NAMED.get(name, name)
-    path = Path(os.path.abspath(Path(name).expanduser()))  # unlike `resolve`, keeps the name of a linked folder
+    path = Path(os.path.abspath(os.path.expanduser(name)))  # unlike `resolve`, keeps the name of a linked folder
     is_file = path.suffix in (".parquet", ".jsonl")
     if name not in NAMED and path.is_dir():
         return path.name, path, _folder(path)
@@ -214,6 +214,8 @@ def _folder(folder: Path) -> dict[str, datasets.Dataset]:
     """A folder of parquet or of JSONL, however deep."""
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix in (".parquet", ".jsonl") and path.is_file()]
     paths = [path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts)]
+    if (folder / "asked").is_dir() and not (folder / "summary.json").is_file():
+        raise DataError(f"{folder}: synthesize.py has not finished these questions; give its command again to go on")
     kinds, card = sorted({path.suffix for path in paths}), folder / "README.md"
     if ".parquet" in kinds and card.exists() and re.search(r"^configs:", card.read_text("utf-8", "replace"), re.M):
         # The card says which file is which split and how many rows there are: a copy fetched in part is found out.

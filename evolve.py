@@ -8,7 +8,8 @@ judge are that model throughout. Each round's training is a run of its own, with
 
 Every part is a folder that goes on where it was stopped, and so does the whole. It leaves OUT/adapter, the last
 round's, and OUT/summary.json: scores before and after all rounds, and of every round its filters' counts and its
-scores. A round none of whose questions is kept trains on the data alone. `--limit` is of the data and of the questions.
+scores. A round none of whose questions is kept trains on the data alone. `--limit` is of the data and of the questions;
+of the latter, as of every set without splits, 5 % are held out. More rounds may follow: --rounds 3 goes on from two.
 """
 
 import json
@@ -30,33 +31,53 @@ def check(config) -> None:
     """Raise ValueError for settings of a train_upt.Config that rounds do not work with, with what to change."""
     if config.adapter and config.init_adapter:
         raise ValueError("--adapter merges an adapter, --init-adapter goes on training it: give one of them")
+    if config.init_adapter and not (Path(config.init_adapter) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"--init-adapter {config.init_adapter}: no PEFT adapter there (adapter_config.json is missing)"
+        )
     if bool(config.rounds) != bool(config.synthesize) or config.rounds < 0:
         raise ValueError("--rounds N and --synthesize in-context or direct go together: give both or neither")
     if not config.rounds:
-        if config.own_share is not None:
-            raise ValueError("--own-share is of the questions that --rounds makes; weigh data sets as --data a:3,b:1")
+        asking = [field for field in fields(synthesize.Settings) if getattr(config, field.name) != field.default]
+        if asking or config.own_share is not None:
+            name = asking[0].name if asking else "own_share"
+            raise ValueError(f"--{name.replace('_', '-')} is for the questions that --rounds makes; leave it out here")
         return
     config.check_asking(config.synthesize)
     if config.adapter or config.from_shards:
         raise ValueError("--rounds trains one adapter on questions: no --from-shards, and --init-adapter for --adapter")
-    if config.own_share is not None and not 0 < config.own_share <= 1:
-        raise ValueError(f"--own-share must be above 0 and at most 1, not {config.own_share}")
-    named = mixture.parts(config.data) if mixture.is_mixture(config.data) else []
-    if named and (config.own_share is not None or named[0][1] is not None):
+    check_data(config)
+
+
+def check_data(config) -> None:
+    """The same for what a round's data set is put together from."""
+    share = config.own_share
+    if share is not None and not (0.001 <= share <= 0.999 or share == 1):
+        raise ValueError(f"--own-share goes from 0.001 to 0.999, or is 1, not {share}")
+    several = mixture.is_mixture(config.data)
+    if several and (share is not None or mixture.parts(config.data)[0][1] is not None):
         raise ValueError(f"--rounds with several data sets takes neither weights nor --own-share: {config.data}")
-    if "," in str(config.out):
-        raise ValueError(f"--out {config.out}: a comma would divide data sets here; choose a folder without one")
+    for flag, name in (("--out", str(config.out / "questions")), *([] if several else [("--data", config.data)])):
+        if mixture.parts(name) != [(name, None)]:
+            raise ValueError(f"{flag} {name}: a comma or a number behind a colon cannot be mixed; use another name")
 
 
 def evolve(config, train: Callable) -> dict:
-    """All rounds; returns the summary. `config` is a resolved train_upt.Config, `train` makes a run of one."""
+    """All rounds; returns the summary. `config` is a resolved train_upt.Config, `train` makes a run of one.
+
+    Raises DataError for a share of its own questions that leaves more to --data than it has.
+    """
+    if config.own_share not in (None, 1):
+        size = len(data.load(config.data, config.split, config.seed, config.limit))
+        mixture.quotas(config.questions_per_step, [(size, 1 - config.own_share), (sys.maxsize, config.own_share)])
     claim(config)
     rounds, adapter = [], config.init_adapter
     for number in range(1, config.rounds + 1):
         print(f"round {number} of {config.rounds}", file=sys.stderr)
         folder = config.out / f"round-{number:02d}"
         counts = asked(config, number, adapter, folder / "questions")
-        run = replace(config, rounds=0, synthesize=None, own_share=None, resume=False, round=number)
+        defaults = {field.name: field.default for field in fields(synthesize.Settings)}
+        run = replace(config, rounds=0, synthesize=None, own_share=None, resume=False, round=number, **defaults)
         run.out, run.init_adapter = folder / "run", adapter
         run.data, run.eval_data = mixed(config, folder / "questions", counts["kept"]), config.eval_data or config.data
         measured = config.out / f"round-{number - 1:02d}" / "run" / "after.json"
@@ -91,17 +112,20 @@ def asked(config, number: int, adapter: str | None, folder: Path) -> dict:
 
 
 def mixed(config, folder: Path, kept: int) -> str:
-    """The data set of a round: the data, and the questions in `folder` where some were kept."""
+    """The data set of a round: the data, and the questions in `folder` where some were kept.
+
+    With fewer of these than their share of a step all questions count alike, which is said.
+    """
     if not kept:
         return config.data
     if config.own_share is None:
         return f"{config.data},{folder}"
     if config.own_share == 1:
         return str(folder)
-    share, count = config.own_share, len(data.load(folder))
+    share, count = config.own_share, len(data.load(folder, limit=config.limit))
     if count < share * config.questions_per_step:
-        share = count / config.questions_per_step
-        print(f"only {count} questions of its own: a step takes {share:.3f} from them", file=sys.stderr)
+        print(f"only {count} questions of its own: all questions count alike, without --own-share", file=sys.stderr)
+        return f"{config.data},{folder}"
     return f"{config.data}:{1 - share:.6f},{folder}:{share:.6f}"
 
 

@@ -7,21 +7,22 @@ Held-out splits (`validation`, `test`) are those of the first set. A uid that an
 where the second set has it too.
 """
 
+import os
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import data
 
 
 def is_mixture(name: str) -> bool:
     """Whether a name stands for several data sets: commas in what is no path that exists."""
-    return "," in name and not Path(name).expanduser().exists()
+    return "," in name and not os.path.exists(os.path.expanduser(name))
 
 
 def parts(name: str) -> list[tuple[str, float | None]]:
     """The sets of a mixture with their weights, None for all of them where none is given. Raises DataError."""
-    found = [re.fullmatch(r"(.*?)(?::(-?\d*\.?\d+))?", part.strip()).groups() for part in name.split(",")]
+    pattern = re.compile(r"(.*?)(?::(-?\d*\.?\d+))?", re.DOTALL)  # a name and perhaps a number behind a colon
+    found = [pattern.fullmatch(part.strip()).groups() for part in name.split(",")]
     weights = [float(weight) for _, weight in found if weight is not None]
     if not all(part for part, _ in found):
         raise data.DataError(f"{name!r}: a data set is missing beside a comma; write a,b or a:3,b:1")

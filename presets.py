@@ -120,7 +120,7 @@ def is_tiny(model: str) -> bool:
 def fill(config) -> None:
     """Fill every field of a Config that is None. Fields the Config doesn't have are passed over."""
     if config.model is None:
-        sets = [part.split(":")[0] for part in (config.data or "shapes").split(",")]
+        sets = [part.split(":")[0].strip() for part in (config.data or "shapes").split(",")]
         config.model = TINY_MODEL if "shapes" in sets else REAL_MODEL
     tiny = is_tiny(config.model)
     preset = PRESETS[config.preset] if getattr(config, "preset", None) else {}

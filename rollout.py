@@ -109,7 +109,7 @@ class Config:
         return self
 
     def turn(self, step: int) -> int:
-        """What keys a step's questions and noise: the steps of two rounds lie far apart."""
+        """What keys a step's noise: the steps of two rounds lie far apart."""
         return step + (self.round << 20)
 
 
@@ -133,29 +133,29 @@ class Batch:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def schedule(size: int, per_step: int, seed: int, step: int) -> list[int]:
-    """The rows of one step: every epoch is a fresh permutation, cut into whole steps."""
+def schedule(size: int, per_step: int, seed: int, step: int, round: int = 0) -> list[int]:
+    """The rows of one step: every epoch, of every round, is a fresh permutation, cut into whole steps."""
     per_step = min(per_step, size)
     epoch, turn = divmod(step, size // per_step)
-    order = np.random.default_rng([seed, epoch]).permutation(size)
+    order = np.random.default_rng([seed, epoch, round] if round else [seed, epoch]).permutation(size)
     return order[turn * per_step : (turn + 1) * per_step].tolist()
 
 
-def step_rows(questions: data.Questions, per_step: int, seed: int, step: int) -> list[int]:
+def step_rows(questions: data.Questions, per_step: int, seed: int, step: int, round: int = 0) -> list[int]:
     """The rows of one step; of a mixture by weight, each set's part of them. Raises DataError if one is too small."""
     if questions.weights is None:
-        return schedule(len(questions), per_step, seed, step)
+        return schedule(len(questions), per_step, seed, step, round)
     rows, first = [], 0
     for (size, _), count in zip(questions.weights, quotas(per_step, questions.weights), strict=True):
-        rows += [first + row for row in schedule(size, count, seed, step)]
+        rows += [first + row for row in schedule(size, count, seed, step, round)]
         first += size
     # Shuffled, so that every minibatch is a mixture.
-    return np.random.default_rng([seed, step, len(rows)]).permutation(rows).tolist()
+    return np.random.default_rng([seed, step, round, len(rows)]).permutation(rows).tolist()
 
 
 def step_batch(policy: Policy, questions: data.Questions, step: int, config: Config) -> Batch:
     """Load and encode the questions of one step; none may be left when all are bad or over the limit."""
-    rows = step_rows(questions, config.questions_per_step, config.seed, config.turn(step))
+    rows = step_rows(questions, config.questions_per_step, config.seed, step, config.round)
     found = questions.get(rows)
     prompts, too_long = policy.encode(found, policy.template(config.prompt), config.max_prompt_tokens)
     left_out = {

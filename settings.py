@@ -13,12 +13,13 @@ import presets
 import rewards
 import rollout
 import shards
+import synthesize
 import variants
 
 STORED = "stored"  # the rewards and advantages that the shards carry
 # Settings that may change when a run goes on. The token budgets change the last bits of what follows.
 FREE = ("out", "device", "resume", "keep", "save_every", "gradient_checkpointing", "feature_cache_gib")
-FREE += ("rollout_tokens", "judge_tokens", "update_tokens")
+FREE += ("rollout_tokens", "judge_tokens", "update_tokens", "rounds")
 
 
 def prepare(config):
@@ -104,6 +105,10 @@ def jsonable(config) -> dict:
             stored[f"{role}_file"] = digest
     if config.reward not in (None, STORED) and rewards.needs_judge(config.reward):
         stored["judge_prompt_file"] = judge.prompt_digest(config.judge_prompt)
+    if config.rounds:
+        stored["ask_prompt_file"] = synthesize.prompt_digest(config.synthesize, config.ask_prompt)
+    if config.init_adapter:
+        stored["init_adapter_file"] = shards.fingerprint(config.init_adapter)
     return stored
 
 

@@ -5,7 +5,7 @@ r"""The model writes its own training questions (MM-UPT, arXiv 2505.22453), with
                 direct       the picture alone
     2. filter   rules on the text of a question (filters.py)
     3. answer   sample responses to those that are left, and keep the ones whose majority has a share within a band and
-                whose abstentions are few: neither trivial nor beyond the model
+                whose abstentions are few: neither trivial nor beyond the model (filters.py, too)
     4. write    a data set like any other: parquet in the hub's schema with a card, and provenance.jsonl, a line for
                 each candidate, kept or not
 
@@ -62,16 +62,25 @@ class Settings:
     """filter abstention: largest share of responses without an answer"""
 
     def check_asking(self, mode: str) -> None:
-        """Raise ValueError for settings that cannot work, with what to change."""
+        """Raise ValueError for settings that cannot work, with what to change. Sampling settings are filled in."""
         if self.per_image < 1:
             raise ValueError(f"--per-image must be at least 1, not {self.per_image}")
+        if self.ask_max_new_tokens is not None and self.ask_max_new_tokens < 1:
+            raise ValueError(f"--ask-max-new-tokens must be at least 1, not {self.ask_max_new_tokens}")
+        if self.temperature == 0 and self.per_image > 1:
+            raise ValueError(
+                "--temperature 0 writes the same question again: give a temperature above 0, or --per-image 1"
+            )
         if not 0 <= self.min_agreement <= self.max_agreement <= 1 or not 0 <= self.max_abstentions <= 1:
             raise ValueError("shares go from 0 to 1: --min-agreement <= --max-agreement, and --max-abstentions")
-        self.chosen()
+        if "agreement" in self.chosen() and (self.temperature == 0 or self.group_size < 2):
+            raise ValueError(
+                "the filter agreement needs several samples: --temperature above 0 and --group-size 2 or more"
+            )
         asking(mode, self.ask_prompt)
 
     def chosen(self) -> tuple[str, ...]:
-        """The filters by name, in the order of filters.NAMES."""
+        """The filters by name, in the order of filters.NAMES. Raises ValueError for a name that is none."""
         named = {"all": filters.NAMES, "none": ()}.get(self.filters, tuple(self.filters.split(",")))
         if unknown := [name for name in named if name not in filters.NAMES]:
             raise ValueError(f"--filters {unknown[0]!r}: give all, none, or some of {','.join(filters.NAMES)}")
@@ -98,7 +107,7 @@ class Config(Settings, rollout.Config):
 def asking(mode: str, name: str | None = None) -> str:
     """The text that asks for a question. In context, `{question}` stands for the source question.
 
-    `name` is one in prompts/ or a file; None is this mode's own.
+    `name` is one in prompts/ or a file; None is this mode's own. Raises PolicyError for one that is not for `mode`.
     """
     name = name or f"ask-{mode}"
     path = PROMPTS / f"{name}.md"
@@ -112,36 +121,50 @@ def asking(mode: str, name: str | None = None) -> str:
     return text
 
 
+def prompt_digest(mode: str, name: str | None) -> str:
+    """Digest of the text that asks, so that a run notices when the file has changed."""
+    return sha256(asking(mode, name).encode()).hexdigest()[:16]
+
+
 def shown(policy: Policy, question, prompt: str) -> data.Question:
     """What the model is shown, to be encoded with the template "{question}", where it is to ask."""
     text = prompt.replace("{question}", policy.ask(question))
     return data.Question(question.uid, text, None, question.image, None)
 
 
-def sampled(policy, folder: Path, count: int, read, config: rollout.Config, title: str) -> list[dict]:
-    """Groups of responses to `count` questions; `read(rows)` gives some of them and their prompts.
+def sample_shards(policy, folder: Path, wanted: list[dict], read, config: rollout.Config, title: str) -> list[dict]:
+    """A group of responses to each question, those left out whose prompt is too long or whose row is bad.
 
-    A shard that is there already is read instead.
+    `wanted` says of each question what its group has to be about ({"uid", …}), `read(rows)` gives some questions and
+    their prompts. A shard that is there already and is about its questions is read instead.
     """
     found, per_shard = [], config.questions_per_step
-    with tqdm(total=count * config.group_size, desc=title, unit="response") as bar:
-        for number, start in enumerate(range(0, count, per_shard)):
-            path = shards.shard_path(folder, number)
-            if shards.is_complete(path):
-                groups = shards.read_shard(path)
+    with tqdm(total=len(wanted) * config.group_size, desc=title, unit="response") as bar:
+        for number, start in enumerate(range(0, len(wanted), per_shard)):
+            path, rows = shards.shard_path(folder, number), range(start, min(start + per_shard, len(wanted)))
+            groups = shards.read_shard(path) if shards.is_complete(path) else None
+            if groups is not None and not is_about(groups, wanted[rows.start : rows.stop]):
+                print(f"{path} is about other questions: sampled again", file=sys.stderr)
+                groups = None
+            if groups is not None:
                 bar.update(sum(len(group["responses"]) for group in groups))
             else:
-                questions, prompts = read(range(start, min(start + per_shard, count)))
-                groups = []
-                if prompts:
-                    batch = rollout.Batch(questions, prompts)
-                    groups = rollout.rollout(policy, batch, number, config, folder, bar.update)
+                questions, prompts = read(rows)
+                batch = rollout.Batch(questions, prompts)
+                groups = rollout.rollout(policy, batch, number, config, folder, bar.update) if prompts else []
+                if groups:
                     shards.write_shard(path, groups)
             found += groups
     return found
 
 
-def encoded(policy, questions: list, instead: list, template: str, config) -> tuple[list, list]:
+def is_about(groups: list[dict], wanted: list[dict]) -> bool:
+    """Whether groups are about these questions, in this order; some may be missing."""
+    rest = iter(wanted)
+    return all(any(all(group[name] == q[name] for name in q) for q in rest) for group in groups)
+
+
+def encode(policy, questions: list, instead: list, template: str, config) -> tuple[list, list]:
     """Questions whose prompts fit, and the prompts, made from what is shown in their place."""
     prompts, too_long = policy.encode(instead, template, config.max_prompt_tokens)
     for uid, tokens in too_long.items():
@@ -154,12 +177,19 @@ def ask(policy: Policy, questions: data.Questions, config: Config) -> list[dict]
     prompt = asking(config.mode, config.ask_prompt)
 
     def read(rows: range) -> tuple[list, list]:
-        found = questions.get(rows)
-        return encoded(policy, found, [shown(policy, q, prompt) for q in found], "{question}", config)
+        found = [q for q in questions.get(rows) if _has_picture(q)]
+        return encode(policy, found, [shown(policy, q, prompt) for q in found], "{question}", config)
 
     length = config.ask_max_new_tokens or config.max_new_tokens
     settings = replace(config, group_size=config.per_image, max_new_tokens=length)
-    return sampled(policy, config.out / "asked", len(questions), read, settings, "asking")
+    wanted = [{"uid": uid} for uid in questions.uids]
+    return sample_shards(policy, config.out / "asked", wanted, read, settings, "asking")
+
+
+def _has_picture(question: data.Question) -> bool:
+    if question.image is None:
+        print(f"left out {question.uid}: it has no picture to ask about", file=sys.stderr)
+    return question.image is not None
 
 
 def answer(policy: Policy, candidates: list[dict], config: Config) -> dict[str, dict]:
@@ -168,9 +198,10 @@ def answer(policy: Policy, candidates: list[dict], config: Config) -> dict[str, 
     def read(rows: range) -> tuple[list, list]:
         chosen = candidates[rows.start : rows.stop]
         found = [data.Question(c["uid"], c["question"], None, picture(config, c["image"]), None) for c in chosen]
-        return encoded(policy, found, found, policy.template(config.prompt), config)
+        return encode(policy, found, found, policy.template(config.prompt), config)
 
-    groups = sampled(policy, config.out / "answered", len(candidates), read, config, "answering")
+    wanted = [{"uid": c["uid"], "question": c["question"]} for c in candidates]
+    groups = sample_shards(policy, config.out / "answered", wanted, read, config, "answering")
     return {group["uid"]: group for group in groups}
 
 
@@ -179,23 +210,34 @@ def picture(config: Config, image: str | None):
     return None if image is None else shards.open_image(config.out / "asked", image)
 
 
-def written(text: str) -> str:
-    """The question in a text: behind the last "Question:", without thoughts, quotation marks and markup."""
-    text = text.rpartition("</think>")[2]
-    text = re.split(r"(?i)\bquestion\*{0,2} ?:", text)[-1]
-    return " ".join(text.replace("**", " ").split()).strip("\"'“”` ")
+def question_in(text: str) -> str:
+    """The question in a text: without thoughts, a lead-in or "Question:", quotation marks, bold type, image marks."""
+    text = data.PLACEHOLDER.sub(" ", text.rpartition("</think>")[2])
+    text = re.split(r"(?i)\bquestion(?: ?\d+)?\*{0,2} ?:", text)[-1]
+    text = re.sub(r"(?<!\S)\*\*(?=\S)(.*?\S)\*\*(?![\w*])", r"\1", text.removeprefix("**"))
+    text = " ".join(text.split())
+    while lead := re.match(
+        r"(?i)(?:sure|certainly|of course|okay|here(?:'s| is)[\w ]*\b(?:one|question))\b ?[.,:!] ", text
+    ):
+        text = text[lead.end() :]
+    quoted = re.fullmatch("([\"'“`])(.*)([\"'”`])", text)
+    return quoted[2].strip() if quoted and quoted[1] + quoted[3] in ('""', "''", "“”", "``") else text
 
 
-def judged(groups: list[dict], config: Config) -> list[dict]:
+def candidates_of(groups: list[dict], config: Config) -> list[dict]:
     """A candidate for each text: uid, source, question, and which text filters it passes."""
+    known: dict[str, list[str]] = {}  # the questions of each picture: the human ones, then those written to it
+    for group in groups:
+        options = "".join(f" {chr(ord('A') + i)}. {choice}" for i, choice in enumerate(group["choices"] or ()))
+        known.setdefault(group["image"] or group["uid"], []).extend({group["question"], group["question"] + options})
     found = []
     for group in groups:
-        others: list[str] = []
+        others = known[group["image"] or group["uid"]]
         for i, response in enumerate(group["responses"]):
-            text = written(response["text"])
-            candidate = filters.Candidate(text, group["question"], tuple(others), response["finish"] == "stop")
-            passed = {name: filters.TEXT[name](candidate) for name in config.chosen() if name in filters.TEXT}
-            others.append(text)
+            text = question_in(response["text"])
+            candidate = filters.Candidate(text, tuple(others), response["finish"] == "stop")
+            if text:
+                others.append(text)
             found.append(
                 {
                     "uid": f"{group['uid']}/{config.mode}-{i}",
@@ -206,27 +248,34 @@ def judged(groups: list[dict], config: Config) -> list[dict]:
                     "image": group["image"],
                     "text": response["text"],
                     "question": text,
-                    "filters": passed,
+                    "filters": filters.passes(candidate, config.chosen()),
                 }
             )
     return found
 
 
-def tried(candidates: list[dict], groups: dict[str, dict], config: Config) -> None:
-    """Add to candidates what their responses say of them. One without responses fails: its prompt was too long."""
+def judge_answers(candidates: list[dict], groups: dict[str, dict], config: Config) -> None:
+    """Add to candidates `majority_share`, `abstention_share` and whether they pass the filters on answers.
+
+    One without responses, since its prompt was too long, gets `unanswered` instead.
+    """
     for candidate in candidates:
-        passed = dict.fromkeys(filters.ANSWERS, False)
-        if group := groups.get(candidate["uid"]):
-            share, silent = majority_share(group), abstentions(group) / len(group["responses"])
-            candidate |= {"majority_share": share, "abstention_share": silent}
-            passed["agreement"] = config.min_agreement <= share <= config.max_agreement
-            passed["abstention"] = silent <= config.max_abstentions
+        group = groups.get(candidate["uid"])
+        if group is None:
+            candidate["unanswered"] = "prompt over --max-prompt-tokens"
+            continue
+        share, silent = majority_share(group), abstentions(group) / len(group["responses"])
+        candidate |= {"majority_share": share, "abstention_share": silent}
+        passed = {
+            "agreement": config.min_agreement <= share <= config.max_agreement,
+            "abstention": silent <= config.max_abstentions,
+        }
         candidate["filters"] |= {name: passed[name] for name in config.chosen() if name in passed}
 
 
 def is_kept(candidate: dict) -> bool:
-    """Whether a question is not empty and passed every filter."""
-    return candidate["question"] != "" and all(candidate["filters"].values())
+    """Whether a question is not empty, could be answered where it had to be, and passed every filter."""
+    return candidate["question"] != "" and "unanswered" not in candidate and all(candidate["filters"].values())
 
 
 def write(candidates: list[dict], summary: dict, config: Config) -> None:
@@ -251,12 +300,15 @@ def _stored(path: Path) -> dict:
     return {"bytes": path.read_bytes(), "path": None}
 
 
-def counts(candidates: list[dict], config: Config) -> dict:
-    """Candidates, those kept, and for each filter how many fail it of how many it has seen."""
+def counts(candidates: list[dict], sources: int, config: Config) -> dict:
+    """Source questions, candidates, those kept, and for each filter how many fail it of how many it has seen."""
     seen = {name: [c["filters"][name] for c in candidates if name in c["filters"]] for name in config.chosen()}
     return {
+        "sources": sources,
+        "asked": len({c["source"] for c in candidates}),
         "candidates": len(candidates),
         "empty": sum(c["question"] == "" for c in candidates),
+        "unanswered": sum("unanswered" in c for c in candidates),
         "kept": sum(c["kept"] for c in candidates),
         "filters": {name: {"seen": len(passed), "failed": len(passed) - sum(passed)} for name, passed in seen.items()},
     }
@@ -287,7 +339,9 @@ wrote any.
 
 {table(summary)}
 
-Of {summary["candidates"]} texts {summary["empty"]} held no question. provenance.jsonl has a line for each, kept or not.
+{summary["asked"]} of {summary["sources"]} source questions could be used. Of {summary["candidates"]} texts
+{summary["empty"]} held no question, and {summary["unanswered"]} questions were too long to be answered.
+provenance.jsonl has a line for each text, kept or not.
 Pictures and source questions are under the terms of the source.
 """
 
@@ -296,8 +350,9 @@ def main(config: Config) -> dict:
     """Ask, filter, answer, write; returns the counts."""
     config = replace(config).resolve()
     questions = data.load(config.data, config.split, config.seed, config.limit).without_gold()
-    prompt = asking(config.mode, config.ask_prompt)
-    settings = asdict(config) | {"ask_prompt_file": sha256(prompt.encode()).hexdigest()[:16]}
+    if questions.weights:
+        raise ValueError(f"--data {config.data}: weights are for training; leave them out")
+    settings = asdict(config) | {"ask_prompt_file": prompt_digest(config.mode, config.ask_prompt)}
     shards.check_manifest(config.out, settings, ignore=FREE)
     print(questions.describe(), file=sys.stderr)
     options = {name: getattr(config, name) for name in ("adapter", "dtype", "device", "min_pixels", "max_pixels")}
@@ -305,17 +360,22 @@ def main(config: Config) -> dict:
     shards.write_manifest(
         config.out, stage="synthesize", config=settings, seed=config.seed, model=config.model, adapter=config.adapter
     )
-    candidates = judged(ask(policy, questions, config), config)
+    candidates = candidates_of(ask(policy, questions, config), config)
     if set(config.chosen()) & set(filters.ANSWERS):
         left = [candidate for candidate in candidates if is_kept(candidate)]
-        tried(left, answer(policy, left, config), config)
+        judge_answers(left, answer(policy, left, config), config)
     for candidate in candidates:
         candidate["kept"] = is_kept(candidate)
-    summary = counts(candidates, config)
+    summary = counts(candidates, len(questions), config)
     write(candidates, summary, config)
     shards.write_whole(config.out / "summary.json", [json.dumps(summary, indent=1).encode()])
     print(table(summary))
     print(f"{summary['kept']} of {summary['candidates']} questions kept in {config.out}")
+    if missing := summary["sources"] - summary["asked"]:
+        reasons = questions.report_bad() or "see above"
+        print(f"{missing} of {summary['sources']} source questions were left out: {reasons}", file=sys.stderr)
+    if summary["unanswered"]:
+        print(f"{summary['unanswered']} questions are too long to be answered, and not kept", file=sys.stderr)
     if not summary["kept"]:
         print("no question was kept: see provenance.jsonl for the reasons, and --filters", file=sys.stderr)
     return summary

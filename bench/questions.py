@@ -9,7 +9,7 @@ For each seed the base writes questions to all training pictures, in both modes,
     in-context-unfiltered    all that it wrote in context, with --unfiltered
 
 Prints the held-out gain of each (mean ± half of the 95 % t-interval over seeds, per cent), the filters' counts and what
-the generator says of the questions, as Markdown. What is there already is not done again.
+the generator says of the questions, as Markdown. The same command again goes on.
 
     python -m bench.questions --out runs/bench-questions
 """
@@ -44,23 +44,17 @@ class Config:
 
 
 def written(config: Config, mode: str, seed: int, filters: str = "all") -> Path:
-    """The folder of a base's questions, made first unless it is there."""
+    """The folder of a base's questions, made or gone on with."""
     out = config.out / f"{mode}-{filters}-{seed}"
-    if not (out / "summary.json").is_file():
-        synthesize.main(
-            synthesize.Config(data="shapes", model=config.model, seed=seed, mode=mode, filters=filters, out=out)
-        )
+    settings = {"data": "shapes", "model": config.model, "seed": seed, "mode": mode, "filters": filters}
+    synthesize.main(synthesize.Config(out=out, **settings))
     return out
 
 
 def trained(config: Config, name: str, data: str, seed: int) -> dict:
-    """The summary of a run on `data`, which is made first unless it is there."""
-    out = config.out / f"train-{name}-{seed}"
-    if not (out / "summary.json").is_file():
-        train_upt.main(
-            train_upt.Config(data=data, eval_data="shapes", model=config.model, seed=seed, steps=config.steps, out=out)
-        )
-    return json.loads((out / "summary.json").read_text())
+    """The summary of a run on `data`, made or gone on with."""
+    settings = {"data": data, "eval_data": "shapes", "model": config.model, "seed": seed, "steps": config.steps}
+    return train_upt.main(train_upt.Config(out=config.out / f"train-{name}-{seed}", **settings))
 
 
 def interval(values: list[float]) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import tyro
 
+import data
 import shapes
 import shards
 from answers import answer_key
@@ -59,7 +60,8 @@ def main(config: Config) -> list[dict]:
     asked = shards.read_manifest(config.questions)["config"]
     if asked.get("data") != "shapes" or not (config.questions / "provenance.jsonl").is_file():
         raise ValueError(f"{config.questions} holds no finished questions to the pictures of shapes; run synthesize.py")
-    items = {item.uid: item for item in shapes.questions(asked["split"], asked["seed"], asked["limit"])}
+    split = data.ALIASES.get(asked["split"], asked["split"])
+    items = {item.uid: item for item in shapes.questions(split, asked["seed"], asked["limit"])}
     paths = shards.list_shards(config.questions / "answered")
     groups = {group["uid"]: group for path in paths for group in shards.read_shard(path)}
     lines = (config.questions / "provenance.jsonl").read_text().splitlines()

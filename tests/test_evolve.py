@@ -1,12 +1,13 @@
 """Rounds of asking and training: what each round is made from, and that an interruption changes nothing."""
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import evolve
@@ -98,7 +99,8 @@ def test_the_scores_after_a_round_are_those_before_the_next(tiny, evolved):
     # Measured anew, they are the same: noise of the evaluation does not depend on the round.
     (evolved / "round-02/run/before.json").unlink()
     settings = shards.read_manifest(evolved / "round-02/run")["config"]
-    run = Config(**{name: value for name, value in settings.items() if name not in ("out", "lora_targets")})
+    own = {field.name for field in fields(Config)} - {"out", "lora_targets"}
+    run = Config(**{name: value for name, value in settings.items() if name in own})
     policy = train_upt.starting_policy(replace(run, out=evolved / "unused"))
     held_out = data.load("shapes", "test", 0)
     measured = train_upt.scored(
@@ -168,14 +170,52 @@ def test_the_share_of_its_own_questions(tiny, tmp_path, capsys):
     assert evolve.mixed(replace(settings, own_share=1.0), own, count) == str(own)
     assert evolve.mixed(replace(settings, own_share=None), own, count) == f"shapes,{own}"
     assert evolve.mixed(settings, own, 0) == "shapes"
-    # Ten of sixteen questions are more than there are: a step takes all of them.
-    mixture = evolve.mixed(replace(settings, own_share=0.625, questions_per_step=16), own, count)
-    assert mixture == f"shapes:{1 - count / 16:.6f},{own}:{count / 16:.6f}" and count < 10
-    assert f"only {count} questions of its own" in capsys.readouterr().err
-    import rollout
+    # Ten of sixteen questions are more than there are.
+    assert evolve.mixed(replace(settings, own_share=0.625, questions_per_step=16), own, count) == f"shapes,{own}"
+    assert f"only {count} questions of its own" in capsys.readouterr().err and count < 10
+    assert evolve.mixed(replace(settings, own_share=0.5, limit=1), own, count) == f"shapes,{own}"
 
-    rows = rollout.step_rows(data.load(mixture), 16, 0, 0)
-    assert sum(row >= 4096 for row in rows) == count
+
+def test_a_share_that_cannot_be_is_refused_before_asking(tiny, tmp_path):
+    with pytest.raises(data.DataError, match="takes 6 questions from data set 1 of the mixture, which has 4"):
+        train_upt.main(config(tiny, tmp_path / "out", own_share=0.25, limit=4, questions_per_step=8))
+    assert not (tmp_path / "out").exists()
+
+
+def test_rounds_are_evaluated_on_the_set_asked_for(tiny, tmp_path):
+    rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(30)]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    train_upt.main(config(tiny, out, rounds=1, eval_data=str(tmp_path / "held.jsonl")))
+    scores = json.loads((out / "summary.json").read_text())["after"]
+    assert scores["kinds"] == {} and 0 < scores["graded"] <= 4
+
+
+def test_a_prompt_that_has_changed_between_rounds_is_noticed(tiny, tmp_path):
+    mine = tmp_path / "mine.md"
+    mine.write_text("Ask something.")
+    train_upt.main(config(tiny, tmp_path / "out", rounds=1, ask_prompt=str(mine), eval_questions=0))
+    mine.write_text("Ask something else.")
+    with pytest.raises(shards.ShardError, match="ask_prompt_file: the file has changed"):
+        train_upt.main(config(tiny, tmp_path / "out", rounds=2, ask_prompt=str(mine), eval_questions=0))
+
+
+def test_another_round_may_follow(tiny, evolved, tmp_path):
+    out = tmp_path / "out"
+    train_upt.main(config(tiny, out, rounds=1))
+    train_upt.main(config(tiny, out, rounds=2))
+    assert same(out, evolved)
+
+
+def test_an_adapter_that_has_changed_is_noticed(tiny, evolved, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(evolved / "adapter", start)
+    settings = {"rounds": 0, "synthesize": None, "filters": "all", "init_adapter": str(start), "eval_questions": 0}
+    train_upt.main(config(tiny, tmp_path / "out", **settings))
+    file = start / "adapter_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file)
+    with pytest.raises(shards.ShardError, match="init_adapter_file: the file has changed"):
+        train_upt.main(config(tiny, tmp_path / "out", **settings))
 
 
 @pytest.mark.parametrize(
@@ -183,13 +223,17 @@ def test_the_share_of_its_own_questions(tiny, tmp_path, capsys):
     [
         ({"rounds": 2}, "--rounds N and --synthesize"),
         ({"synthesize": "direct"}, "--rounds N and --synthesize"),
-        ({"own_share": 0.5}, "--own-share is of the questions"),
+        ({"own_share": 0.5}, "--own-share is for the questions that --rounds makes"),
+        ({"per_image": 2}, "--per-image is for the questions that --rounds makes"),
         ({"adapter": "a", "init_adapter": "b"}, "give one of them"),
+        ({"init_adapter": "nowhere"}, "--init-adapter nowhere: no PEFT adapter there"),
+        ({"rounds": 1, "synthesize": "direct", "own_share": 0.9999999}, "or is 1, not 0.9999999"),
+        ({"rounds": 1, "synthesize": "direct", "data": "q:3"}, "--data q:3: a comma or a number"),
         ({"rounds": 1, "synthesize": "direct", "adapter": "a"}, "--init-adapter for --adapter"),
-        ({"rounds": 1, "synthesize": "direct", "own_share": 0.0}, "above 0 and at most 1, not 0.0"),
+        ({"rounds": 1, "synthesize": "direct", "own_share": 0.0}, "goes from 0.001 to 0.999, or is 1, not 0.0"),
         ({"rounds": 1, "synthesize": "direct", "data": "shapes:1,geoqa:1"}, "neither weights nor --own-share"),
         ({"rounds": 1, "synthesize": "direct", "data": "shapes,geoqa", "own_share": 0.5}, "neither weights nor"),
-        ({"rounds": 1, "synthesize": "direct", "out": Path("runs/a,b")}, "a comma"),
+        ({"rounds": 1, "synthesize": "direct", "out": Path("runs/a,b")}, "--out runs/a,b/questions: a comma"),
         ({"rounds": 1, "synthesize": "direct", "filters": "new"}, "--filters 'new'"),
     ],
 )

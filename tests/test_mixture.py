@@ -41,6 +41,8 @@ def test_names_and_weights(name, found):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("~nobody-here/a,shapes", "'~nobody-here/a' is neither shapes"),
+        (",".join(["shapes"] * 60 + ["x" * 200]), "is neither shapes"),
         ("a,", "missing beside a comma"),
         ("a:3,b", "to every data set"),
         ("a:3,b:0", "above 0"),
@@ -95,6 +97,17 @@ def test_all_questions_of_both_in_order(sets):
 def test_held_out_questions_are_the_first_sets(sets):
     for split in ("test", "validation"):
         assert data.load(f"{sets[0]}:1,{sets[1]}:1", split).uids == data.load(sets[0], split).uids
+    held_out, own = (data.load(name, "test", seed=3, limit=4) for name in (f"shapes,{sets[0]}", "shapes"))
+    assert [q.question for q in held_out] == [q.question for q in own] and len(held_out) == 4
+    assert [q.question for q in own] != [q.question for q in data.load("shapes", "test", limit=4)]
+
+
+def test_gold_of_one_set_is_gold_of_the_mixture(tmp_path, sets):
+    (tmp_path / "none.jsonl").write_text('{"question": "Why?"}\n' * 4)
+    mixed = data.load(f"{tmp_path / 'none.jsonl'}:1,{sets[0]}:1")
+    assert mixed.has_gold and mixed[0].gold is None and mixed[5].gold is not None
+    for same in (mixed.without_gold(), mixed.with_gold()):
+        assert same.weights == mixed.weights == [(3, 1.0), (19, 1.0)]
 
 
 def test_a_uid_of_both_sets_is_told_apart(tmp_path):
@@ -132,13 +145,30 @@ def test_steps_by_weight_take_every_question_in_turn(sets):
     assert len({sum(row < 19 for row in rows[:2]) for rows in steps}) > 1
 
 
+def test_three_sets_by_weight(tmp_path, sets):
+    third = write(tmp_path / "c", 12, "c")
+    mixed = data.load(f"{sets[0]}:1,{sets[1]}:1,{third}:2")
+    for step in range(4):
+        asked = Counter(mixed[row].question[0] for row in rollout.step_rows(mixed, 8, 0, step))
+        assert asked == {"a": 2, "b": 2, "c": 4}
+
+
+def test_each_round_has_orders_of_its_own(sets):
+    for name in (str(sets[0]), f"{sets[0]}:3,{sets[1]}:1"):
+        mixed = data.load(name)
+        rounds = [[rollout.step_rows(mixed, 8, 0, step, r) for step in range(2)] for r in range(3)]
+        assert rounds[0] != rounds[1] != rounds[2] != rounds[0]
+        for steps in rounds:  # an epoch is one in every round
+            assert len({row for rows in steps for row in rows}) == 16
+
+
 def test_steps_without_weights_draw_from_all(sets):
     mixed = data.load(f"{sets[0]},{sets[1]}")
     assert rollout.step_rows(mixed, 8, 0, 5) == rollout.schedule(26, 8, 0, 5)
 
 
 def test_shapes_in_a_mixture_are_for_the_embedded_model():
-    for name in (None, "shapes", "shapes,geoqa", "geoqa:1,shapes:2"):
+    for name in (None, "shapes", "shapes,geoqa", "geoqa:1,shapes:2", "geoqa, shapes"):
         config = rollout.Config(data=name)
         presets.fill(config)
         assert config.model == presets.TINY_MODEL

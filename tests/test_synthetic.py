@@ -48,12 +48,15 @@ def test_a_row_leaves_out_what_has_no_figure():
 def test_of_a_folder(tmp_path, tiny, capsys):
     """Questions and answers of a random model, of which two are written by hand."""
     settings = {"model": tiny, "limit": 6, "mode": "direct", "filters": "agreement", "min_agreement": 0.0}
+    settings |= {"split": "val", "seed": 3}
     out = tmp_path / "questions"
     synthesize.main(synthesize.Config(data="shapes", out=out, max_new_tokens=6, questions_per_step=4, **settings))
-    items = shapes.questions("train", 0, 6)
+    items = shapes.questions("validation", 3, 6)
     rows = [json.loads(line) for line in (out / "provenance.jsonl").read_text().splitlines()]
     for i in (0, 1):
-        rows[i] |= {"question": items[i].question, "kept": True, "uid": f"{items[i].uid}/direct-0"}
+        rows[i] |= {"question": items[i].question, "uid": f"{items[i].uid}/direct-0"}
+    for i, row in enumerate(rows):
+        row["kept"] = i in (1, 2, 3)
     (out / "provenance.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     paths = shards.list_shards(out / "answered")
     answered = [group for path in paths for group in shards.read_shard(path)]
@@ -65,7 +68,9 @@ def test_of_a_folder(tmp_path, tiny, capsys):
     found = synthetic.main(synthetic.Config(questions=out))
     assert [f["valid"] for f in found] == [True, True, False, False, False, False]
     assert [f["accuracy"] for f in found[:2]] == [3 / 8] * 2 and [f["label"] for f in found[:2]] == [True] * 2
-    assert "| candidates | 6 | 33.3 | 0.0 | 37.5 | 100.0 |" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "| candidates | 6 | 33.3 | 0.0 | 37.5 | 100.0 |" in table and "| kept | 3 | 33.3 | 0.0 |" in table
+    assert f"| kept, {items[1].kind} | 1 | 100.0 |" in table
 
 
 def test_only_pictures_of_shapes_have_a_scene(tmp_path):

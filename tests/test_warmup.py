@@ -155,6 +155,25 @@ def test_a_question_to_be_foreseen_leaves_prompt_and_answer_as_they_are(tiny):
     assert torch.allclose(one, two[-len(answer) :], atol=1e-5)
 
 
+def test_both_ways_of_asking_are_taught(tmp_path, monkeypatch):
+    taught, real = [], warmup.asking_lesson
+
+    def record(policy, item, mode, texts):
+        taught.append((item, mode, texts))
+        return real(policy, item, mode, texts)
+
+    monkeypatch.setattr(warmup, "asking_lesson", record)
+    settings = dict(clean_steps=1, mixed_steps=6, batch=2, eval_questions=4, eval_samples=1)
+    warmup.main(warmup.Config(out=tmp_path, asking=4, **settings))
+    answered = shapes.questions("warmup", 0, 14)
+    assert len(taught) == 24 and {item.uid for item, _, _ in taught}.isdisjoint(item.uid for item in answered)
+    assert [mode for _, mode, _ in taught] == list(warmup.MODES) * 12
+    for item, mode, texts in taught:
+        assert len(texts) == 2 and all(shapes.understand(item.scene, text) for text in texts)
+        single = item.kind in ("angle", "length")  # a picture that has one question only
+        assert texts[0] == item.question if mode == "direct" or single else texts[0] != item.question
+
+
 def test_asking_lessons_show_what_synthesis_shows(tiny):
     policy = Policy.load(tiny, dtype="fp32", device="cpu")
     item = shapes.questions("warmup", 0, 5)[3]
