@@ -198,7 +198,10 @@ def _find(name: str) -> tuple[str, Path | None, dict[str, datasets.Dataset]]:
         return path.stem, path.parent, _files([path], path.parent)
     if is_file or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
         known = f"neither shapes, {', '.join(NAMED)}, nor a hub id like org/name"
-        raise DataError(f"{name!r} is {known}, nor a folder, .parquet or .jsonl file that exists. Give one as DATA=")
+        weight = "; a weight needs several sets: a:3,b:1" if re.search(r":[\d.]+$", name) else ""
+        raise DataError(
+            f"{name!r} is {known}, nor a folder, .parquet or .jsonl file that exists{weight}. Give one as DATA="
+        )
     label = {hub_id: short for short, hub_id in NAMED.items()}.get(repo, repo.split("/")[1])
     try:  # the copy in the hub cache first, so that a cached set needs no network
         snapshot = Path(snapshot_download(repo, repo_type="dataset", local_files_only=True))
@@ -207,7 +210,9 @@ def _find(name: str) -> tuple[str, Path | None, dict[str, datasets.Dataset]]:
         cached = f" (the copy in the cache: {error})" if isinstance(error, DataError) else ""
     fetch = f"Fetch it where there is a network:  hf download --repo-type dataset {repo} --local-dir DIR  then give "
     fix = fetch + "that copy:  DATA=/path/to/DIR  (any folder of parquet, or of JSONL with image paths)"
-    return label, None, _load_dataset(f"{repo} is not in the cache and did not come from the hub{cached}", fix, repo)
+    path_too = "" if name in NAMED else "there is no such folder, and "
+    what = f"{path_too}{repo} is not in the cache and did not come from the hub{cached}"
+    return label, None, _load_dataset(what, fix, repo)
 
 
 def _folder(folder: Path) -> dict[str, datasets.Dataset]:
@@ -224,6 +229,8 @@ def _folder(folder: Path) -> dict[str, datasets.Dataset]:
         files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in [card, *paths]]
         cache = Path(datasets.config.HF_DATASETS_CACHE) / blake2b(repr(files).encode(), digest_size=12).hexdigest()
         return _load_dataset(f"{folder} is not what its README.md says", fix, str(folder), cache_dir=str(cache))
+    if inside := [path for path in paths if path.suffix == ".parquet" and path.is_relative_to(folder / "data")]:
+        return _files(inside, folder)  # as for the hub's library, which takes JSONL beside it for something else
     if len(kinds) != 1:
         raise DataError(f"{folder} has {' and '.join(kinds) or 'neither .parquet nor .jsonl'}: give a folder with one")
     return _files(paths, folder)
@@ -268,7 +275,7 @@ def _load_dataset(what: str, fix: str, *args, **options) -> dict[str, datasets.D
         return datasets.load_dataset(*args, **options)
     except Exception as error:
         if "corresponds to no data" in str(error):
-            raise DataError(f"{args[0]} has no rows, as when synthesize.py kept no question: nothing to use") from error
+            raise DataError(f"{what}: there are no rows, as when synthesize.py kept no question") from error
         wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)  # says nothing; its cause does
         raise DataError(f"{what}: {_line(error.__cause__ if wrapped else error)}. {fix}") from error
 

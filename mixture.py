@@ -65,6 +65,13 @@ def mix(sets: list[tuple[data.Questions, float | None]]) -> data.Questions:
     return mixed
 
 
+def shares(questions: data.Questions, per_step: int) -> str:
+    """What a step takes from each set, for the start of a run. Raises DataError as `quotas` does."""
+    names = questions.name.split(",")
+    counts = quotas(per_step, questions.weights)
+    return "a step takes " + " + ".join(f"{n} of {name}" for n, name in zip(counts, names, strict=False))
+
+
 def quotas(per_step: int, weights: list[tuple[int, float]]) -> list[int]:
     """How many of a step's questions each set of (size, weight) gives: at least one, the others by weight.
 

@@ -37,7 +37,7 @@ import presets
 import shards
 from answers import vote_key
 from kernels import row_id, sample
-from mixture import quotas
+from mixture import quotas, shares
 from policy import Policy, Prompt, model_config
 
 FREE = ("out", "steps", "device")  # settings that may change when sampling goes on
@@ -93,6 +93,9 @@ class Config:
     """auto: bf16 on a GPU, fp32 on a CPU"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
+
+    def __post_init__(self):
+        self.out = self.out and Path(self.out)
 
     def resolve(self) -> "Config":
         """Fill in what was left open and check what can be checked. Raises ValueError with what to change."""
@@ -419,7 +422,8 @@ def main(config: Config) -> None:
     model_config(config.model)
     shards.check_manifest(folder, asdict(config), ignore=FREE)
     print(questions.describe(), file=sys.stderr)
-    step_rows(questions, config.questions_per_step, config.seed, 0)  # a mixture that cannot be is refused at once
+    if questions.weights:
+        print(shares(questions, config.questions_per_step), file=sys.stderr)
     policy = Policy.load(
         config.model,
         adapter=config.adapter,

@@ -105,7 +105,7 @@ def jsonable(config) -> dict:
             stored[f"{role}_file"] = digest
     if config.reward not in (None, STORED) and rewards.needs_judge(config.reward):
         stored["judge_prompt_file"] = judge.prompt_digest(config.judge_prompt)
-    if config.rounds:
+    if config.rounds and config.ask_prompt:
         stored["ask_prompt_file"] = synthesize.prompt_digest(config.synthesize, config.ask_prompt)
     if config.init_adapter:
         stored["init_adapter_file"] = shards.fingerprint(config.init_adapter)

@@ -7,7 +7,8 @@ r"""The model writes its own training questions (MM-UPT, arXiv 2505.22453), with
     3. answer   sample responses to those that are left, and keep the ones whose majority has a share within a band and
                 whose abstentions are few: neither trivial nor beyond the model (filters.py, too)
     4. write    a data set like any other: parquet in the hub's schema with a card, and provenance.jsonl, a line for
-                each candidate, kept or not
+                each candidate, kept or not: its uid, source, mode, prompt, picture, sampled text, the question in it,
+                whether it passed each filter, the majority's share and that of abstentions
 
 No gold exists for these questions, and none is written. The filters are ours; `--filters none` keeps all that is not
 empty. Shards of what was asked and answered lie in OUT/asked and OUT/answered; the same command again goes on where it
@@ -20,6 +21,7 @@ was stopped, and loses and repeats nothing.
 import io
 import json
 import re
+import signal
 import sys
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -34,6 +36,7 @@ from tyro.conf import Suppress
 import data
 import filters
 import rollout
+import runs
 import shards
 from policy import PROMPTS, Policy, PolicyError
 from stats import markdown
@@ -81,9 +84,12 @@ class Settings:
 
     def chosen(self) -> tuple[str, ...]:
         """The filters by name, in the order of filters.NAMES. Raises ValueError for a name that is none."""
-        named = {"all": filters.NAMES, "none": ()}.get(self.filters, tuple(self.filters.split(",")))
+        if self.filters in ("all", "none"):
+            return filters.NAMES if self.filters == "all" else ()
+        named = [name.strip() for name in self.filters.split(",")]
         if unknown := [name for name in named if name not in filters.NAMES]:
-            raise ValueError(f"--filters {unknown[0]!r}: give all, none, or some of {','.join(filters.NAMES)}")
+            wanted = f"all or none by itself, or names among {', '.join(filters.NAMES)}"
+            raise ValueError(f"--filters {self.filters}: {unknown[0]!r} is no filter; give {wanted}")
         return tuple(name for name in filters.NAMES if name in named)
 
 
@@ -132,7 +138,7 @@ def shown(policy: Policy, question, prompt: str) -> data.Question:
     return data.Question(question.uid, text, None, question.image, None)
 
 
-def sample_shards(policy, folder: Path, wanted: list[dict], read, config: rollout.Config, title: str) -> list[dict]:
+def sample_shards(policy, folder: Path, wanted: list[dict], read, config: rollout.Config, title: str, check) -> list:
     """A group of responses to each question, those left out whose prompt is too long or whose row is bad.
 
     `wanted` says of each question what its group has to be about ({"uid", …}), `read(rows)` gives some questions and
@@ -140,6 +146,11 @@ def sample_shards(policy, folder: Path, wanted: list[dict], read, config: rollou
     """
     found, per_shard = [], config.questions_per_step
     with tqdm(total=len(wanted) * config.group_size, desc=title, unit="response") as bar:
+
+        def tick(responses: int) -> None:
+            bar.update(responses)
+            check()
+
         for number, start in enumerate(range(0, len(wanted), per_shard)):
             path, rows = shards.shard_path(folder, number), range(start, min(start + per_shard, len(wanted)))
             groups = shards.read_shard(path) if shards.is_complete(path) else None
@@ -151,7 +162,7 @@ def sample_shards(policy, folder: Path, wanted: list[dict], read, config: rollou
             else:
                 questions, prompts = read(rows)
                 batch = rollout.Batch(questions, prompts)
-                groups = rollout.rollout(policy, batch, number, config, folder, bar.update) if prompts else []
+                groups = rollout.rollout(policy, batch, number, config, folder, tick) if prompts else []
                 if groups:
                     shards.write_shard(path, groups)
             found += groups
@@ -172,8 +183,8 @@ def encode(policy, questions: list, instead: list, template: str, config) -> tup
     return [question for question in questions if question.uid not in too_long], prompts
 
 
-def ask(policy: Policy, questions: data.Questions, config: Config) -> list[dict]:
-    """Groups of the texts in which the model asks, a group for each source question."""
+def ask(policy: Policy, questions: data.Questions, config: Config, check=lambda: None) -> list[dict]:
+    """Groups of the texts in which the model asks, a group for each source question. `check` may raise, to stop."""
     prompt = asking(config.mode, config.ask_prompt)
 
     def read(rows: range) -> tuple[list, list]:
@@ -183,7 +194,7 @@ def ask(policy: Policy, questions: data.Questions, config: Config) -> list[dict]
     length = config.ask_max_new_tokens or config.max_new_tokens
     settings = replace(config, group_size=config.per_image, max_new_tokens=length)
     wanted = [{"uid": uid} for uid in questions.uids]
-    return sample_shards(policy, config.out / "asked", wanted, read, settings, "asking")
+    return sample_shards(policy, config.out / "asked", wanted, read, settings, "asking", check)
 
 
 def _has_picture(question: data.Question) -> bool:
@@ -192,8 +203,8 @@ def _has_picture(question: data.Question) -> bool:
     return question.image is not None
 
 
-def answer(policy: Policy, candidates: list[dict], config: Config) -> dict[str, dict]:
-    """Groups of responses to candidates, by uid."""
+def answer(policy: Policy, candidates: list[dict], config: Config, check=lambda: None) -> dict[str, dict]:
+    """Groups of responses to candidates, by uid. `check` may raise, to stop."""
 
     def read(rows: range) -> tuple[list, list]:
         chosen = candidates[rows.start : rows.stop]
@@ -201,7 +212,7 @@ def answer(policy: Policy, candidates: list[dict], config: Config) -> dict[str, 
         return encode(policy, found, found, policy.template(config.prompt), config)
 
     wanted = [{"uid": c["uid"], "question": c["question"]} for c in candidates]
-    groups = sample_shards(policy, config.out / "answered", wanted, read, config, "answering")
+    groups = sample_shards(policy, config.out / "answered", wanted, read, config, "answering", check)
     return {group["uid"]: group for group in groups}
 
 
@@ -316,6 +327,8 @@ def counts(candidates: list[dict], sources: int, config: Config) -> dict:
 
 def table(summary: dict) -> str:
     """How many candidates each filter has seen, and how many failed it."""
+    if not summary["filters"]:
+        return "No filters."
     rows = [(name, str(of["seen"]), str(of["failed"])) for name, of in summary["filters"].items()]
     return markdown([("filter", "seen", "failed"), *rows])
 
@@ -324,11 +337,6 @@ def card(summary: dict, config: Config) -> str:
     """README.md of the data set: what it is made from, by which model and filters, with what counts."""
     model = f"`{config.model}`" + (f" with the adapter `{config.adapter}`" if config.adapter else "")
     return f"""---
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: data/train-*
 tags: [synthetic, visual-question-answering]
 ---
 # Questions that a model wrote
@@ -340,8 +348,8 @@ wrote any.
 {table(summary)}
 
 {summary["asked"]} of {summary["sources"]} source questions could be used. Of {summary["candidates"]} texts
-{summary["empty"]} held no question, and {summary["unanswered"]} questions were too long to be answered.
-provenance.jsonl has a line for each text, kept or not.
+{summary["empty"]} were empty, and {summary["unanswered"]} were too long to be answered.
+provenance.jsonl has a line for each text, kept or not, with what each filter says of it (true: passed).
 Pictures and source questions are under the terms of the source.
 """
 
@@ -349,21 +357,29 @@ Pictures and source questions are under the terms of the source.
 def main(config: Config) -> dict:
     """Ask, filter, answer, write; returns the counts."""
     config = replace(config).resolve()
-    questions = data.load(config.data, config.split, config.seed, config.limit).without_gold()
+    questions = data.load(config.data, config.split, config.seed, config.limit)
+    print(questions.describe(), file=sys.stderr)
+    questions = questions.without_gold()
     if questions.weights:
         raise ValueError(f"--data {config.data}: weights are for training; leave them out")
-    settings = asdict(config) | {"ask_prompt_file": prompt_digest(config.mode, config.ask_prompt)}
+    settings = asdict(config)
+    if config.ask_prompt:
+        settings["ask_prompt_file"] = prompt_digest(config.mode, config.ask_prompt)
     shards.check_manifest(config.out, settings, ignore=FREE)
-    print(questions.describe(), file=sys.stderr)
     options = {name: getattr(config, name) for name in ("adapter", "dtype", "device", "min_pixels", "max_pixels")}
     policy = Policy.load(config.model, **options)
     shards.write_manifest(
         config.out, stage="synthesize", config=settings, seed=config.seed, model=config.model, adapter=config.adapter
     )
-    candidates = candidates_of(ask(policy, questions, config), config)
-    if set(config.chosen()) & set(filters.ANSWERS):
-        left = [candidate for candidate in candidates if is_kept(candidate)]
-        judge_answers(left, answer(policy, left, config), config)
+    with runs.stop_on_signal() as check:
+        try:
+            candidates = candidates_of(ask(policy, questions, config, check), config)
+            if set(config.chosen()) & set(filters.ANSWERS):
+                left = [candidate for candidate in candidates if is_kept(candidate)]
+                judge_answers(left, answer(policy, left, config, check), config)
+        except runs.Stopped as stopped:
+            print(f"stopped by {stopped}; the same command goes on from {config.out}", file=sys.stderr)
+            raise SystemExit(128 + getattr(signal.Signals, str(stopped))) from None
     for candidate in candidates:
         candidate["kept"] = is_kept(candidate)
     summary = counts(candidates, len(questions), config)

@@ -41,6 +41,7 @@ import data
 import evolve
 import health
 import judge
+import mixture
 import presets
 import rewards
 import rollout
@@ -188,7 +189,8 @@ def check_questions(questions, held_out, config: Config) -> None:
             raise ValueError(
                 f"--reward {config.reward} needs gold answers, and {config.data} has none; use a label-free reward"
             )
-        rollout.step_rows(questions, config.questions_per_step, config.seed, 0)  # a mixture that cannot be is refused
+        if questions.weights:
+            print(mixture.shares(questions, config.questions_per_step))
         if config.questions_per_step > len(questions):
             print(f"{config.data} has {len(questions)} questions: that many a step, not {config.questions_per_step}")
     for source in filter(None, (questions, held_out)):

@@ -57,9 +57,14 @@ def row(name: str, found: list[dict]) -> tuple[str, ...]:
 
 def main(config: Config) -> list[dict]:
     """Print the table; returns what was found of each candidate."""
+    config.questions = Path(config.questions)
     asked = shards.read_manifest(config.questions)["config"]
-    if asked.get("data") != "shapes" or not (config.questions / "provenance.jsonl").is_file():
-        raise ValueError(f"{config.questions} holds no finished questions to the pictures of shapes; run synthesize.py")
+    if asked.get("data") != "shapes":
+        raise ValueError(
+            f"{config.questions} is about {asked.get('data')}; only the pictures of shapes have known scenes"
+        )
+    if not (config.questions / "summary.json").is_file():
+        raise ValueError(f"{config.questions}: synthesize.py has not finished these questions; give its command again")
     split = data.ALIASES.get(asked["split"], asked["split"])
     items = {item.uid: item for item in shapes.questions(split, asked["seed"], asked["limit"])}
     paths = shards.list_shards(config.questions / "answered")
@@ -71,6 +76,10 @@ def main(config: Config) -> list[dict]:
     rows = [row("candidates", found), row("kept", kept)]
     rows += [row(f"kept, {kind}", [c for c in kept if c["kind"] == kind]) for kind in shapes.KINDS]
     print(markdown([("", "questions", "valid", "new", "accuracy", "label"), *rows]))
+    print(
+        "in per cent; valid: of all; new: of the valid; accuracy and label: of the valid that were answered "
+        "(eval/synthetic.py says what these are)"
+    )
     return found
 
 

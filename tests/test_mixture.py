@@ -43,6 +43,7 @@ def test_names_and_weights(name, found):
     [
         ("~nobody-here/a,shapes", "'~nobody-here/a' is neither shapes"),
         (",".join(["shapes"] * 60 + ["x" * 200]), "is neither shapes"),
+        ("shapes:3", "a weight needs several sets"),
         ("a,", "missing beside a comma"),
         ("a:3,b", "to every data set"),
         ("a:3,b:0", "above 0"),
@@ -143,6 +144,11 @@ def test_steps_by_weight_take_every_question_in_turn(sets):
     assert steps[0] != rollout.step_rows(mixed, 8, 1, 0)
     # A minibatch, a quarter of the step, has of both sooner or later.
     assert len({sum(row < 19 for row in rows[:2]) for rows in steps}) > 1
+
+
+def test_what_a_step_takes_is_said(sets, capsys):
+    mixed = data.load(f"{sets[0]}:100,{sets[1]}:1")
+    assert mixture.shares(mixed, 8) == "a step takes 7 of a + 1 of b"
 
 
 def test_three_sets_by_weight(tmp_path, sets):

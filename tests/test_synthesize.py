@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 
 import data
@@ -182,6 +184,34 @@ def test_a_set_is_written_and_loads_without_gold(tmp_path, tiny, capsys):
     assert f"{summary['kept']} questions to the pictures of `shapes`" in (out / "README.md").read_text()
 
 
+def test_the_hubs_library_reads_the_set_as_it_is(tmp_path, tiny, monkeypatch):
+    """Not from its copy of another folder of the same name, which it takes for this one where a card has `configs`."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, limit in (("a", 2), ("b", 4)):
+        out = tmp_path / name / "questions"
+        summary = synthesize.main(config(str(out), tiny, limit=limit))  # a string, as in a notebook
+        rows = datasets.load_dataset(str(out))["train"]
+        assert set(rows.column_names) == {"images", "problem", "uid"} and len(rows) == summary["kept"] > 0
+        assert {*rows["uid"]} == {row["uid"] for row in provenance(out) if row["kept"]}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_it_where_it_can_go_on(tmp_path, tiny, monkeypatch, capsys, number):
+    real = synthesize.rollout.rollout
+
+    def interrupted(*args):
+        os.kill(os.getpid(), number)
+        return real(*args)
+
+    monkeypatch.setattr(synthesize.rollout, "rollout", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        synthesize.main(config(tmp_path / "q", tiny, limit=2))
+    assert stopped.value.code == 128 + number
+    assert "the same command goes on from" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert synthesize.main(config(tmp_path / "q", tiny, limit=2))["asked"] == 2
+
+
 def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, tiny):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     synthesize.main(config(whole, tiny, filters="agreement", min_agreement=0.0))
@@ -263,7 +293,7 @@ def test_nothing_kept_is_a_warning(tmp_path, tiny, capsys):
     summary = synthesize.main(config(out, tiny, filters="all", limit=2, per_image=3))
     assert summary["kept"] == 0 and "no question was kept" in capsys.readouterr().err
     assert len(provenance(out)) == 6
-    with pytest.raises(data.DataError, match="questions has no rows, as when synthesize.py kept no question"):
+    with pytest.raises(data.DataError, match="there are no rows, as when synthesize.py kept no question"):
         data.load(out)
     assert summary["filters"]["question"] == {"seen": 6, "failed": 6} and summary["filters"]["agreement"]["seen"] == 0
 
@@ -404,7 +434,9 @@ def test_each_mode_has_its_prompt(tmp_path, tiny):
         ({"ask_prompt": str(mine), "mode": "direct"}, "shows no {question}"),
         ({"ask_prompt": "ask-direct"}, "needs {question}"),
         ({"ask_prompt": "nowhere"}, "no prompt 'nowhere'"),
-        ({"filters": "length,new"}, "--filters 'new': give all, none, or some of"),
+        ({"filters": "length,new"}, "'new' is no filter; give all or none by itself, or names among question"),
+        ({"filters": "length,,repeat"}, "--filters length,,repeat: '' is no filter"),
+        ({"filters": "none,repeat"}, "'none' is no filter; give all or none by itself"),
         ({"per_image": 0}, "--per-image must be at least 1"),
         ({"min_agreement": 0.9, "max_agreement": 0.5}, "shares go from 0 to 1"),
         ({"ask_max_new_tokens": 0}, "--ask-max-new-tokens must be at least 1"),

@@ -77,5 +77,5 @@ def test_only_pictures_of_shapes_have_a_scene(tmp_path):
     with pytest.raises(shards.ShardError, match="manifest"):
         synthetic.main(synthetic.Config(questions=tmp_path))
     shards.write_manifest(tmp_path, stage="synthesize", config={"data": "geoqa"}, seed=0, model="m", adapter=None)
-    with pytest.raises(ValueError, match="no finished questions to the pictures of shapes"):
+    with pytest.raises(ValueError, match="is about geoqa; only the pictures of shapes have known scenes"):
         synthetic.main(synthetic.Config(questions=tmp_path))
