@@ -229,8 +229,9 @@ def _folder(folder: Path) -> dict[str, datasets.Dataset]:
         files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in [card, *paths]]
         cache = Path(datasets.config.HF_DATASETS_CACHE) / blake2b(repr(files).encode(), digest_size=12).hexdigest()
         return _load_dataset(f"{folder} is not what its README.md says", fix, str(folder), cache_dir=str(cache))
-    if inside := [path for path in paths if path.suffix == ".parquet" and path.is_relative_to(folder / "data")]:
-        return _files(inside, folder)  # as for the hub's library, which takes JSONL beside it for something else
+    inside = [path for path in paths if path.suffix == ".parquet" and path.is_relative_to(folder / "data")]
+    if inside and len(kinds) == 2:  # as for the hub's library, JSONL beside `data` is something else
+        return _files(inside, folder)
     if len(kinds) != 1:
         raise DataError(f"{folder} has {' and '.join(kinds) or 'neither .parquet nor .jsonl'}: give a folder with one")
     return _files(paths, folder)
