@@ -240,15 +240,14 @@ def candidates_of(groups: list[dict], config: Config) -> list[dict]:
     known: dict[str, list[str]] = {}  # the questions of each picture: the human ones, then those written to it
     for group in groups:
         options = "".join(f" {chr(ord('A') + i)}. {choice}" for i, choice in enumerate(group["choices"] or ()))
-        known.setdefault(group["image"] or group["uid"], []).extend({group["question"], group["question"] + options})
+        known.setdefault(group["image"] or group["uid"], []).extend((group["question"], group["question"] + options))
     found = []
     for group in groups:
         others = known[group["image"] or group["uid"]]
         for i, response in enumerate(group["responses"]):
             text = question_in(response["text"])
             candidate = filters.Candidate(text, tuple(others), response["finish"] == "stop")
-            if text:
-                others.append(text)
+            others.append(text)
             found.append(
                 {
                     "uid": f"{group['uid']}/{config.mode}-{i}",
