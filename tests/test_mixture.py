@@ -42,7 +42,7 @@ def test_names_and_weights(name, found):
     ("name", "message"),
     [
         ("~nobody-here/a,shapes", "'~nobody-here/a' is neither shapes"),
-        (",".join(["shapes"] * 60 + ["x" * 200]), "is neither shapes"),
+        (f"{'y' * 200},{'x' * 200}", "is neither shapes"),
         ("shapes:3", "a weight needs several sets"),
         ("a,", "missing beside a comma"),
         ("a:3,b", "to every data set"),
