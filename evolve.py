@@ -10,6 +10,7 @@ Every part is a folder that goes on where it was stopped, and so does the whole.
 round's, and OUT/summary.json: scores before and after all rounds, and of every round its filters' counts and its
 scores. A round none of whose questions is kept trains on the data alone. `--limit` is of the data and of the questions;
 of the latter, as of every set without splits, 5 % are held out. More rounds may follow: --rounds 3 goes on from two.
+Until a round is done, OUT has to stay where it is.
 """
 
 import json
@@ -21,8 +22,10 @@ from pathlib import Path
 
 import data
 import mixture
+import rewards
 import shards
 import synthesize
+from policy import model_config
 from settings import claim, jsonable
 from stats import markdown
 
@@ -44,6 +47,10 @@ def check(config) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is for the questions that --rounds makes; leave it out here")
         return
     config.check_asking(config.synthesize)
+    if rewards.needs_gold(config.reward):
+        raise ValueError(
+            f"--rounds makes questions without gold, which --reward {config.reward} needs; use another reward"
+        )
     if config.adapter or config.from_shards:
         raise ValueError("--rounds trains one adapter on questions: no --from-shards, and --init-adapter for --adapter")
     check_data(config)
@@ -70,7 +77,9 @@ def evolve(config, train: Callable) -> dict:
     if config.own_share not in (None, 1):
         size = len(data.load(config.data, config.split, config.seed, config.limit))
         mixture.quotas(config.questions_per_step, [(size, 1 - config.own_share), (sys.maxsize, config.own_share)])
+    model_config(config.model)  # raises PolicyError for a model that is not there
     claim(config)
+    keep_rounds(config)
     rounds, adapter = [], config.init_adapter
     for number in range(1, config.rounds + 1):
         print(f"round {number} of {config.rounds}", file=sys.stderr)
@@ -92,6 +101,16 @@ def evolve(config, train: Callable) -> dict:
     print(table(rounds))
     print(f"adapter in {config.out / 'adapter'}, summary in {config.out / 'summary.json'}")
     return summary
+
+
+def keep_rounds(config) -> None:
+    """Write down in the manifest that rounds were added. Raises ValueError for fewer than it says."""
+    manifest = shards.read_manifest(config.out)
+    begun = manifest["config"]["rounds"]
+    if config.rounds < begun:
+        raise ValueError(f"--rounds {config.rounds}: the run in {config.out} has {begun}; give as many, or more")
+    manifest["config"]["rounds"] = config.rounds
+    shards.write_whole(config.out / "manifest.json", [json.dumps(manifest, indent=1).encode()])
 
 
 def trained(run, train: Callable) -> dict:

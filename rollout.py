@@ -9,9 +9,9 @@ For each step:
     6. write one shard of groups
 
 The loop in 4 and 5 runs inside HF `generate` (`custom_generate`), which sets up the stopping criteria; a token and what
-is recorded of its distribution come from one kernel (kernels/sampling.py). Its noise depends on seed, step, uid, index
-and token position only, so a response does not change with the batch it was sampled in. Where a step's shard exists
-already, it is kept: the same command again goes on.
+is recorded of its distribution come from one kernel (kernels/sampling.py). Its noise depends on seed, round, step, uid,
+index and token position only, so a response does not change with the batch it was sampled in. Where a step's shard
+exists already, it is kept: the same command again goes on.
 
     python rollout.py --data shapes --model models/tiny --steps 4 --out runs/rollouts
 """

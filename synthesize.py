@@ -1,6 +1,6 @@
 r"""The model writes its own training questions (MM-UPT, arXiv 2505.22453), without labels.
 
-    1. ask      show the model pictures and have it write k questions for each
+    1. ask      have the model write k questions from each source question and its picture
                 in-context   the picture and its question, and ask for a new, different one
                 direct       the picture alone
     2. filter   rules on the text of a question (filters.py)
@@ -11,8 +11,8 @@ r"""The model writes its own training questions (MM-UPT, arXiv 2505.22453), with
                 whether it passed each filter, the majority's share and that of abstentions
 
 No gold exists for these questions, and none is written. The filters are ours; `--filters none` keeps all that is not
-empty. Shards of what was asked and answered lie in OUT/asked and OUT/answered; the same command again goes on where it
-was stopped, and loses and repeats nothing.
+empty. Shards of what was asked and answered lie in OUT/asked and OUT/answered; the same command again goes on from the
+last whole one, and ends with the same bytes.
 
     python synthesize.py --data shapes --mode in-context --per-image 2 --out runs/questions
     python train_upt.py --data runs/questions --model models/tiny --out runs/evolved
@@ -50,7 +50,7 @@ class Settings:
     """How questions are asked for and which are kept."""
 
     per_image: int = 1
-    """questions to write for each picture, k"""
+    """questions to write from each source question and its picture, k"""
     filters: str = "all"
     """which of these are kept: all, none, or names of filters.py with commas between them"""
     ask_prompt: str | None = None
@@ -223,10 +223,10 @@ def picture(config: Config, image: str | None):
 
 def question_in(text: str) -> str:
     """The question in a text: without thoughts, a lead-in or "Question:", quotation marks, bold type, image marks."""
-    text = data.PLACEHOLDER.sub(" ", text.rpartition("</think>")[2])
+    text = data.PLACEHOLDER.sub(" ", text.rpartition("</think>")[2]).strip()
+    text = re.sub(r"(?<!\S)\*\*(?=\S)(.*?\S)\*\*(?![\w*])", r"\1", text)
     text = re.split(r"(?i)\bquestion(?: ?\d+)?\*{0,2} ?:", text)[-1]
-    text = re.sub(r"(?<!\S)\*\*(?=\S)(.*?\S)\*\*(?![\w*])", r"\1", text.removeprefix("**"))
-    text = " ".join(text.split())
+    text = " ".join(text.removeprefix("**").split())
     while lead := re.match(
         r"(?i)(?:sure|certainly|of course|okay|here(?:'s| is)[\w ]*\b(?:one|question))\b ?[.,:!] ", text
     ):
@@ -341,8 +341,8 @@ tags: [synthetic, visual-question-answering]
 # Questions that a model wrote
 
 {summary["kept"]} questions to the pictures of `{config.data}` ({config.split}), written by {model}: mode {config.mode},
-{config.per_image} for each picture, temperature {config.temperature}, seed {config.seed}. There are no answers: nobody
-wrote any.
+{config.per_image} from each source question, temperature {config.temperature}, seed {config.seed}. There are no
+answers: nobody wrote any.
 
 {table(summary)}
 
@@ -387,8 +387,9 @@ def main(config: Config) -> dict:
     print(table(summary))
     print(f"{summary['kept']} of {summary['candidates']} questions kept in {config.out}")
     if missing := summary["sources"] - summary["asked"]:
-        reasons = questions.report_bad() or "see above"
-        print(f"{missing} of {summary['sources']} source questions were left out: {reasons}", file=sys.stderr)
+        why = "unusable rows, no picture, or too long a prompt"
+        print(f"{missing} of {summary['sources']} source questions were left out: {why}", file=sys.stderr)
+        print(questions.report_bad() or "", file=sys.stderr)
     if summary["unanswered"]:
         print(f"{summary['unanswered']} questions are too long to be answered, and not kept", file=sys.stderr)
     if not summary["kept"]:

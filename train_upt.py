@@ -160,6 +160,9 @@ class Config(judge.Settings, synthesize.Settings, rollout.Config):
             rewards.bind_advantage(self.advantage)
         self.check_judge()
         evolve.check(self)
+        several = self.from_shards is None and mixture.is_mixture(self.data)
+        if (several or self.rounds) and data.ALIASES.get(self.split) != "train":
+            raise ValueError(f"--split {self.split}: sets are mixed for training on their train split only")
         if self.temperature == 0 or self.group_size < 2:
             raise ValueError("training needs samples that differ: a temperature above 0 and a group size of 2 or more")
         for name in ("eval_samples", "eval_limit", "save_every", "keep", "lora_rank", "lora_alpha", "update_tokens"):
@@ -401,8 +404,6 @@ def starting_policy(config: Config) -> Policy:
 def main(config: Config) -> dict:
     """Run the loop and return its summary; stopped by a signal, it saves its state and exits with 128 + the signal."""
     config = prepare(config)
-    if config.rounds:
-        return evolve.evolve(config, main)
     clock = Clock()
     with clock("setup"):
         questions = None if config.from_shards else data.load(config.data, config.split, config.seed, config.limit)
@@ -412,6 +413,8 @@ def main(config: Config) -> dict:
         if questions is not None and rewards.needs_gold(config.reward):
             questions = questions.with_gold()
         followed = Followed(config.eval, config.eval_limit)
+        if config.rounds:
+            return evolve.evolve(config, main)
         policy = starting_policy(config)
         claim(config)
     with runs.stop_on_signal() as check:

@@ -205,6 +205,18 @@ def test_another_round_may_follow(tiny, evolved, tmp_path):
     train_upt.main(config(tiny, out, rounds=1))
     train_upt.main(config(tiny, out, rounds=2))
     assert same(out, evolved)
+    assert len(train_upt.main(Config(out=out, resume=True))["rounds"]) == 2
+    with pytest.raises(ValueError, match="has 2; give as many, or more"):
+        train_upt.main(config(tiny, out, rounds=1))
+
+
+def test_a_mistyped_name_claims_no_folder(tiny, tmp_path):
+    for wrong in ({"data": str(tmp_path / "nowhere")}, {"eval_data": str(tmp_path / "nowhere")}):
+        with pytest.raises(data.DataError, match="nowhere"):
+            train_upt.main(config(tiny, tmp_path / "out", **wrong))
+    with pytest.raises(ValueError, match="no model folder"):
+        train_upt.main(replace(config(tiny, tmp_path / "out"), model=str(tmp_path / "nowhere"), data="shapes"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_that_has_changed_is_noticed(tiny, evolved, tmp_path):
@@ -228,6 +240,9 @@ def test_an_adapter_that_has_changed_is_noticed(tiny, evolved, tmp_path):
         ({"adapter": "a", "init_adapter": "b"}, "give one of them"),
         ({"init_adapter": "nowhere"}, "--init-adapter nowhere: no PEFT adapter there"),
         ({"rounds": 1, "synthesize": "direct", "own_share": 0.9999999}, "or is 1, not 0.9999999"),
+        ({"rounds": 1, "synthesize": "direct", "split": "validation"}, "on their train split only"),
+        ({"data": "shapes,geoqa", "split": "test"}, "on their train split only"),
+        ({"rounds": 1, "synthesize": "direct", "reward": "supervised"}, "makes questions without gold"),
         ({"rounds": 1, "synthesize": "direct", "data": "q:3"}, "--data q:3: a comma or a number"),
         ({"rounds": 1, "synthesize": "direct", "adapter": "a"}, "--init-adapter for --adapter"),
         ({"rounds": 1, "synthesize": "direct", "own_share": 0.0}, "goes from 0.001 to 0.999, or is 1, not 0.0"),
