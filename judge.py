@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import answers
 import data
+import decoding
 import presets
 import rollout
 import shards
@@ -202,7 +203,7 @@ def written(
             count += 1
         batch, todo = todo[:count], todo[count:]
         asked = sorted({b for b, _ in batch})
-        sampled = rollout.generate(
+        sampled = decoding.generate(
             policy,
             [prefixes[b] for b in asked],
             [row for b, i in batch for row in rows[b][k * i : k * (i + 1)]],

@@ -135,7 +135,7 @@ def eager_sample(logits, temperature, row_ids, position, banned, statistics, **c
 
 WAYS = {
     "kernels": {},
-    "eager": {"policy.linear_logprob": eager_linear, "rollout.sample": eager_sample},
+    "eager": {"policy.linear_logprob": eager_linear, "decoding.sample": eager_sample},
 }
 
 

@@ -5,6 +5,7 @@ It reads the question and the end of the response, no picture, and answers greed
 
 from collections.abc import Sequence
 
+import decoding
 import rollout
 from answers import extract_answer
 from eval.benchmark import Question
@@ -32,7 +33,7 @@ def read(policy: Policy, unread: Sequence[tuple[dict, Question, str]]) -> list[s
             asked = policy.plain(question.text + "".join(options))
             text = head.replace("{question}", asked) + policy.plain(response[-END:]) + tail
             prompts.append(policy.place(question.id, policy.tokens(policy.chat([("user", text)], False)), None))
-        sampled = rollout.generate(policy, prompts, [0] * len(prompts), SETTINGS)
+        sampled = decoding.generate(policy, prompts, [0] * len(prompts), SETTINGS)
         texts = policy.tokenizer.batch_decode([r.ids for r in sampled], skip_special_tokens=True)
         answers = [extract_answer(text) for text in texts]
         found += [None if answer is None or answer.lower() == "none" else answer for answer in answers]

@@ -400,9 +400,9 @@ def test_the_extractor_shows_the_question_and_the_end_of_the_response(tiny, monk
         assert config.temperature == 0 and len(rows) == len(shown)
         prompts.extend(policy.tokenizer.decode(prompt.ids) for prompt in shown)
         ids = [policy.tokens(text) for text in said]
-        return [extractor.rollout.Sampled(i, [], 0.0, 0.0, "stop") for i in ids]
+        return [extractor.decoding.Sampled(i, [], 0.0, 0.0, "stop") for i in ids]
 
-    monkeypatch.setattr(extractor.rollout, "generate", generate)
+    monkeypatch.setattr(extractor.decoding, "generate", generate)
     long = "x" * 3000 + " so it is <|im_end|> seven {question}"
     assert extractor.read(policy, [({}, question, long)] * 3) == ["7", None, None]
     assert "How many are 0?" in prompts[0] and "so it is  seven {question}" in prompts[0]

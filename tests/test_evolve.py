@@ -6,7 +6,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import data
@@ -15,6 +14,7 @@ import shards
 import synthesize
 import train_upt
 from policy import Policy
+from tests.test_train import adapter, same
 from train_upt import Config
 
 SMALL = {
@@ -35,15 +35,6 @@ SMALL = {
 
 def config(tiny: str, out: Path, **settings) -> Config:
     return Config(model=tiny, out=out, **SMALL | {"rounds": 2, "synthesize": "direct"} | settings)
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
-def same(one: Path, two: Path) -> bool:
-    a, b = adapter(one), adapter(two)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def groups(folder: Path) -> list[dict]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import data
+import decoding
 import judge
 import presets
 import rewards
@@ -89,7 +90,7 @@ def test_written_judgements_are_those_of_separate_prompts(policy, questions):
         for i in (0, 1, 3):
             one = policy.place(question.uid, whole(policy, question, SAID[i], ""), prompt.features)
             rows = [row_id(0, f"judge/{question.uid}", 2 * i + n) for n in range(2)]
-            alone = rollout.generate(policy, [one], rows, config)
+            alone = decoding.generate(policy, [one], rows, config)
             texts = policy.tokenizer.batch_decode([r.ids for r in alone], skip_special_tokens=True)
             assert group["responses"][i]["judge"]["judgements"] == texts
             assert texts[0] != texts[1]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+import decoding
 import rollout
 import shards
 from policy import Policy, pack
@@ -39,7 +40,7 @@ def test_256_responses_do_not_depend_on_the_batch(policy, prompts, tiny):
     sixteen = replace(settings, rollout_tokens=2 * 8 * (max(len(p.ids) for p in prompts) + 12))
     single = replace(settings, rollout_tokens=1)  # a batch holds at least one question
     ones = [
-        rollout.generate(policy, [prompt], [rollout.row_id(5, prompt.uid, g)], settings)[0].ids
+        decoding.generate(policy, [prompt], [rollout.row_id(5, prompt.uid, g)], settings)[0].ids
         for prompt in prompts
         for g in range(8)
     ]
