@@ -8,8 +8,9 @@ For each seed the base writes questions to all training pictures, in both modes,
     original+in-context      both as one set
     in-context-unfiltered    all that it wrote in context, with --unfiltered
 
-Prints the held-out gain of each (mean ± half of the 95 % t-interval over seeds, per cent), the filters' counts and what
-the generator says of the questions, as Markdown. The same command again goes on.
+Prints as Markdown the held-out gain of each and its difference from `original`, paired by seed (mean ± half of the 95 %
+t-interval over seeds, per cent), accuracy by kind of question, the filters' counts, and what the generator says of the
+questions. The same command again goes on.
 
     python -m bench.questions --out runs/bench-questions
 """
@@ -62,6 +63,31 @@ def interval(values: list[float]) -> str:
     return f"{mean:+.1f}" + ("" if half is None else f" ± {half:.1f}")
 
 
+def gains(runs: dict[str, list[dict]]) -> str:
+    """A table of what each training gains, and of how much less or more its mean gains than that of `original`."""
+    gain = {
+        name: {m: [s["after"][m]["value"] - s["before"][m]["value"] for s in found] for m in METRICS}
+        for name, found in runs.items()
+    }
+    rows = [("trained on", "seeds", *METRICS, "mean, less original's")]
+    for name, of in gain.items():
+        paired = [own - other for own, other in zip(of["mean"], gain["original"]["mean"], strict=True)]
+        rows.append((name, str(len(paired)), *(interval(of[m]) for m in METRICS), interval(paired)))
+    return markdown(rows)
+
+
+def by_kind(runs: dict[str, list[dict]]) -> str:
+    """A table of the mean accuracy before and after each training by kind of question, means over seeds."""
+    kinds = list(runs["original"][0]["after"]["kinds"])
+    states = {"base": [s["before"] for s in runs["original"]]}
+    states |= {name: [s["after"] for s in found] for name, found in runs.items()}
+    rows = [("trained on", *kinds)]
+    for name, scores in states.items():
+        means = (average([s["kinds"][kind]["mean"]["value"] for s in scores]) for kind in kinds)
+        rows.append((name, *(f"{100 * mean:.1f}" for mean in means)))
+    return markdown(rows)
+
+
 def main(config: Config) -> None:
     runs: dict[str, list[dict]] = {}
     for seed in config.seeds:
@@ -71,26 +97,19 @@ def main(config: Config) -> None:
             sets["in-context-unfiltered"] = str(written(config, "in-context", seed, "none"))
         for name, data in sets.items():
             runs.setdefault(name, []).append(trained(config, name, data, seed))
-    rows = [("trained on", "seeds", *METRICS)]
-    for name, found in runs.items():
-        gains = [[s["after"][m]["value"] - s["before"][m]["value"] for s in found] for m in METRICS]
-        rows.append((name, str(len(found)), *map(interval, gains)))
-    print("\nGain over the base, held-out questions of shapes\n\n" + markdown(rows))
-
+    print(f"\nGain over the base, held-out questions of shapes\n\n{gains(runs)}\n\nMean by kind\n\n{by_kind(runs)}")
     for mode in MODES:
         folders = [config.out / f"{mode}-all-{seed}" for seed in config.seeds]
         counts = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-        total = {name: sum(c[name] for c in counts) for name in ("candidates", "empty", "kept")}
-        rows = [("filter", "seen", "failed")]
-        for name in counts[0]["filters"]:
-            of = [c["filters"][name] for c in counts]
-            rows.append((name, str(sum(f["seen"] for f in of)), str(sum(f["failed"] for f in of))))
-        print(f"\n{mode}: {total['kept']} of {total['candidates']} kept\n\n{markdown(rows)}\n")
+        kept, candidates = (sum(c[name] for c in counts) for name in ("kept", "candidates"))
+        filters = {
+            name: {of: sum(c["filters"][name][of] for c in counts) for of in ("seen", "failed")}
+            for name in counts[0]["filters"]
+        }
+        print(f"\n{mode}: {kept} of {candidates} kept\n\n{synthesize.table({'filters': filters})}\n")
         for folder in folders:
             print(folder)
             synthetic.main(synthetic.Config(questions=folder))
-    own = [run["end"]["steps"] for found in runs.values() for run in found]
-    print(f"\n{average(own):.0f} steps each")
 
 
 if __name__ == "__main__":
