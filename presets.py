@@ -7,6 +7,8 @@ image sizes, lengths, learning rate and questions a step stay those of the tiny 
 
 from pathlib import Path
 
+import mixture
+
 TINY_MODEL = "models/tiny"
 REAL_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 
@@ -120,7 +122,8 @@ def is_tiny(model: str) -> bool:
 def fill(config) -> None:
     """Fill every field of a Config that is None. Fields the Config doesn't have are passed over."""
     if config.model is None:
-        sets = [part.split(":")[0].strip() for part in (config.data or "shapes").split(",")]
+        name = config.data or "shapes"
+        sets = [part for part, _ in mixture.parts(name)] if mixture.is_mixture(name) else [name]
         config.model = TINY_MODEL if "shapes" in sets else REAL_MODEL
     tiny = is_tiny(config.model)
     preset = PRESETS[config.preset] if getattr(config, "preset", None) else {}

@@ -262,8 +262,9 @@ def with_question(policy: Policy, made: Lesson, item: shapes.Item) -> Lesson:
     """A lesson in which the question has to be foreseen, too, from the picture before it."""
     ids, start = made.prompt.ids, made.prompt.ids.index(policy.tokens("<|vision_end|>")[0]) + 1
     prompt = replace(made.prompt, ids=ids[:start], positions=made.prompt.positions[:, :start])
-    weights = [QUESTION_WEIGHT if i < len(policy.tokens(item.question)) else 0.0 for i in range(len(ids) - start)]
-    return Lesson(prompt, made.pixels, [ids[start:] + made.responses[0]], [weights + made.weights[0]])
+    asked = len(policy.tokens(item.question))
+    weights = [QUESTION_WEIGHT] * asked + [0.0] * (len(ids) - start - asked) + made.weights[0]
+    return Lesson(prompt, made.pixels, [ids[start:] + made.responses[0]], [weights])
 
 
 def add_verdicts(policy: Policy, made: Lesson, item: shapes.Item, poor: str) -> Lesson:
@@ -365,8 +366,7 @@ def main(config: Config) -> dict:
 
     def clean(n: int) -> Lesson:
         style = STYLES[n % 4 == 0]
-        made = lesson(policy, items[n], style, demonstrate(items[n], style))
-        return with_question(policy, made, items[n]) if QUESTION_WEIGHT else made
+        return with_question(policy, lesson(policy, items[n], style, demonstrate(items[n], style)), items[n])
 
     def mixed(n: int) -> Lesson:
         item, style = items[n], STYLES[n % 4 == 0]
