@@ -15,12 +15,12 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    import shapes
     import warmup
-    from policy import Policy
+    from upt.data import shapes
+    from upt.prompts import template
 
     items = shapes.questions("warmup", 0, 200)
-    texts = [Policy.template(prompt).replace("{question}", i.question) for i in items for prompt in warmup.STYLES]
+    texts = [template(prompt).replace("{question}", i.question) for i in items for prompt in warmup.STYLES]
     return warmup.make_tokenizer(texts + [warmup.demonstrate(item, "think-boxed") for item in items])
 
 

@@ -26,18 +26,19 @@ import hashlib
 import json
 import math
 import sys
-from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import answers
-import shards
-import variants
 from kernels.advantage import ADVANTAGES, mean_of
-from variants import Positive
-from votes import abstentions, counts, distinct, keys_of, majority_key, majority_share
+from upt import answers
+from upt.errors import DataError, SettingError, ShardError
+from upt.groups import manifests, shards, variants
+from upt.groups.variants import COMMON, Positive, band
+from upt.groups.votes import counts, keys_of, majority_key, majority_share
+from upt.run import cli, metrics
+from upt.run.settings import Paths
 
 # --- rewards by vote: group -> G floats -------------------------------------------------------------------------------
 
@@ -131,7 +132,7 @@ def g(s: float, lam_pos: float = 0.2, lam_neg: float = 0.2, t_h: float = 0.95, t
 def _judge_scores(group: dict) -> list[float | None]:
     """s_i, None where the judgement could not be parsed."""
     if any("judge" not in response for response in group["responses"]):
-        raise ValueError(
+        raise ShardError(
             f"{group.get('uid')}: no judge scores, which this reward needs; judge it: "
             "python judge.py --rollouts DIR --out JUDGED, then use JUDGED"
         )
@@ -187,7 +188,7 @@ def negative_entropy(group: dict) -> list[float]:
 def supervised(group: dict) -> list[float]:
     """r_i = 1 if response i is graded right against gold, else 0: the upper bound (GRPO, 2402.03300). Needs labels."""
     if group.get("gold") is None:
-        raise ValueError(
+        raise DataError(
             f"{group.get('uid')}: no gold answer, which `supervised` needs; use data with labels, or majority"
         )
     gold, choices = group["gold"], group.get("choices")
@@ -220,7 +221,6 @@ REWARDS: dict[str, Callable[..., list[float] | None]] = {
     "supervised": supervised,
     "random": random,
 }
-COMMON = {"lam_fmt": 0.0, "clip": False, "min_share": 0.0, "max_share": 1.0}  # settings that every variant has
 
 
 # --- by name ----------------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def bind_reward(variant: str, *, run_seed: int | None = None, **settings) -> Cal
     # Applied here, once, for every variant; a variant may declare a default of its own.
     lam_fmt, clip, min_share, max_share = (bound.pop(name) for name in COMMON)
     if not 0 <= min_share <= max_share <= 1:
-        raise ValueError(
+        raise SettingError(
             f"reward {variant!r}: min_share is {min_share} and max_share {max_share}, "
             "expected 0 <= min_share <= max_share <= 1"
         )
@@ -311,48 +311,11 @@ def score(groups: Iterable[dict], reward: str, advantage: str, seed: int = 0, **
     return scored
 
 
-def summary(groups: Iterable[dict]) -> dict[str, float]:
-    """What the scores of some groups look like, in one pass over them and without labels.
-
-    groups, skipped, responses (counts); signal: share of groups whose rewards are not all equal; majority_share and
-    distinct: means over groups; abstention_share: of all responses; reward_mean and reward_std (population) over the
-    responses of groups that were not skipped, 0 if there are none.
-    """
-    n = skipped = responses = signal = different = abstained = 0
-    shares, r = array("d"), array("d")
-    for n, group in enumerate(groups, 1):  # noqa: B007
-        row = [response["reward"] for response in group["responses"]]
-        keys = keys_of(group)
-        responses += len(keys)
-        signal += min(row) != max(row)
-        different += distinct(keys)
-        abstained += abstentions(keys)
-        shares.append(majority_share(keys))
-        if group.get("skipped"):
-            skipped += 1
-        else:
-            r.extend(row)
-    if n == 0:
-        raise ValueError("no groups to sum up")
-    mu = mean_of(r) if r else 0.0
-    return {
-        "groups": n,
-        "skipped": skipped,
-        "responses": responses,
-        "signal": signal / n,
-        "majority_share": math.fsum(shares) / n,
-        "distinct": different / n,
-        "abstention_share": abstained / responses,
-        "reward_mean": mu,
-        "reward_std": math.sqrt(math.fsum((r_i - mu) ** 2 for r_i in r) / max(len(r), 1)),
-    }
-
-
 FREE = ("rollouts", "out", "steps", "device")  # settings of this and earlier stages that may change on resuming
 
 
 @dataclass
-class Config:
+class Config(Paths):
     rollouts: Path
     """Folder of rollout shards (judged ones too)."""
     out: Path
@@ -367,11 +330,6 @@ class Config:
     """Skip groups whose majority share is above this."""
     seed: int | None = None
     """Seed of variants that draw; default: the seed of the rollouts' manifest."""
-
-
-def band(config) -> dict[str, float]:
-    """min_share and max_share of a Config where they are given, so that those inline in its reward hold otherwise."""
-    return {name: getattr(config, name) for name in ("min_share", "max_share") if getattr(config, name) != COMMON[name]}
 
 
 def _score_shards(config: Config, paths: list[Path], seed: int) -> Iterator[dict]:
@@ -389,28 +347,29 @@ def _score_shards(config: Config, paths: list[Path], seed: int) -> Iterator[dict
 
 def main(config: Config) -> dict[str, float]:
     """Score a folder of shards into another; returns the summary that it prints."""
+    config = replace(config, rollouts=shards.stage_folder(config.rollouts))
     if config.out.resolve() == config.rollouts.resolve():
-        raise ValueError(f"--out is --rollouts ({config.out}); scored shards need a folder of their own")
+        raise SettingError(f"--out is --rollouts ({config.out}); scored shards need a folder of their own")
     # A misspelt name fails before anything is written.
     reward_of, _ = bind_reward(config.reward, **band(config)), bind_advantage(config.advantage)
     reader = shards.ShardReader(config.rollouts)
     paths = reader.paths
     reward_of(next(iter(reader)))  # so does one that the shards cannot serve, without a judge's scores or gold
-    source = shards.read_manifest(config.rollouts) if (config.rollouts / "manifest.json").exists() else {}
+    source = manifests.read(config.rollouts) if (config.rollouts / "manifest.json").exists() else {}
     seed = config.seed if config.seed is not None else source.get("seed")
     if seed is None:
         seed = 0
         print(f"{config.rollouts} records no seed, using --seed 0", file=sys.stderr)
     # The rollouts may move or grow by further steps, what they are may not: a folder's scores have one origin.
-    settings = asdict(config) | {"seed": seed, "rollouts_manifest": shards.origin(source, FREE)}
+    settings = asdict(config) | {"seed": seed, "rollouts_manifest": manifests.origin(source, FREE)}
     for role in ("reward", "advantage"):
         if digest := variants.source_digest(settings[role]):
             settings[f"{role}_file"] = digest  # a function of one's own may change between two runs of this stage
-    if shards.check_manifest(config.out, settings, ignore=FREE) is None:
+    if manifests.check(config.out, settings, ignore=FREE) is None:
         identity = {"model": source.get("model"), "adapter": source.get("adapter")}
-        shards.write_manifest(config.out, stage="rewards", config=settings, seed=seed, **identity)
+        manifests.write(config.out, stage="rewards", config=settings, seed=seed, **identity)
     shards.link_images(config.rollouts, config.out)
-    totals = summary(_score_shards(config, paths, seed))
+    totals = metrics.summary(_score_shards(config, paths, seed))
     print(f"{config.out}: {config.reward}, {config.advantage}, seed {seed}")
     for name, value in totals.items():
         print(f"  {name:<18}{value:>10}" if isinstance(value, int) else f"  {name:<18}{value:>10.4f}")
@@ -418,6 +377,4 @@ def main(config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config))
+    cli.launch(main, Config)

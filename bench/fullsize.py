@@ -28,14 +28,14 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import data
-import policy
 import rollout
-import shards
 import train_upt
 import warmup
 from bench.kernels import naive_linear
 from bench.loop import hardware
+from upt import data
+from upt.files import write_whole
+from upt.model import policy
 
 PIXELS = 28  # a token of the language model is a square of this side in the picture
 
@@ -84,7 +84,7 @@ class Config:
 def build(config: Config, device: str) -> policy.Policy:
     """The model with random weights, a small tokenizer with Qwen's special tokens, and a fresh adapter."""
     language, vision, tied = MODELS[config.model]
-    template = policy.Policy.template("think-boxed")
+    template = policy.template("think-boxed")
     tokenizer = warmup.make_tokenizer([template])
     token_id = tokenizer.convert_tokens_to_ids
     size = language["hidden_size"] // language["num_attention_heads"]  # of a head
@@ -176,7 +176,7 @@ class Loop:
         self.peak_gb()
         start = self.clock()
         with torch.no_grad():
-            prompts, _ = self.policy.encode(self.questions, self.policy.template("think-boxed"))
+            prompts, _ = self.policy.encode(self.questions, self.template("think-boxed"))
             sampled = rollout.sample_groups(self.policy, prompts, number, self.settings)
         middle, rollout_gb = self.clock(), self.peak_gb()
         signs = [(-1.0) ** i for i in range(self.config.group_size)]
@@ -227,7 +227,7 @@ def main(config: Config) -> dict:
     print(table(result))
     if config.save:
         path = Path(__file__).parent / f"results/fullsize-{config.model}-{result['date']}-{device}.json"
-        shards.write_whole(path, [json.dumps(result, indent=1).encode()])
+        write_whole(path, [json.dumps(result, indent=1).encode()])
     if isinstance(steps["kernels"], str):
         raise SystemExit(f"the loop with our kernels failed: {steps['kernels']}")
     return result

@@ -21,14 +21,15 @@ from time import perf_counter, strftime
 import torch
 import tyro
 
-import data
 import judge
-import presets
 import rollout
-import shards
-from answers import keeps_format
 from bench.loop import hardware
-from policy import Policy
+from upt import data
+from upt.answers import keeps_format
+from upt.files import write_whole
+from upt.model.policy import Policy
+from upt.prompts import template
+from upt.run import presets
 
 
 @dataclass
@@ -114,12 +115,12 @@ def main(config: Config) -> dict:
 
     def shared(question, group: dict, mode: str) -> list[float]:
         settings.judge_mode = mode
-        prompts, _ = policy.encode([question], policy.template("boxed"))
+        prompts, _ = policy.encode([question], template("boxed"))
         judged = judge.judge(policy, prompts, [group], settings, "think-boxed", config.seed)
         return [response["judge"]["score"] for response in judged[0]["responses"]]
 
     for number, question in enumerate(data.load("shapes", "validation", config.seed, limit=config.groups + 2)):
-        prompts, _ = policy.encode([question], policy.template("think-boxed"))
+        prompts, _ = policy.encode([question], template("think-boxed"))
         sampled = rollout.sample_groups(policy, prompts, 0, sampling)[0]
         texts = [policy.tokenizer.decode(s.ids, skip_special_tokens=True) for s in sampled]
         texts = [text if keeps_format(text, "think-boxed") else f"<think>{text}</think>\\boxed{{0}}" for text in texts]
@@ -150,7 +151,7 @@ def main(config: Config) -> dict:
     print(f"largest difference of a score {difference:.1e}; {result['hardware']}, {result['versions']}")
     if config.save:
         path = Path(__file__).parent / f"results/judging-{strftime('%Y-%m-%d')}-{policy.device.type}.json"
-        shards.write_whole(path, [json.dumps(result, indent=1).encode()])
+        write_whole(path, [json.dumps(result, indent=1).encode()])
     return result
 
 

@@ -29,9 +29,9 @@ from time import perf_counter, strftime
 import torch
 import tyro
 
-import shards
 from bench.loop import hardware
 from kernels import group_advantage, grpo_loss, linear_logprob, row_id, sample, selective_log_softmax
+from upt.files import write_whole
 
 Forms = dict[str, Callable[[], object]]
 OURS = "upt"
@@ -431,7 +431,7 @@ def main(config: Config) -> dict:
         result["results"].append(measured(shape, config, device))
         print(table(result["results"][-1]), flush=True)
         if config.save:
-            shards.write_whole(path, [json.dumps(result, indent=1).encode()])
+            write_whole(path, [json.dumps(result, indent=1).encode()])
             if device == "cuda":
                 chart(result["results"], path.with_suffix(".png"))
     failed = [row for found in result["results"] for row in found["rows"] if "error" in row]

@@ -36,14 +36,15 @@ import torch
 import tyro
 from transformers import PrinterCallback, Qwen2_5_VLProcessor, TrainerCallback
 
-import data
 import rewards
 import rollout
-import runs
-import shards
 import train_upt
-from answers import vote_key
-from policy import Policy
+from upt import data
+from upt.answers import vote_key
+from upt.files import write_whole
+from upt.groups import shards
+from upt.model.policy import Policy
+from upt.prompts import template
 
 
 @dataclass
@@ -154,7 +155,7 @@ def run_trl(ours: Ours, accumulation: int, steps: int, alternate: bool = False) 
         prompts = [[{"role": "user", "content": template.replace("{question}", q.question)}] for q in asked]
         return {"prompt": prompts, "image": [q.image for q in asked]}
 
-    template, size = Policy.template(c.prompt), c.questions_per_step * c.group_size
+    template, size = template(c.prompt), c.questions_per_step * c.group_size
     order = [rollout.schedule(len(ours.questions), c.questions_per_step, c.seed, step) for step in range(steps)]
     questions = ours.questions.get(row for rows in order for row in rows)
     dataset = datasets.Dataset.from_dict({"row": range(len(questions))}).with_transform(examples)
@@ -242,7 +243,7 @@ def main(config: Config) -> dict:
     print(table(result))
     if config.save:
         path = Path(__file__).parent / f"results/loop-{strftime('%Y-%m-%d')}-cpu.json"
-        shards.write_whole(path, [json.dumps(result, indent=1).encode()])
+        write_whole(path, [json.dumps(result, indent=1).encode()])
     return result
 
 

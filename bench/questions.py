@@ -24,7 +24,7 @@ import tyro
 import synthesize
 import train_upt
 from eval import synthetic
-from stats import average, markdown, t_interval
+from upt.groups.stats import average, markdown, t_interval
 
 METRICS = ("mean", "greedy", "maj", "pass")
 MODES = ("in-context", "direct")

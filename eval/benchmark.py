@@ -14,8 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow.parquet
-from huggingface_hub import snapshot_download
+from upt.errors import DataError
 
 NAMES = ("mathvision", "mathverse", "mathvista", "wemath", "logicvista", "dynamath")
 
@@ -126,9 +125,9 @@ class Benchmark:
                     if file.suffix != ".parquet" and isinstance(question.image, str) and question.image:
                         question = question._replace(image=str(inner / question.image))
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    raise ValueError(f"{where} is no {self.title} question: {error!r}") from None
+                    raise DataError(f"{where} is no {self.title} question: {error!r}") from None
                 if question.id in of_split:
-                    raise ValueError(f"{where}: the id {question.id!r} was there before; remove one of the two")
+                    raise DataError(f"{where}: the id {question.id!r} was there before; remove one of the two")
                 of_split[question.id] = question
         return {split: list(questions.values()) for split, questions in found.items()}
 
@@ -154,13 +153,15 @@ def folder_of(name: str | Path) -> Path:
     if path.is_dir():
         return path
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
-        raise ValueError(f"there is no folder {path}: give the benchmark's data folder, or a hub id such as org/name")
+        raise DataError(f"there is no folder {path}: give the benchmark's data folder, or a hub id such as org/name")
+    from huggingface_hub import snapshot_download
+
     try:  # the hub first, which fetches what a copy in the cache lacks
         return Path(snapshot_download(str(name), repo_type="dataset"))
     except Exception as error:  # offline, gated, missing: the hub's errors have no common parent
         with suppress(OSError, ValueError):
             return Path(snapshot_download(str(name), repo_type="dataset", local_files_only=True))
-        raise ValueError(f"{name} is no folder here and did not come from the hub: {error}. Fetch it where there is a "
+        raise DataError(f"{name} is no folder here and did not come from the hub: {error}. Fetch it where there is a "
                          f"network: hf download --repo-type dataset {name} --local-dir DIR") from error  # fmt: skip
 
 
@@ -206,18 +207,20 @@ def rows(file: Path, pictures: bool = True) -> Iterator[tuple[str, str | None, d
         return
     whole = _parsed(str(file), text)
     if not isinstance(whole, dict | list):
-        raise ValueError(f"{file} holds {type(whole).__name__}, expected a JSON list or object of rows")
+        raise DataError(f"{file} holds {type(whole).__name__}, expected a JSON list or object of rows")
     for key, row in whole.items() if isinstance(whole, dict) else enumerate(whole):
         yield f"{file}:{key}", key if isinstance(whole, dict) else None, row
 
 
 def _table(file: Path, pictures: bool) -> Iterator[tuple[str, None, dict]]:
+    import pyarrow.parquet  # here, for it takes its time to import
+
     try:
         schema = pyarrow.parquet.read_schema(file)
         bare = [field.name for field in schema if "bytes" not in str(field.type)]
         table = pyarrow.parquet.read_table(file, columns=None if pictures else bare)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file} is no parquet: {error}; fetch it again") from None
+        raise DataError(f"{file} is no parquet: {error}; fetch it again") from None
     for number, row in enumerate(table.to_pylist()):
         yield f"{file}:{number}", None, row
 
@@ -249,7 +252,7 @@ def _parsed(where: str, text: str):
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON: {error}") from None
+        raise DataError(f"{where} is no JSON: {error}") from None
 
 
 def _unique(pairs: list[tuple]) -> dict:

@@ -34,11 +34,12 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from scipy.stats import binomtest
 
 from eval.score import figures
-from shards import write_whole
-from stats import markdown
+from upt.errors import DataError
+from upt.files import write_whole
+from upt.groups.stats import markdown
+from upt.run import cli
 
 RESAMPLES = 10_000
 AT_ONCE = 500  # resamples held in memory
@@ -110,20 +111,20 @@ def read_scores(file: Path) -> dict[str, list[dict]]:
                 if not holds(row[name]):
                     raise TypeError(f"{name} is {row[name]!r}, expected {expected}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{where} is no score: {error!r}; score the responses again with eval.score") from None
+            raise DataError(f"{where} is no score: {error!r}; score the responses again with eval.score") from None
         uid, sample = row["id"], row["sample"]
         if (uid, sample) in places:
-            raise ValueError(
+            raise DataError(
                 f"{where}: question {uid!r} has sample {sample} already, in {places[uid, sample]}; drop one"
             )
         places[uid, sample] = where
         questions.setdefault(uid, []).append(row)
     if not questions:
-        raise ValueError(f"{file} holds no score; write it with `python -m eval.score … --out {file}`")
+        raise DataError(f"{file} holds no score; write it with `python -m eval.score … --out {file}`")
     first = next(iter(questions))
     for uid, found in questions.items():
         if len(found) != len(questions[first]):
-            raise ValueError(
+            raise DataError(
                 f"{file}: question {uid!r} has {len(found)} samples and question {first!r} has "
                 f"{len(questions[first])}; score as many responses to each question"
             )
@@ -145,11 +146,11 @@ def origin(a: Path, b: Path) -> dict:
             known = {name: summary.get(name) for name in ("benchmark", "protocol", "extractor")}
             sides.append((known, {name: made[name] for name in SETTINGS if name in made}, summary.get("metrics") or {}))
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is no summary: {error}; score again with eval.score, or remove it") from None
+            raise DataError(f"{path} is no summary: {error}; score again with eval.score, or remove it") from None
     (known_a, made_a, own_a), (known_b, made_b, own_b) = sides
     for name in ("benchmark", "protocol"):
         if None not in (known_a[name], known_b[name]) and known_a[name] != known_b[name]:
-            raise ValueError(
+            raise DataError(
                 f"{a} and {b} cannot be compared: their summaries say {name} {known_a[name]} and {known_b[name]}; "
                 f"score both with the same --{name}"
             )
@@ -176,6 +177,8 @@ def bootstrap(x: Sequence[float], seed: int = 0) -> dict[str, float]:
 
 def sign_test(gained: int, lost: int) -> float:
     """Two-sided exact p of as uneven a split as this one where both ways are equally likely; 1 of nothing."""
+    from scipy.stats import binomtest  # here: scipy takes half a second to import
+
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
@@ -237,11 +240,11 @@ def compare(a: Path, b: Path, seed: int = 0) -> dict:
     # In order of number where ids are numbers, so that the order of lines does not reach the result.
     ids = sorted(left.keys() & right.keys(), key=lambda uid: (len(uid), uid))
     if not ids:
-        raise ValueError(f"{a} and {b} have no question in common; compare responses to the same benchmark")
+        raise DataError(f"{a} and {b} have no question in common; compare responses to the same benchmark")
     labels = {uid: left[uid][0]["categories"] for uid in ids}
     for uid in ids:
         if any(row["categories"] != labels[uid] for row in left[uid] + right[uid]):
-            raise ValueError(f"{a} and {b}: the categories of question {uid!r} differ; score both with the same --data")
+            raise DataError(f"{a} and {b}: the categories of question {uid!r} differ; score both with the same --data")
     share_a, share_b = (
         {uid: sum(row["correct"] for row in side[uid]) / len(side[uid]) for uid in ids} for side in (left, right)
     )
@@ -319,7 +322,7 @@ def main(config: Config) -> dict:
     """Compare, write `out`, print; returns {"a", "b", "seed", "benchmarks": {name: what compare returns}}."""
     a, b = score_files(config.a), score_files(config.b)
     if not (common := [name for name in a if name in b]):
-        raise ValueError(
+        raise DataError(
             f"{config.a} and {config.b} have no benchmark in common; name two score files, or two folders that hold "
             "benchmarks of the same names"
         )
@@ -345,4 +348,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    cli.launch(main, Config)

@@ -23,9 +23,9 @@ import math
 import re
 from collections import Counter, defaultdict
 
-from answers import extract_answer, value_of
 from eval.benchmark import Benchmark, Question, gold_of, grouped, lettered, picture, plain_response
 from eval.extraction import letter, number, numbers, read, statements
+from upt.answers import extract_answer, value_of
 
 TOLERANCE = 0.001
 _SHORT = re.compile(r"[\"']short answer[\"']\s*:\s*(?:\"((?:[^\"\\]|\\.)*)\"|'([^'\n]*)'|([^\s\",}]+))", re.IGNORECASE)

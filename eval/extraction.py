@@ -19,7 +19,7 @@ What is named behind "not" or "than" is denied. Of several numbers those that sa
 import re
 from typing import NamedTuple
 
-from answers import answer_key, extract_answer, value_of
+from upt.answers import answer_key, extract_answer, value_of
 
 MAX_CHARS = 50_000
 LETTERS = "ABCDEFGH"

@@ -5,16 +5,17 @@ It reads the question and the end of the response, no picture, and answers greed
 
 from collections.abc import Sequence
 
-import decoding
-import rollout
-from answers import extract_answer
 from eval.benchmark import Question
 from eval.extraction import LETTERS
-from policy import PROMPTS, Policy
+from upt.answers import extract_answer
+from upt.model import decoding
+from upt.model.policy import Policy
+from upt.prompts import PROMPTS
+from upt.run.settings import Rollout
 
 END = 2000  # characters of a response that it reads
 AT_ONCE = 64
-SETTINGS = rollout.Config(temperature=0.0, top_p=1.0, max_new_tokens=64, seed=0)
+SETTINGS = Rollout(temperature=0.0, top_p=1.0, max_new_tokens=64, seed=0)
 
 
 def load(config) -> Policy:

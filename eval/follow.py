@@ -4,18 +4,22 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import rollout
-import shards
 from eval.benchmark import NAMES, Benchmark, Question, benchmark, folder_of
 from eval.run import respond, select
-from policy import Policy
+from upt.errors import SettingError, suggest
+from upt.files import write_whole
+from upt.run.settings import Rollout
+
+if TYPE_CHECKING:
+    from upt.model import Policy
 
 
 class Followed:
     """The first questions of some benchmarks, read once.
 
-    `specs` are NAME=FOLDER, or NAME=HUB_ID. Raises ValueError for what is not, or a benchmark that is not there.
+    `specs` are NAME=FOLDER, or NAME=HUB_ID. Raises SettingError for what is not, or a benchmark that is not there.
     """
 
     def __init__(self, specs: Sequence[str], limit: int):
@@ -23,30 +27,32 @@ class Followed:
         for spec in specs:
             name, _, source = spec.partition("=")
             if name not in NAMES or not source:
-                raise ValueError(f"--eval {spec}: give NAME=FOLDER, NAME being one of {', '.join(NAMES)}")
+                raise SettingError(
+                    f"--eval {spec}: give NAME=FOLDER, NAME being one of {', '.join(NAMES)}{suggest(name, NAMES)}"
+                )
             if name in self.parts:
-                raise ValueError(f"--eval names {name} twice: give one folder for it")
+                raise SettingError(f"--eval names {name} twice: give one folder for it")
             bench, folder = benchmark(name), folder_of(source)
             self.parts[name] = bench, folder, select(bench, folder, limit=limit)[1]
 
-    def __call__(self, policy: Policy, config: rollout.Config, tick: Callable[[int], None]) -> dict[str, float]:
+    def __call__(self, policy: "Policy", config: Rollout, tick: Callable[[int], None]) -> dict[str, float]:
         """Accuracy by benchmark. Of `config`, the prompt style, lengths and the seed are used."""
         greedy, found = replace(config, temperature=0.0, group_size=1), {}
         for name, (bench, folder, questions) in self.parts.items():
             rows, left_out = respond(policy, bench, folder, questions, greedy, tick)
             if not rows:
-                raise ValueError(f"--eval {name}: none of its {len(questions)} questions can be asked: {left_out}")
+                raise SettingError(f"--eval {name}: none of its {len(questions)} questions can be asked: {left_out}")
             asked = {question.id: question for question in questions}
             right = [bench.is_right(asked[r["id"]], bench.extract(r["response"], asked[r["id"]])[0]) for r in rows]
             found[name] = sum(right) / len(right)
         return found
 
-    def curves(self, policy: Policy, config, clock, check: Callable) -> dict[str, dict[str, float]]:
+    def curves(self, policy: "Policy", config, clock, check: Callable) -> dict[str, dict[str, float]]:
         """{benchmark: {steps: accuracy}} of a run: what its metrics.jsonl has, and the policy as it is now as `end`."""
         path, seen = config.out / "benchmarks.json", {}
         if not path.exists():
             with clock("benchmarks"):
-                shards.write_whole(path, [json.dumps(self(policy, config, check)).encode()])
+                write_whole(path, [json.dumps(self(policy, config, check)).encode()])
         for row in map(json.loads, (config.out / "metrics.jsonl").read_text().splitlines()):
             if "benchmarks" in row:
                 seen[str(row["step"])] = row["benchmarks"]

@@ -18,16 +18,19 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tyro
-from tqdm import tqdm
 
-import data
-import rollout
-from answers import grade, vote_key
-from policy import Policy
-from shards import write_whole
+from upt import data, model, prompts, stages
+from upt.answers import grade, vote_key
+from upt.errors import DataError
+from upt.files import write_whole
+from upt.run import cli, progress
+from upt.run.settings import Rollout, at_least
+
+if TYPE_CHECKING:
+    from upt.model import Policy
 
 STEP = -1  # the step that keys the sampling noise of evaluation
 QUESTIONS_AT_ONCE = 128
@@ -35,7 +38,7 @@ GOLD_METRICS = ("greedy", "mean", "maj", "pass")
 
 
 @dataclass
-class Config(rollout.Config):
+class Config(Rollout):
     split: str = "test"
     """split of the data to evaluate on"""
     out: Path | None = None
@@ -47,8 +50,7 @@ class Config(rollout.Config):
 
     def resolve(self) -> "Config":
         super().resolve()
-        if min(self.eval_questions, self.eval_samples) < 1:
-            raise ValueError("--eval-questions and --eval-samples must be at least 1")
+        at_least(self, 1, "eval_questions", "eval_samples")
         return self
 
 
@@ -79,9 +81,9 @@ def question_scores(question, greedy: list[str], samples: list[str]) -> dict[str
 
 
 def evaluate(
-    policy: Policy,
-    questions: data.Questions,
-    config: rollout.Config,
+    policy: "Policy",
+    questions: "data.Questions",
+    config: Rollout,
     count: int,
     samples: int,
     tick: Callable[[int], None] = lambda n: None,
@@ -96,11 +98,12 @@ def evaluate(
     rows, kinds, left_out = [], [], {}
     for start in range(0, min(count, len(questions)), QUESTIONS_AT_ONCE):
         found = questions.get(range(start, min(start + QUESTIONS_AT_ONCE, count, len(questions))))
-        prompts, too_long = policy.encode(found, policy.template(config.prompt), config.max_prompt_tokens)
+        template = prompts.template(config.prompt)
+        encoded, too_long = policy.encode(found, template, config.max_prompt_tokens)
         left_out |= too_long
         found = [question for question in found if question.uid not in too_long]
-        greedy = rollout.sample_groups(policy, prompts, STEP, greedy_config, tick)
-        sampled = rollout.sample_groups(policy, prompts, STEP, sample_config, tick)
+        greedy = stages.sampling.sample_groups(policy, encoded, STEP, greedy_config, tick)
+        sampled = stages.sampling.sample_groups(policy, encoded, STEP, sample_config, tick)
         for question, *both in zip(found, greedy, sampled, strict=True):
             texts = [policy.tokenizer.batch_decode([r.ids for r in part], skip_special_tokens=True) for part in both]
             keys = [vote_key(text, question.choices) for text in texts[1]]
@@ -115,7 +118,7 @@ def evaluate(
             rows.append(row)
             kinds.append(question.kind)
     if not rows:
-        raise ValueError(
+        raise DataError(
             f"none of the first {count} questions of {questions.name} can be used: {len(left_out)} prompts are over "
             f"--max-prompt-tokens {config.max_prompt_tokens}; {questions.report_bad() or 'no row is bad'}"
         )
@@ -172,17 +175,10 @@ def _cell(score: dict[str, float], scale: float) -> str:
 def main(config: Config) -> dict:
     config = replace(config).resolve()
     questions = data.load(config.data, config.split, config.seed, limit=config.limit)
-    policy = Policy.load(
-        config.model,
-        adapter=config.adapter,
-        dtype=config.dtype,
-        device=config.device,
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-    )
+    policy = model.Policy.load(config.model, **config.loading())
     print(questions.describe(), file=sys.stderr)
     count = min(config.eval_questions, len(questions))
-    with tqdm(total=count * (1 + config.eval_samples), desc="evaluating", unit="response") as bar:
+    with progress.bar(total=count * (1 + config.eval_samples), desc="evaluating", unit="response") as bar:
         scores = evaluate(policy, questions, config, count, config.eval_samples, bar.update)
     print(table({config.adapter or config.model: scores}))
     if bad := questions.report_bad():
@@ -194,4 +190,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    cli.launch(main, Config)

@@ -11,9 +11,9 @@ Folder: `dataset.json`, {id: question}, `images/`. Responses: the owners' {id: {
 
 import re
 
-from answers import answer_key, extract_answer
 from eval.benchmark import Benchmark, Question, gold_of, picture, plain_response
 from eval.extraction import letter, number, read
+from upt.answers import answer_key, extract_answer
 
 _SIGN = "[A-Z0-9]"  # most are letters to H, one question has numbers for its choices
 _SIGNS = rf"\(?{_SIGN}\)?(?:(?:,? (?:and|&) |, ?|; ?)\(?{_SIGN}\)?)*"

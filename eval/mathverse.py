@@ -15,9 +15,9 @@ Folder: `testmini.json`, `testmini_text_only.json`, `images/`; hub: AI4Math/Math
 
 import re
 
-from answers import answer_key, extract_answer, value_of
 from eval.benchmark import Benchmark, Question, gold_of, lettered, picture
 from eval.extraction import LETTERS, chosen, letter, number, numbers, read, statements
+from upt.answers import answer_key, extract_answer, value_of
 
 TEXT_ONLY = "Text Only"
 _CHOICES = re.compile(r"\bChoices?:")

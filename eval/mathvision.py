@@ -14,8 +14,8 @@ import re
 from decimal import Decimal
 from fractions import Fraction
 
-from answers import MAX_CHARS, value_of
 from eval.benchmark import Benchmark, Question, gold_of, picture, texts_of
+from upt.answers import MAX_CHARS, value_of
 
 CATEGORIES = ("subject", "level")
 

@@ -3,7 +3,7 @@
 For each benchmark:
     1. read its questions in the owners' layout, from a folder or the hub, of the split with most pictures
     2. word the prompts: the owners' style, a paper's, or a template of your own
-    3. sample by rollout.py, one prefill a question; responses.jsonl grows by whole questions
+    3. sample, one prefill a question; responses.jsonl grows by whole questions
     4. score by the owners' rule (eval/score.py) into scores.jsonl and its summary
 
 The same command again goes on where it was stopped. A question whose picture is missing or broken is left out and
@@ -21,20 +21,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import tyro
-from tqdm import tqdm
-from tyro.conf import Suppress
-
-import data
-import presets
-import rollout
-import shards
 from eval import score
 from eval.benchmark import NAMES, Benchmark, Question, benchmark, folder_of, has_picture, picture_path
-from policy import Policy
-from stats import markdown
+from upt import data, model, prompts, stages
+from upt.errors import SettingError, ShardError
+from upt.files import write_whole
+from upt.groups import manifests
+from upt.groups.stats import markdown
+from upt.run import cli, presets, progress
+from upt.run.settings import Rollout, hidden
+
+if TYPE_CHECKING:
+    from upt.model import Policy
 
 STEP = -1  # the step that keys the sampling noise, as in eval/heldout.py
 AT_ONCE = 128  # responses sampled between two writes
@@ -45,7 +45,7 @@ FROM_RUN = ("prompt", "max_new_tokens", "max_prompt_tokens", "min_pixels", "max_
 
 
 @dataclass
-class Config(rollout.Config):
+class Config(Rollout):
     """Settings left at None are those of --run, else the defaults for the model (see presets.py)."""
 
     benchmark: Literal[*NAMES, "all"] = "all"
@@ -74,18 +74,18 @@ class Config(rollout.Config):
     """official: the owners' rule; ours: equality of vote keys"""
     extractor: Literal["rules", "model"] = "rules"
     """model: the model itself reads what the rules found no answer in"""
-    preset: Suppress[None] = None
-    steps: Suppress[int | None] = None
-    questions_per_step: Suppress[int | None] = None
-    group_size: Suppress[int | None] = None
+    preset: None = hidden(None)
+    steps: int | None = hidden(None)
+    questions_per_step: int | None = hidden(None)
+    group_size: int | None = hidden(None)
 
     def resolve(self) -> "Config":
         if self.data is None:
-            raise ValueError("--data is missing: a benchmark's folder or hub id; for all, the folder of their folders")
+            raise SettingError("--data is missing: a benchmark's folder or hub id; for all, the folder of theirs")
         if self.n < 1 or (self.limit is not None and self.limit < 1):
-            raise ValueError(f"--n and --limit must be at least 1, not {self.n} and {self.limit}")
+            raise SettingError(f"--n and --limit must be at least 1, not {self.n} and {self.limit}")
         if self.n > 1 and self.temperature == 0:
-            raise ValueError(f"--n {self.n} at temperature 0 gives the same response each time: give --temperature 1")
+            raise SettingError(f"--n {self.n} at temperature 0 gives the same response each time: give --temperature 1")
         if self.run is not None:
             self._take_from_run()
         if self.prompt in presets.PRESETS:
@@ -98,12 +98,12 @@ class Config(rollout.Config):
 
     def _take_from_run(self) -> None:
         if self.model or self.adapter:
-            raise ValueError("--run brings its own model and adapter: leave --model and --adapter out")
-        of_run = shards.read_manifest(self.run)["config"]
+            raise SettingError("--run brings its own model and adapter: leave --model and --adapter out")
+        of_run = manifests.read(self.run)["config"]
         start = self.run / "start"  # what an adapter that the run started from was merged into
         self.model, self.adapter = str(start) if start.is_dir() else of_run["model"], str(self.run / "adapter")
         if not Path(self.adapter).is_dir():
-            raise ValueError(f"{self.run} has no adapter yet: let the run end, or give --model and --adapter")
+            raise SettingError(f"{self.run} has no adapter yet: let the run end, or give --model and --adapter")
         for name in FROM_RUN:
             if getattr(self, name) is None:
                 setattr(self, name, of_run[name])
@@ -123,7 +123,7 @@ def select(
     """
     splits = bench.questions(folder, pictures=True)
     if split is not None and split not in splits:
-        raise ValueError(f"{folder} has no {split} among its files of questions, which are {', '.join(splits)}")
+        raise SettingError(f"{folder} has no {split} among its files of questions, which are {', '.join(splits)}")
     if bench.variants and split is None:
         splits = {"all": [question for questions in splits.values() for question in questions]}
         splits["all"].sort(key=lambda q: [int(part) for part in re.findall(r"\d+", q.id)])  # seed by seed
@@ -135,7 +135,7 @@ def select(
     split = split or max(splits, key=fitness)
     found = [question for question in splits[split] if question.gold]
     if not found:
-        raise ValueError(f"{folder}: the owners publish no answers to {split}; give another --split")
+        raise SettingError(f"{folder}: the owners publish no answers to {split}; give another --split")
     if not any(has_picture(folder, question) for question in found[:limit]):
         raise FileNotFoundError(f"{folder} has none of the pictures of {split}: {found[0].image} is expected in it")
     return split, found[:limit]
@@ -156,18 +156,18 @@ def ask(bench: Benchmark, folder: Path, question: Question, style: str) -> data.
 
 def template(style: str) -> str:
     """The template around a question; of the owners' style, whose prompt is whole, the question alone."""
-    return "{question}" if style == "official" else Policy.template(style)
+    return "{question}" if style == "official" else prompts.template(style)
 
 
 # ------------------------------------------------------------------------------------------------ responses
 
 
 def respond(
-    policy: Policy,
+    policy: "Policy",
     bench: Benchmark,
     folder: Path,
     questions: Sequence[Question],
-    settings: rollout.Config,
+    settings: Rollout,
     tick: Callable[[int], None] = lambda n: None,
 ) -> tuple[list[dict], dict[str, str]]:
     """Rows of responses to some questions (see responses.jsonl in `main`), and what was left out by id and reason.
@@ -180,10 +180,12 @@ def respond(
             asked.append(ask(bench, folder, question, settings.prompt))
         except data.BadRow as bad:
             left_out[question.id] = bad.reason
-    prompts, too_long = policy.encode(asked, template(settings.prompt), settings.max_prompt_tokens)
+    encoded, too_long = policy.encode(asked, template(settings.prompt), settings.max_prompt_tokens)
     groups = {
         prompt.uid: group
-        for prompt, group in zip(prompts, rollout.sample_groups(policy, prompts, STEP, settings, tick), strict=True)
+        for prompt, group in zip(
+            encoded, stages.sampling.sample_groups(policy, encoded, STEP, settings, tick), strict=True
+        )
     }
     found = []
     for question in asked:
@@ -194,7 +196,7 @@ def respond(
                 text = policy.tokenizer.decode(r.ids, skip_special_tokens=True)
                 row |= {"response": text, "finish": r.finish, "tokens": len(r.ids)}
             found.append(row)
-    tick((len(questions) - len(prompts)) * settings.group_size)
+    tick((len(questions) - len(encoded)) * settings.group_size)
     for uid, tokens in too_long.items():
         limit = settings.max_prompt_tokens
         print(f"{uid}: prompt of {tokens} tokens is over --max-prompt-tokens {limit}, counts as wrong", file=sys.stderr)
@@ -210,14 +212,14 @@ def answered(path: Path, n: int) -> set[str]:
         try:
             found.setdefault(json.loads(line)["id"], []).append(line + "\n")
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}:{number} is no response: remove the line, its question is asked again") from None
+            raise SettingError(f"{path}:{number} is no response: remove the line to ask its question again") from None
     whole = {uid: lines for uid, lines in found.items() if len(lines) == n}
-    shards.write_whole(path, ("".join(lines).encode() for lines in whole.values()))
+    write_whole(path, ("".join(lines).encode() for lines in whole.values()))
     return set(whole)
 
 
 def answer(
-    policy: Policy, bench: Benchmark, folder: Path, questions: list[Question], config: Config, out: Path
+    policy: "Policy", bench: Benchmark, folder: Path, questions: list[Question], config: Config, out: Path
 ) -> dict[str, str]:
     """Append the responses that are still missing to out/responses.jsonl; what was left out, by id and reason."""
     path, per_turn = out / "responses.jsonl", max(1, AT_ONCE // config.n)
@@ -226,7 +228,7 @@ def answer(
     total = len(questions) * config.n
     with (
         open(path, "a", encoding="utf-8") as file,
-        tqdm(total=total, initial=total - len(todo) * config.n, desc=bench.title, unit="response") as bar,
+        progress.bar(total=total, initial=total - len(todo) * config.n, desc=bench.title, unit="response") as bar,
     ):
         for start in range(0, len(todo), per_turn):
             rows, left_out = respond(policy, bench, folder, todo[start : start + per_turn], config, bar.update)
@@ -265,18 +267,17 @@ def prepare(name: str, source: str, config: Config, out: Path) -> Job:
     digests = {key: sha256(text.encode(errors="replace")).hexdigest()[:16] for key, text in digests.items()}
     job = Job(name, folder, questions, out, {key: v for key, v in known.items() if key not in unused} | digests)
     if (out / "responses.jsonl").exists() and not (out / "manifest.json").exists():
-        raise shards.ShardError(f"{out} has responses of unknown settings (no manifest.json there); use another --out")
-    shards.check_manifest(out, job.settings, ignore=FREE)
+        raise ShardError(f"{out} has responses of unknown settings (no manifest.json there); use another --out")
+    manifests.check(out, job.settings, ignore=FREE)
     return job
 
 
-def evaluate(policy: Policy, job: Job, config: Config) -> dict:
+def evaluate(policy: "Policy", job: Job, config: Config) -> dict:
     """Responses and scores of one benchmark; the summary of eval.score, with what was left out."""
     bench, out, own = benchmark(job.name), job.out, {"model": config.model, "adapter": config.adapter}
     if not (out / "manifest.json").exists():
-        size = policy.image_processor.size  # of areas, though the names speak of edges
-        pixels = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]} | policy.pixel_limits
-        shards.write_manifest(out, stage="eval", config=job.settings | {"pixels": pixels}, seed=config.seed, **own)
+        pixels = {"pixels": policy.family.area_limits()}
+        manifests.write(out, stage="eval", config=job.settings | pixels, seed=config.seed, **own)
     left_out = answer(policy, bench, job.folder, job.questions, config, out)
     paths = out / "responses.jsonl", out / "scores.jsonl"
     settings = score.Config(job.name, str(job.folder), *paths, config.protocol, config.extractor, **own)
@@ -319,14 +320,13 @@ def main(config: Config) -> dict:
                 raise FileNotFoundError(f"there is no folder {source}")
             jobs.append(prepare(name, source, config, out))
         except (FileNotFoundError, ValueError) as error:
-            if not every or isinstance(error, shards.ShardError):
+            if not every or isinstance(error, ShardError):
                 raise
             missing[name] = str(error)
             print(f"{name} is left out: {error}", file=sys.stderr)
     if not jobs:
-        raise ValueError(f"no benchmark can run from {config.data}: it needs folders such as {', '.join(NAMES[:2])} …")
-    options = {name: getattr(config, name) for name in ("adapter", "dtype", "device", "min_pixels", "max_pixels")}
-    policy = Policy.load(config.model, **options)
+        raise SettingError(f"no benchmark runs from {config.data}: it needs folders such as {', '.join(NAMES[:2])} …")
+    policy = model.Policy.load(config.model, **config.loading())
     try:
         for job in jobs:
             try:
@@ -337,14 +337,14 @@ def main(config: Config) -> dict:
                 missing[job.name] = str(error)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from {config.out}", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise
     result = {name: score.last_line(summary) for name, summary in summaries.items()}
     if not every:
         summary = summaries[config.benchmark]
         print(f"{score.report(summary)}\n{status(summary)}\n{json.dumps(result[config.benchmark])}")
         return result[config.benchmark]
     result = {"benchmarks": result, "missing": missing}
-    shards.write_whole(config.out / "summary.json", [json.dumps(result, indent=1).encode()])
+    write_whole(config.out / "summary.json", [json.dumps(result, indent=1).encode()])
     print(f"{table(summaries)}\n")
     for name, summary in summaries.items():
         print(f"{name}: {status(summary)}")
@@ -355,4 +355,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    cli.launch(main, Config)

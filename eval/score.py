@@ -23,18 +23,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
-import shards
-from answers import answer_key, vote_key
 from eval.benchmark import NAMES, Benchmark, Question, benchmark, folder_of, rows
-from stats import markdown
+from upt.answers import answer_key, vote_key
+from upt.errors import DataError
+from upt.files import write_whole
+from upt.groups import manifests
+from upt.groups.stats import markdown
+from upt.run import cli
+from upt.run.settings import Paths
 
 FIELDS = ("id", "sample", "key", "correct", "method", "vote_key", "categories")
 
 
 @dataclass
-class Config:
+class Config(Paths):
     benchmark: Literal[*NAMES]
     """whose questions and protocol"""
     data: str
@@ -66,7 +68,7 @@ def read_responses(path: Path, bench: Benchmark) -> Iterator[tuple[str, int, str
             if not isinstance(text, str | None):
                 raise TypeError(f"the response is {type(text).__name__}, not text")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where} is no response: {error!r}; expected id and response") from None
+            raise DataError(f"{where} is no response: {error!r}; expected id and response") from None
         yield uid, sample, text or ""
 
 
@@ -96,23 +98,23 @@ def verdicts(config: Config, bench: Benchmark, questions: dict[str, Question], p
     for uid, sample, text in read_responses(config.responses, bench):
         if uid not in questions:
             example = next(iter(questions.values())).id
-            raise ValueError(
+            raise DataError(
                 f"{config.responses}: no question of {config.data} has the id {uid!r}; ids there read like {example!r}"
             )
         question = questions[uid]
         if not question.gold:
-            raise ValueError(
+            raise DataError(
                 f"{config.responses}: the owners publish no answer to question {uid!r}; score another split"
             )
         if (question.id, sample) in seen:
-            raise ValueError(f"{config.responses}: two responses to question {uid!r} with sample {sample}")
+            raise DataError(f"{config.responses}: two responses to question {uid!r} with sample {sample}")
         seen.add((question.id, sample))
         row = {"id": question.id, "sample": sample, "categories": question.categories}
         found.append(row | verdict(bench, question, text))
         if is_missing(found[-1]):
             unread.append((found[-1], question, text))
     if not found:
-        raise ValueError(f"{config.responses} holds no response")
+        raise DataError(f"{config.responses} holds no response")
     if config.extractor == "model" and unread:
         from eval import extractor  # torch is loaded for this alone
 
@@ -155,9 +157,9 @@ def score(config: Config, policy=None, asked: dict | None = None) -> dict:
     `policy`: see `verdicts`. `asked` goes into the summary: what eval.run knows of the questions besides.
     """
     if config.extractor == "model" and policy is None and config.model is None:
-        raise ValueError("--extractor model needs the model that is to read: give --model")
+        raise DataError("--extractor model needs the model that is to read: give --model")
     if config.out.resolve() == config.responses.resolve():
-        raise ValueError(f"--out {config.out} would replace the responses: give another file")
+        raise DataError(f"--out {config.out} would replace the responses: give another file")
     bench = benchmark(config.benchmark)
     questions = bench.by_id(folder_of(config.data))
     scored = verdicts(config, bench, questions, policy)
@@ -185,13 +187,13 @@ def score(config: Config, policy=None, asked: dict | None = None) -> dict:
         "categories": breakdown(scored, bench.categories),
         "extraction": extraction(config, bench),
         "extractor_model": None if config.extractor == "rules" else identity(config),
-        "versions": shards.versions(),
+        "versions": manifests.versions(),
         "responses": made_by(config),
         **(asked or {}),
     }
     lines = (json.dumps({name: row[name] for name in FIELDS}, ensure_ascii=False) + "\n" for row in scored)
-    shards.write_whole(config.out, (line.encode(errors="replace") for line in lines))
-    shards.write_whole(summary_of(config.out), [json.dumps(summary, indent=1).encode()])
+    write_whole(config.out, (line.encode(errors="replace") for line in lines))
+    write_whole(summary_of(config.out), [json.dumps(summary, indent=1).encode()])
     return summary
 
 
@@ -235,14 +237,14 @@ def made_by(config: Config) -> dict | None:
     folder = config.responses.parent
     if config.responses.name != "responses.jsonl" or not (folder / "manifest.json").is_file():
         return None
-    manifest = shards.read_manifest(folder)
+    manifest = manifests.read(folder)
     return manifest if manifest["stage"] == "eval" else None
 
 
 def identity(config: Config) -> dict | None:
     """Names and fingerprints of the model that extracts and of its adapter."""
     named = {"model": config.model, "adapter": config.adapter}
-    return {role: {"name": name, "fingerprint": shards.fingerprint(name)} for role, name in named.items() if name}
+    return {role: {"name": name, "fingerprint": manifests.fingerprint(name)} for role, name in named.items() if name}
 
 
 def main(config: Config) -> dict:
@@ -254,4 +256,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    cli.launch(main, Config)

@@ -17,18 +17,19 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-import data
-import shapes
-import shards
-from answers import answer_key
-from stats import average, markdown
-from votes import keys_of, majority_key
+from upt import data
+from upt.answers import answer_key
+from upt.data import shapes
+from upt.errors import DataError
+from upt.groups import manifests, shards
+from upt.groups.stats import average, markdown
+from upt.groups.votes import keys_of, majority_key
+from upt.run import cli
+from upt.run.settings import Paths
 
 
 @dataclass
-class Config:
+class Config(Paths):
     questions: Path = Path("runs/questions")
     """folder that synthesize.py wrote, from --data shapes"""
 
@@ -58,13 +59,13 @@ def row(name: str, found: list[dict]) -> tuple[str, ...]:
 def main(config: Config) -> list[dict]:
     """Print the table; returns what was found of each candidate."""
     config.questions = Path(config.questions)
-    asked = shards.read_manifest(config.questions)["config"]
+    asked = manifests.read(config.questions)["config"]
     if asked.get("data") != "shapes":
-        raise ValueError(
+        raise DataError(
             f"{config.questions} is about {asked.get('data')}; only the pictures of shapes have known scenes"
         )
     if not (config.questions / "summary.json").is_file():
-        raise ValueError(f"{config.questions}: synthesize.py has not finished these questions; give its command again")
+        raise DataError(f"{config.questions}: synthesize.py has not finished these questions; give its command again")
     split = data.ALIASES.get(asked["split"], asked["split"])
     items = {item.uid: item for item in shapes.questions(split, asked["seed"], asked["limit"])}
     paths = shards.list_shards(config.questions / "answered")
@@ -84,4 +85,4 @@ def main(config: Config) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    cli.launch(main, Config)

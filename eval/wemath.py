@@ -24,9 +24,9 @@ Folder: `testmini.json`, `2steps/`, `3steps/`; hub: We-Math/We-Math. Responses: 
 import re
 from collections import Counter
 
-from answers import answer_key, extract_answer
 from eval.benchmark import Benchmark, Question, gold_of, grouped, lettered, picture
 from eval.extraction import LETTERS
+from upt.answers import answer_key, extract_answer
 
 _SIGNS = re.compile(r"[<>:.]")
 

@@ -15,12 +15,11 @@ import pytest
 
 import ablate
 import rewards
-import shards
-import stats
-import sweep
 from ablate import Config, Scores, Votes, main, parse, statistics
-from stats import Groups
 from tests.test_shards import make_group
+from upt.compare import sweep
+from upt.groups import shards, stats
+from upt.groups.stats import Groups
 
 ROOT = Path(__file__).parent.parent
 PNG = b"\x89PNG"

@@ -9,18 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import answers
-import data
-import health
-import presets
 import rewards
 import rollout
-import runs
-import shards
-import update
-from policy import Policy
 from tests.test_train import SMALL, adapter, run, same
 from train_upt import Config, main, targets
+from upt import answers, data
+from upt.groups import shards
+from upt.model import update
+from upt.model.policy import Policy
+from upt.run import checkpoints, health, presets
 
 
 def keyed(monkeypatch, keys=lambda text: str(len(text) % 3)):
@@ -172,7 +169,7 @@ def test_a_collapsing_run_ends_with_its_last_healthy_checkpoint(tiny, tmp_path, 
     on = run(tiny, tmp_path / "on", steps=6, save_every=1, keep=1)
     assert "COLLAPSE? entropy" in capfd.readouterr().out
     # The latest and, besides, the last one without an alarm before it.
-    assert [runs.step_of(path) for path in runs.checkpoints(on / "checkpoints")] == [3, 6]
+    assert [checkpoints.step_of(path) for path in checkpoints.checkpoints(on / "checkpoints")] == [3, 6]
     stop = dict(steps=6, save_every=2, stop_on_collapse=True, keep=1)
     out = tmp_path / "stop"
     summary = main(Config(model=tiny, out=out, **SMALL | stop | {"eval_questions": 2, "eval_samples": 2}))
@@ -195,8 +192,8 @@ def test_a_collapsing_run_ends_with_its_last_healthy_checkpoint(tiny, tmp_path, 
 def test_a_checkpoint_is_chosen_without_labels(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(health, "best_checkpoint", lambda rows, steps: steps[1])
     out = run(tiny, tmp_path / "r", steps=3, save_every=1, keep=1, select="label-free")
-    found = runs.checkpoints(out / "checkpoints")
-    assert [runs.step_of(path) for path in found] == [1, 2, 3]
+    found = checkpoints.checkpoints(out / "checkpoints")
+    assert [checkpoints.step_of(path) for path in found] == [1, 2, 3]
     name = "adapter/adapter_model.safetensors"
     assert (out / name).read_bytes() == (found[1] / name).read_bytes() != (found[2] / name).read_bytes()
     end = json.loads((out / "summary.json").read_text())["end"]
@@ -217,9 +214,9 @@ def test_an_interruption_leaves_no_checkpoint_to_choose(tiny, tmp_path, monkeypa
     monkeypatch.setattr(rollout, "generate", interrupted)
     with pytest.raises(SystemExit):
         run(tiny, tmp_path / "cut", **settings)
-    assert [runs.step_of(path) for path in runs.checkpoints(tmp_path / "cut/checkpoints")] == [2, 3]
+    assert [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path / "cut/checkpoints")] == [2, 3]
     cut = run(tiny, tmp_path / "cut", **settings)
-    assert [runs.step_of(path) for path in runs.checkpoints(cut / "checkpoints")] == [2, 4]
+    assert [checkpoints.step_of(path) for path in checkpoints.checkpoints(cut / "checkpoints")] == [2, 4]
     assert same(cut, whole)
 
 

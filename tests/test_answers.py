@@ -10,8 +10,8 @@ from fractions import Fraction
 
 import pytest
 
-import answers
-from answers import Grade, answer_key, extract_answer, grade, is_correct, is_well_formed, vote_key
+from upt import answers
+from upt.answers import Grade, answer_key, extract_answer, grade, is_correct, is_well_formed, vote_key
 
 # ------------------------------------------------------------------------------------------------ extraction
 

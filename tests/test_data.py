@@ -20,8 +20,8 @@ import pytest
 from hubcache import make_hub_dataset
 from PIL import Image
 
-import data
-from data import BadRow, DataError, Question, load
+from upt import data
+from upt.data import BadRow, DataError, Question, load
 
 ROOT = Path(__file__).resolve().parents[1]
 GEOMETRY_HUB = Path(os.environ.get("UPT_GEOMETRY_HUB", ROOT.parent / "shared/data/geometry_hub"))
@@ -743,7 +743,7 @@ def test_from_the_arrow_cache_of_an_earlier_online_run(caches, tmp_path):
 
 OFFLINE = """
 import sys
-import data
+from upt import data
 try:
     print(len(data.load(sys.argv[1])))
 except data.DataError as error:

@@ -10,14 +10,14 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-import data
-import runs
-import shards
 import train_upt
 from eval import extractor, follow, run, score
 from eval.benchmark import Question, benchmark, folder_of
-from policy import Policy
 from tests.hubcache import make_hub_dataset
+from upt import data
+from upt.groups import shards
+from upt.model.policy import Policy
+from upt.run.metrics import status
 
 VISION = benchmark("mathvision")
 
@@ -441,7 +441,7 @@ def trained(tiny, tmp_path_factory) -> tuple[Path, Path]:
 def test_as_many_questions_are_followed_as_asked_for(tmp_path):
     folder = vision_folder(tmp_path)
     assert len(follow.Followed([f"mathvision={folder}"], 2).parts["mathvision"][2]) == 2
-    assert runs.status(ROW | {"benchmarks": {"mathvision": 0.25}}).count("mathvision 25.0") == 1
+    assert status(ROW | {"benchmarks": {"mathvision": 0.25}}).count("mathvision 25.0") == 1
 
 
 ROW = {"reward_mean": 0.5, "majority_share": 0.5, "entropy": 0.1, "length": 3.0, "clip_low": 0.0, "clip_high": 0.0}

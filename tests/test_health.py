@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-import health
-import runs
 from tests.test_shards import make_group
+from upt.run import health
+from upt.run.metrics import Metrics
 
 LOG2 = math.log(2)
 
@@ -94,7 +94,7 @@ def test_the_checkpoint_with_most_information_is_chosen_among_the_healthy():
 
 
 def test_a_status_line_shows_alarms_and_counts(tmp_path):
-    metrics = runs.Metrics(tmp_path / "metrics.jsonl", 0)
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0)
     group = make_group(keys="aab")
     for response, score in zip(group["responses"], (0.5, 1.0, None)):
         response |= {"reward": 1.0, "advantage": 0.0, "judge": {"score": score, "parsed": score is not None}}
@@ -105,4 +105,4 @@ def test_a_status_line_shows_alarms_and_counts(tmp_path):
         response["key"] = "a"
     lines = [metrics.write(12 + step, [group], update, {}, {"left_out": 0}) for step in range(5)]
     assert lines[-1].endswith("COLLAPSE? majority answers hollow")
-    assert runs.Metrics(tmp_path / "metrics.jsonl", 16).rows == metrics.rows[:16]
+    assert Metrics(tmp_path / "metrics.jsonl", 16).rows == metrics.rows[:16]

@@ -7,17 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import data
-import decoding
 import judge
-import presets
 import rewards
 import rollout
-import shards
 import train_upt
 from conftest import FAMILIES
 from kernels import row_id
-from policy import Policy, PolicyError
+from upt import data
+from upt.errors import PolicyError
+from upt.groups import shards
+from upt.model import decoding
+from upt.model.policy import Policy
+from upt.prompts import template
+from upt.run import presets
 
 SAID = ["<think>4 red</think>\\boxed{4}", "<think>by eye</think>\\boxed{17}", "four", "<think>ü</think>a \\boxed{5} b"]
 
@@ -57,7 +59,7 @@ def whole(policy, question, response: str, lead: str) -> torch.Tensor:
 
 def test_logit_scores_are_those_of_separate_forward_passes(policy, questions):
     groups, s = groups_of(questions), settings()
-    prompts, _ = policy.encode(questions, policy.template("boxed"))
+    prompts, _ = policy.encode(questions, template("boxed"))
     for budget in (1, 10_000):
         judged = judge.judge(policy, prompts, groups, replace(s, judge_tokens=budget), "think-boxed", 0)
         for question, group in zip(questions, judged):
@@ -83,7 +85,7 @@ def test_logit_scores_are_those_of_separate_forward_passes(policy, questions):
 def test_written_judgements_are_those_of_separate_prompts(policy, questions):
     """Sampling behind a shared prefix gives the tokens that sampling behind the whole prompt gives."""
     groups, s = groups_of(questions), settings(judge_mode="text", judge_repeats=2, judge_max_new_tokens=7)
-    prompts, _ = policy.encode(questions, policy.template("boxed"))
+    prompts, _ = policy.encode(questions, template("boxed"))
     judged = judge.judge(policy, prompts, groups, s, "think-boxed", 5)
     config = rollout.Config(temperature=1.0, top_p=0.9, max_new_tokens=7, seed=5)
     for question, prompt, group in zip(questions, prompts, judged):
@@ -102,7 +104,7 @@ def test_written_judgements_are_those_of_separate_prompts(policy, questions):
 
 
 def test_the_judge_prefills_the_prefix_once(policy, questions, monkeypatch):
-    prompts, _ = policy.encode(questions[:1], policy.template("boxed"))
+    prompts, _ = policy.encode(questions[:1], template("boxed"))
     seen = []
     real = policy.hidden
     monkeypatch.setattr(policy, "hidden", lambda ids, *rest, **more: seen.append(ids) or real(ids, *rest, **more))
@@ -117,7 +119,7 @@ def test_the_judge_prefills_the_prefix_once(policy, questions, monkeypatch):
 
 def test_training_does_not_reach_the_judge(tiny, questions):
     policy = Policy.load(tiny, dtype="fp32", device="cpu")
-    prompts, _ = policy.encode(questions, policy.template("think-boxed"))
+    prompts, _ = policy.encode(questions, template("think-boxed"))
     groups = groups_of(questions)
     kinds = [settings(), settings(judge_mode="text", judge_max_new_tokens=6)]
     before = [judge.judge(policy, prompts, groups, s, "think-boxed", 0) for s in kinds]
@@ -136,7 +138,7 @@ def test_training_does_not_reach_the_judge(tiny, questions):
 
 
 def test_gold_and_special_tokens_do_not_reach_the_prompt(policy, questions):
-    prompts, _ = policy.encode(questions, policy.template("boxed"))
+    prompts, _ = policy.encode(questions, template("boxed"))
     groups = groups_of(questions)
     plain = judge.judge(policy, prompts, groups, settings(), "think-boxed", 0)
     for group in groups:

@@ -11,9 +11,9 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-import shapes
-import shards
 from tests.hubcache import make_hub_dataset
+from upt.data import shapes
+from upt.groups import shards
 
 ROOT = Path(__file__).parent.parent
 

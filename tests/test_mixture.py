@@ -5,10 +5,10 @@ from collections import Counter
 
 import pytest
 
-import data
-import mixture
-import presets
 import rollout
+from upt import data
+from upt.data import mixture
+from upt.run import presets
 
 
 def write(folder, count: int, label: str, **more):

@@ -8,10 +8,12 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-import shapes
 from conftest import FAMILIES
-from data import Question
-from policy import Policy, PolicyError, Row, layout, pack, packed_mask
+from upt.data import Question, shapes
+from upt.errors import PolicyError
+from upt.model.packing import Row, layout, pack, packed_mask
+from upt.model.policy import Policy
+from upt.prompts import template
 
 
 def questions() -> list[Question]:
@@ -46,7 +48,7 @@ def one_by_one(policy: Policy, found, answers) -> dict:
     result = {}
     model, pad = policy.base, policy.base.config.image_token_id
     for g, (question, group) in enumerate(zip(found, answers)):
-        ids = policy.tokenize(question, policy.template("boxed"))
+        ids = policy.tokenize(question, template("boxed"))
         vision = {}
         if question.image is not None:
             seen = policy.image_processor(images=[question.image], return_tensors="pt")
@@ -64,7 +66,7 @@ def one_by_one(policy: Policy, found, answers) -> dict:
 
 
 def packed(policy: Policy, found, answers, budget: int) -> dict:
-    prompts, dropped = policy.encode(found, policy.template("boxed"))
+    prompts, dropped = policy.encode(found, template("boxed"))
     assert not dropped
     result = {}
     for batch in pack(prompts, answers, budget):
@@ -105,7 +107,7 @@ def test_checkpointing_changes_nothing(tiny):
         policy.add_lora(rank=4, alpha=8, seed=1)
         assert policy.base.model.language_model.gradient_checkpointing is checkpointing
         policy.model.train()
-        prompts, _ = policy.encode(questions(), policy.template("boxed"))
+        prompts, _ = policy.encode(questions(), template("boxed"))
         (batch,) = pack(prompts, responses(policy, 4), 10_000)
         logprob, _ = policy.logprobs(batch)
         results.append([logprob, *torch.autograd.grad(logprob.sum(), policy.trainable())])
@@ -115,7 +117,7 @@ def test_checkpointing_changes_nothing(tiny):
 
 def test_reference_is_the_adapter_off(tiny):
     start, policy = Policy.load(tiny, dtype="fp32", device="cpu"), with_lora(tiny)
-    prompts, _ = policy.encode(questions(), policy.template("boxed"))
+    prompts, _ = policy.encode(questions(), template("boxed"))
     (batch,) = pack(prompts, responses(policy, 4), 10_000)
     on, _ = policy.logprobs(batch)
     with policy.reference():
@@ -136,7 +138,7 @@ def test_only_language_model_linears_are_trained(snapshots):
 
 def test_adapter_saves_in_peft_layout_and_merges(tiny, tmp_path):
     policy = with_lora(tiny)
-    prompts, _ = policy.encode(questions(), policy.template("boxed"))
+    prompts, _ = policy.encode(questions(), template("boxed"))
     (batch,) = pack(prompts, responses(policy, 4), 10_000)
     before, _ = policy.logprobs(batch)
     policy.save(tmp_path / "adapter")
@@ -157,7 +159,7 @@ def test_adapter_saves_in_peft_layout_and_merges(tiny, tmp_path):
 
 def test_rows_are_packed_within_the_budget(tiny):
     policy = Policy.load(tiny, dtype="fp32", device="cpu")
-    prompts, _ = policy.encode(questions(), policy.template("boxed"))
+    prompts, _ = policy.encode(questions(), template("boxed"))
     answers = responses(policy, 4)
     answers[2][1] = []
     seen = []
@@ -168,7 +170,7 @@ def test_rows_are_packed_within_the_budget(tiny):
 
 
 def test_a_response_sees_the_prompt_and_itself():
-    from policy import Prompt
+    from upt.model.packing import Prompt
 
     prompt = Prompt("u", [1, 2, 3], torch.tensor([[0, 1, 2]] * 3), None)
     ids, positions, segment, sources, targets = layout([Row(prompt, [[4, 5], [6, 7, 8]], []), Row(prompt, [[9]], [])])
@@ -231,9 +233,9 @@ def test_errors_say_what_to_do(tiny, tmp_path):
     with pytest.raises(PolicyError, match="llama"):
         Policy.load(str(tmp_path))
     with pytest.raises(PolicyError, match="no prompt"):
-        Policy.template("nonsense")
+        template("nonsense")
     (tmp_path / "p.md").write_text("no place for it")
     with pytest.raises(PolicyError, match="question"):
-        Policy.template(str(tmp_path / "p.md"))
+        template(str(tmp_path / "p.md"))
     with pytest.raises(PolicyError, match="adapter_config"):
         Policy.load(tiny, adapter=str(tmp_path))

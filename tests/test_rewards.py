@@ -11,13 +11,13 @@ import time
 import pytest
 from PIL import Image
 
-import answers
-import presets
 import rewards
-import shards
-from answers import before_answer, extract_answer, keeps_format
 from rewards import Config, advantage, bind_reward, g, main, reward, score, summary
 from tests.test_shards import make_group
+from upt import answers
+from upt.answers import before_answer, extract_answer, keeps_format
+from upt.groups import manifests, shards
+from upt.run import presets
 
 
 def group_of(keys, **fields):
@@ -569,7 +569,7 @@ def write_rollouts(folder, steps=2, seed=11, per_shard=4, group_size=8):
         shards.write_shard(shards.shard_path(folder, step), groups)
     if seed is not None:
         config = {"group_size": group_size, "steps": steps, "out": folder}
-        shards.write_manifest(folder, stage="rollout", config=config, seed=seed, model="org/model")
+        manifests.write(folder, stage="rollout", config=config, seed=seed, model="org/model")
 
 
 def stage(tmp_path, **settings):
@@ -591,7 +591,7 @@ def test_the_command_scores_a_folder(tmp_path):
     assert float(table["reward_mean"]) == pytest.approx(summary(scored)["reward_mean"], abs=1e-4)
     assert (out / "images").is_symlink()
     assert shards.open_image(out, scored[5]["image"]).getpixel((0, 0)) == (1, 1, 0)
-    manifest = shards.read_manifest(out)
+    manifest = manifests.read(out)
     assert manifest["stage"] == "rewards" and manifest["seed"] == 11 and manifest["config"]["reward"] == "random"
     assert manifest["model"] == {"name": "org/model", "fingerprint": "hub:org/model"} and manifest["adapter"] is None
 

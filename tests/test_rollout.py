@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-import data
-import decoding
 import rollout
-import shards
-from policy import Policy, pack
+from upt import data
+from upt.groups import shards
+from upt.model import decoding
+from upt.model.packing import pack
+from upt.model.policy import Policy
+from upt.prompts import template
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def policy(tiny) -> Policy:
 @pytest.fixture(scope="module")
 def prompts(policy):
     """32 prompts of several lengths."""
-    found, _ = policy.encode(data.load("shapes", "train", 0, limit=32), policy.template("think-boxed"))
+    found, _ = policy.encode(data.load("shapes", "train", 0, limit=32), template("think-boxed"))
     assert len({len(prompt.ids) for prompt in found}) > 2
     return found
 
@@ -52,7 +54,7 @@ def test_256_responses_do_not_depend_on_the_batch(policy, prompts, tiny):
 
 def test_bf16_share_that_differs_between_batches_is_small(tiny, record_property):
     policy = Policy.load(tiny, dtype="bf16", device="cpu")
-    prompts, _ = policy.encode(data.load("shapes", "train", 0, limit=16), policy.template("think-boxed"))
+    prompts, _ = policy.encode(data.load("shapes", "train", 0, limit=16), template("think-boxed"))
     settings = config(tiny, group_size=4)
     together = tokens(rollout.sample_groups(policy, prompts, 0, settings))
     single = tokens(rollout.sample_groups(policy, prompts, 0, replace(settings, rollout_tokens=1)))
@@ -78,7 +80,7 @@ def test_noise_changes_with_seed_step_and_index(policy, prompts, tiny):
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_logprobs_taken_while_sampling_are_the_trainers(snapshots, family):
     policy = Policy.load(snapshots[family], dtype="fp32", device="cpu")
-    prompts, _ = policy.encode(data.load("shapes", "train", 0, limit=6), policy.template("boxed"))
+    prompts, _ = policy.encode(data.load("shapes", "train", 0, limit=6), template("boxed"))
     settings = config(snapshots[family], group_size=3, temperature=0.8, top_p=0.9, top_k=50)
     found = rollout.sample_groups(policy, prompts, 0, settings)
     for batch in pack(prompts, tokens(found), 10_000):
@@ -96,7 +98,7 @@ def test_logprobs_taken_while_sampling_are_the_trainers(snapshots, family):
 
 def test_greedy_is_hf_greedy(policy, tiny):
     questions = data.load("shapes", "train", 0, limit=4)
-    prompts, _ = policy.encode(questions, policy.template("boxed"))
+    prompts, _ = policy.encode(questions, template("boxed"))
     found = rollout.sample_groups(policy, prompts, 0, config(tiny, group_size=1, temperature=0.0))
     for question, prompt, (response,) in zip(questions, prompts, found):
         seen = policy.image_processor(images=[question.image], return_tensors="pt")

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-import data
-import shapes
+from upt import data
+from upt.data import shapes
 
 
 def digest(item) -> bytes:

@@ -11,8 +11,8 @@ import weakref
 import pytest
 from PIL import Image
 
-import shards
-from shards import ShardError
+from upt.groups import manifests, shards
+from upt.groups.shards import ShardError
 
 
 def make_group(uid="shapes/train/000001", step=0, keys=("7", None), **fields):
@@ -290,18 +290,18 @@ def test_pictures_are_copied_where_links_are_impossible(tmp_path, monkeypatch, c
 def test_manifest_records_what_made_the_folder(tmp_path):
     model = make_model(tmp_path / "model")
     config = {"group_size": 8, "out": tmp_path, "sizes": (1, 2)}
-    shards.write_manifest(tmp_path, stage="rollout", config=config, seed=3, model=model, adapter="org/adapter")
-    manifest = shards.read_manifest(tmp_path)
+    manifests.write(tmp_path, stage="rollout", config=config, seed=3, model=model, adapter="org/adapter")
+    manifest = manifests.read(tmp_path)
     assert manifest["schema"] == shards.SCHEMA and manifest["stage"] == "rollout" and manifest["seed"] == 3
     assert manifest["config"] == {"group_size": 8, "out": str(tmp_path), "sizes": [1, 2]}
     assert set(manifest["versions"]) == {"python", *shards.PACKAGES}
     assert manifest["versions"]["numpy"] == __import__("numpy").__version__
-    assert manifest["model"] == {"name": str(model), "fingerprint": shards.fingerprint(model)}
+    assert manifest["model"] == {"name": str(model), "fingerprint": manifests.fingerprint(model)}
     assert manifest["adapter"] == {"name": "org/adapter", "fingerprint": "hub:org/adapter"}
     later = tmp_path / "later"
-    shards.write_manifest(later, stage="rewards", config={}, seed=3, model=manifest["model"])
-    assert shards.read_manifest(later)["model"] == manifest["model"]
-    assert shards.read_manifest(later)["adapter"] is None
+    manifests.write(later, stage="rewards", config={}, seed=3, model=manifest["model"])
+    assert manifests.read(later)["model"] == manifest["model"]
+    assert manifests.read(later)["adapter"] is None
 
 
 def test_manifest_names_the_commit_and_whether_the_code_was_changed(tmp_path, monkeypatch):
@@ -310,8 +310,8 @@ def test_manifest_names_the_commit_and_whether_the_code_was_changed(tmp_path, mo
         shards.subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True)
 
     def stored():
-        shards.write_manifest(tmp_path / "out", stage="rollout", config={}, seed=0, model=None)
-        manifest = shards.read_manifest(tmp_path / "out")
+        manifests.write(tmp_path / "out", stage="rollout", config={}, seed=0, model=None)
+        manifest = manifests.read(tmp_path / "out")
         return manifest["git_commit"], manifest["dirty"]
 
     code = tmp_path / "shards.py"
@@ -328,11 +328,11 @@ def test_manifest_names_the_commit_and_whether_the_code_was_changed(tmp_path, mo
 
 
 def test_resuming_with_other_settings_names_what_differs(tmp_path):
-    assert shards.check_manifest(tmp_path, {"a": 1}) is None
-    shards.write_manifest(tmp_path, stage="s", config={"a": 1, "b": (1, 2), "out": "x"}, seed=0, model=None)
-    assert shards.check_manifest(tmp_path, {"a": 1, "b": (1, 2), "out": "y"}, ignore=("out",))["stage"] == "s"
+    assert manifests.check(tmp_path, {"a": 1}) is None
+    manifests.write(tmp_path, stage="s", config={"a": 1, "b": (1, 2), "out": "x"}, seed=0, model=None)
+    assert manifests.check(tmp_path, {"a": 1, "b": (1, 2), "out": "y"}, ignore=("out",))["stage"] == "s"
     with pytest.raises(ShardError) as error:
-        shards.check_manifest(tmp_path, {"a": 2, "b": [1, 2], "c": None}, ignore=("out",))
+        manifests.check(tmp_path, {"a": 2, "b": [1, 2], "c": None}, ignore=("out",))
     message = str(error.value)
     assert "a: 1 there, 2 now" in message and "c: '(none)' there, None now" in message and "--out" in message
     assert "b:" not in message and "out:" not in message
@@ -341,24 +341,24 @@ def test_resuming_with_other_settings_names_what_differs(tmp_path):
 def test_going_on_needs_the_same_model_files(tmp_path):
     model = make_model(tmp_path / "model")
     config = {"model": str(model)}
-    shards.write_manifest(tmp_path / "run", stage="s", config=config, seed=0, model=model)
+    manifests.write(tmp_path / "run", stage="s", config=config, seed=0, model=model)
     (model / "warmup.json").write_text("{}")
-    assert shards.check_manifest(tmp_path / "run", config)
+    assert manifests.check(tmp_path / "run", config)
     (model / "model.safetensors").write_text("others")
     with pytest.raises(ShardError, match="other files of the model"):
-        shards.check_manifest(tmp_path / "run", config)
+        manifests.check(tmp_path / "run", config)
 
 
 def test_unknown_manifests_are_refused(tmp_path):
     shards.write_shard(tmp_path / "step-000000.jsonl", [make_group()])
     with pytest.raises(ShardError, match="no manifest.json"):
-        shards.check_manifest(tmp_path, {})
+        manifests.check(tmp_path, {})
     with pytest.raises(ShardError, match="no such file"):
-        shards.read_manifest(tmp_path)
+        manifests.read(tmp_path)
     for text in ("{", "[]", '{"schema": "upt.group/9"}'):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(ShardError, match="manifest.json: "):
-            shards.check_manifest(tmp_path, {})
+            manifests.check(tmp_path, {})
 
 
 def make_model(folder):
@@ -370,16 +370,16 @@ def make_model(folder):
 
 def test_fingerprint_follows_content_not_place(tmp_path):
     model = make_model(tmp_path / "model")
-    before = shards.fingerprint(model)
+    before = manifests.fingerprint(model)
     assert before.startswith("sha256:") and len(before) == 7 + 64
     (model / "README.md").write_text("notes")
-    assert shards.fingerprint(shutil.move(model, tmp_path / "elsewhere")) == before
+    assert manifests.fingerprint(shutil.move(model, tmp_path / "elsewhere")) == before
     model, seen = tmp_path / "elsewhere", {before}
     for name, text in (("config.json", "[]"), ("model.safetensors", "Weights"), ("sub/chat.jinja", "y")):
         (model / name).write_text(text)
-        seen.add(shards.fingerprint(model))
+        seen.add(manifests.fingerprint(model))
     (model / "sub" / "chat.jinja").rename(model / "chat.jinja")
-    seen.add(shards.fingerprint(model))
+    seen.add(manifests.fingerprint(model))
     assert len(seen) == 5
 
 
@@ -388,21 +388,21 @@ def test_fingerprint_of_large_weights_reads_their_ends(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     content = bytearray(random.Random(0).randbytes(64 * 1024 + 1))
     path.write_bytes(content)
-    before = shards.fingerprint(tmp_path)
+    before = manifests.fingerprint(tmp_path)
     for at, same in ((30000, True), (10, False), (len(content) - 10, False)):
         changed = bytearray(content)
         changed[at] ^= 1
         path.write_bytes(changed)
-        assert (shards.fingerprint(tmp_path) == before) is same
+        assert (manifests.fingerprint(tmp_path) == before) is same
     path.write_bytes(content[:30000] + content[30001:])  # same ends, another size: now small, read whole
-    assert shards.fingerprint(tmp_path) != before
+    assert manifests.fingerprint(tmp_path) != before
 
 
 def test_fingerprint_of_what_is_not_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert shards.fingerprint("Qwen/Qwen2.5-VL-7B-Instruct") == "hub:Qwen/Qwen2.5-VL-7B-Instruct"
+    assert manifests.fingerprint("Qwen/Qwen2.5-VL-7B-Instruct") == "hub:Qwen/Qwen2.5-VL-7B-Instruct"
     for missing in (tmp_path / "nowhere", "./nowhere"):
         with pytest.raises(FileNotFoundError):
-            shards.fingerprint(missing)
+            manifests.fingerprint(missing)
     with pytest.raises(ShardError, match="no model files"):
-        shards.fingerprint(tmp_path)
+        manifests.fingerprint(tmp_path)

@@ -12,11 +12,10 @@ from pathlib import Path
 import datasets
 import pytest
 
-import data
-import filters
-import shards
 import synthesize
-from filters import Candidate
+from upt import data
+from upt.groups import filters, shards
+from upt.groups.filters import Candidate
 
 ROOT = Path(__file__).parent.parent
 GEOMETRY_HUB = Path(os.environ.get("UPT_GEOMETRY_HUB", ROOT.parent / "shared/data/geometry_hub"))

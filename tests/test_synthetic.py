@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-import shapes
-import shards
 import synthesize
 from eval import synthetic
+from upt.data import shapes
+from upt.groups import manifests, shards
 
 SCENE = ("grid", ("circle", "red"), ("square", "red"), ("circle", "blue"), *[None] * 6)
 ITEM = shapes.Item("a", "count", SCENE, "How many red shapes are there?", ("red",), (2,))
@@ -76,6 +76,6 @@ def test_of_a_folder(tmp_path, tiny, capsys):
 def test_only_pictures_of_shapes_have_a_scene(tmp_path):
     with pytest.raises(shards.ShardError, match="manifest"):
         synthetic.main(synthetic.Config(questions=tmp_path))
-    shards.write_manifest(tmp_path, stage="synthesize", config={"data": "geoqa"}, seed=0, model="m", adapter=None)
+    manifests.write(tmp_path, stage="synthesize", config={"data": "geoqa"}, seed=0, model="m", adapter=None)
     with pytest.raises(ValueError, match="is about geoqa; only the pictures of shapes have known scenes"):
         synthetic.main(synthetic.Config(questions=tmp_path))

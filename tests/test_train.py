@@ -13,15 +13,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-import data
 import rewards
 import rollout
-import runs
-import shapes
-import shards
-import update
-from policy import Policy
 from train_upt import Config, main
+from upt import data
+from upt.data import shapes
+from upt.groups import shards
+from upt.model import update
+from upt.model.policy import Policy
+from upt.run.metrics import accuracy
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -400,4 +400,4 @@ def test_an_abstention_is_never_right():
     def group(gold, *keys):
         return {"gold": gold, "choices": ["5", "7"], "responses": [{"key": key} for key in keys]}
 
-    assert runs.accuracy([group("9", None, None), group("7", "B", None)]) == 0.25  # no option reads 9: it has no key
+    assert accuracy([group("9", None, None), group("7", "B", None)]) == 0.25  # no option reads 9: it has no key

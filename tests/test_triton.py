@@ -17,7 +17,6 @@ import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import shards
 import train_upt
 from kernels import (
     group_advantage,
@@ -33,6 +32,7 @@ from kernels import sampling as reference_sampling
 from kernels.advantage import ADVANTAGES
 from kernels.dispatch import use_triton
 from tests.test_train import SMALL
+from upt.groups import shards
 
 GUARD = 64
 DTYPES = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # relative rounding of a stored value

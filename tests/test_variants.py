@@ -8,10 +8,10 @@ import sys
 import pytest
 
 import rewards
-import variants
 from rewards import advantage, bind_advantage, bind_reward, reward
 from tests.test_shards import make_group
-from variants import parse_variant, split_variants
+from upt.groups import variants
+from upt.groups.variants import parse_variant, split_variants
 
 
 def group_of(keys, **fields):

@@ -8,12 +8,13 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 import judge
-import presets
-import shapes
 import synthesize
 import warmup
-from answers import is_well_formed, vote_key
-from policy import Policy, Row
+from upt.answers import is_well_formed, vote_key
+from upt.data import shapes
+from upt.model.packing import Row
+from upt.model.policy import Policy
+from upt.run import presets
 
 
 def test_clean_demonstrations_are_right_and_in_the_format_asked_for():

@@ -28,8 +28,8 @@ from functools import lru_cache
 from string import ascii_uppercase
 from typing import NamedTuple
 
-from closed_forms import MAX_DEPTH, MAX_DIGITS, is_number, leading_value, number_key
-from verifier import verifier
+from upt.answers.closed_forms import MAX_DEPTH, MAX_DIGITS, is_number, leading_value, number_key
+from upt.answers.verifier import verifier
 
 MAX_CHARS = 2000  # a longer answer is not taken apart: its text is its key
 

@@ -17,26 +17,23 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-import tyro
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
-import train_upt
-from runs import Stopped, stop_on_signal
-from settings import prepare
-from shards import write_whole
-from stats import markdown, t_interval, write_csv
+from upt.errors import RunsFailed, SettingError
+from upt.files import write_whole
+from upt.groups.stats import markdown, t_interval, write_csv
+from upt.run import progress
+from upt.run.stopping import stop_on_signal
 
-TRAIN = Path(__file__).with_name("train_upt.py")
+TRAIN = Path(__file__).parents[2] / "train_upt.py"
 POLL = 0.5  # seconds between looks at the runs
 LOG_LINES = 15  # of a failed run that are shown
 OURS = ("data", "model", "steps", "reward", "advantage", "seed", "out", "resume", "from-shards")
@@ -80,14 +77,14 @@ class Run:
 def plan(config, variants) -> list[Run]:
     """Every run of the comparison, seed by seed, with its command line."""
     if config.seeds < 1 or (config.jobs or 1) < 1:
-        raise ValueError(f"--seeds and --jobs must be at least 1, not {config.seeds} and {config.jobs}")
+        raise SettingError(f"--seeds and --jobs must be at least 1, not {config.seeds} and {config.jobs}")
     extra = shlex.split(config.train)
     for flag in extra:
         if flag.startswith("--") and flag[2:].split("=")[0].replace("_", "-") in OURS:
-            raise ValueError(f"{flag}: the runs differ in this or share it; use --rewards, --seeds, --out and the like")
+            raise SettingError(f"{flag}: the runs differ in this or share it; use --rewards, --seeds, --out")
     slugs = {v.label: re.sub(r"[^\w.=@-]+", "-", v.label).strip("-.") for v in variants}
     if len({*slugs.values()}) < len(variants):
-        raise ValueError(f"two of {', '.join(slugs)} would share a folder; write them apart, or use two --out")
+        raise SettingError(f"two of {', '.join(slugs)} would share a folder; write them apart, or use two --out")
     found = []
     for seed in range(config.seeds):
         for v in variants:
@@ -97,12 +94,6 @@ def plan(config, variants) -> list[Run]:
             flags = [part for name, x in given.items() if x is not None for part in (f"--{name}", str(x))]
             found.append(Run(v.label, seed, folder, flags + extra))
     return found
-
-
-def check(runs: list[Run]):
-    """The settings of the first run in full. Raises if any run's are wrong, or not those of the run in its folder."""
-    settings = [tyro.cli(train_upt.Config, args=run.flags, prog="train_upt.py") for run in runs]
-    return [prepare(config) for config in settings][0]
 
 
 def share_base(run: Run, runs: list[Run]) -> bool:
@@ -144,7 +135,7 @@ def last_lines(path: Path) -> str:
     return "\n".join(f"    {line}" for line in [line for line in lines if line.strip()][-LOG_LINES:])
 
 
-def execute(runs: list[Run], jobs: int, threads: int, steps: int, shares_base: bool, report) -> list[Run]:
+def execute(folder: Path, runs: list[Run], jobs: int, threads: int, steps: int, shares_base: bool, report) -> list[Run]:
     """Do the runs that are not finished and return those that failed; `report()` after each that finishes.
 
     Raises `Stopped` on SIGINT or SIGTERM, after all runs have stopped.
@@ -157,8 +148,8 @@ def execute(runs: list[Run], jobs: int, threads: int, steps: int, shares_base: b
     def done() -> int:
         return sum(steps if run.finished else len(run.metrics()) for run in runs)
 
-    bar = tqdm(total=steps * len(runs), initial=done(), desc="training", unit="step")
-    with stop_on_signal() as look, bar:
+    bar = progress.bar(total=steps * len(runs), initial=done(), desc="training", unit="step")
+    with stop_on_signal(folder) as look, bar:
         try:
             while waiting or active:
                 look()
@@ -167,20 +158,20 @@ def execute(runs: list[Run], jobs: int, threads: int, steps: int, shares_base: b
                     if len(active) < jobs and (not shares_base or share_base(run, runs) or alone):
                         waiting.remove(run)
                         active[run] = (start(run, threads), time.monotonic())
-                        bar.write(f"started {run.name}", file=sys.stderr)
+                        progress.say(f"started {run.name}", sys.stderr)
                 for run, (process, begun) in [*active.items()]:
                     if process.poll() is None:
                         continue
                     del active[run]
                     took = f"after {(time.monotonic() - begun) / 60:.1f} min"
                     if process.returncode == 0 and run.finished:
-                        bar.write(f"finished {run.name} {took}", file=sys.stderr)
+                        progress.say(f"finished {run.name} {took}", sys.stderr)
                         report()
                     else:
                         failed.append(run)
                         log = run.folder / "log.txt"
-                        bar.write(f"FAILED {run.name} {took}, exit status {process.returncode}; the end of {log}:\n"
-                                  f"{last_lines(log)}", file=sys.stderr)  # fmt: skip
+                        progress.say(f"FAILED {run.name} {took}, exit status {process.returncode}; the end of {log}:\n"
+                                  f"{last_lines(log)}", sys.stderr)  # fmt: skip
                 bar.update(done() - bar.n)
                 time.sleep(POLL)
         finally:
@@ -301,10 +292,16 @@ def write_results(config, runs: list[Run], about: str) -> dict[str, dict]:
     return table
 
 
-def main(config, variants) -> dict[str, dict]:
-    """Train and compare; returns the table. A failed run makes the exit status 1, a signal 128 + its number."""
+def main(config, variants, settings_of: Callable) -> dict[str, dict]:
+    """Train and compare; returns the table. Raises RunsFailed, after all of them, if some runs failed.
+
+    `settings_of(flags)` are the settings in full of a run with these flags. It raises if they are wrong, or not those
+    of the run in its folder.
+    """
+    import torch
+
     runs = plan(config, variants)
-    settings = check(runs)
+    settings = [settings_of(run.flags) for run in runs][0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = min(config.jobs or (1 if torch.cuda.is_available() else cores), len(runs))
     threads = max(1, cores // jobs)
@@ -315,19 +312,10 @@ def main(config, variants) -> dict[str, dict]:
     def report() -> dict[str, dict]:
         return write_results(config, runs, about)
 
-    try:
-        failed = execute(runs, jobs, threads, settings.steps, settings.eval_questions > 0, report)
-    except Stopped as stopped:
-        print(f"stopped by {stopped}; the same command goes on from {config.out}", file=sys.stderr)
-        raise SystemExit(128 + getattr(signal.Signals, str(stopped))) from None
+    failed = execute(config.out, runs, jobs, threads, settings.steps, settings.eval_questions > 0, report)
     table = report()
     print((config.out / "table.md").read_text())
     print(f"table.md, table.csv and curves.png in {config.out}")
     if failed:
-        print(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(run.name for run in failed)}", file=sys.stderr)
-        raise SystemExit(1)
+        raise RunsFailed(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(run.name for run in failed)}")
     return table
-
-
-if __name__ == "__main__":
-    raise SystemExit("the online comparison is started by ablate.py: python ablate.py --help")

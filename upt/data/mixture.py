@@ -1,47 +1,48 @@
-"""Several data sets as one: `a,b` has the questions of both, `a:3,b:1` three of a to one of b in every step.
+"""Questions by name, hub id or local path, of one set or of several as one.
+
+    load("shapes", seed=0)              drawn on the spot: needs no file and no network
+    load("geoqa"), load("geometry3k"), load("mmr1")
+    load("org/name", "test")            any data set of the hub; a copy in the hub cache is used as it is
+    load("~/data/mine")                 a folder of parquet in the hub schema, or of JSONL with image paths; or one file
+    load("shapes,runs/questions")       several as one, also by weight: shapes:3,runs/questions:1
 
 Without weights every question of every set counts alike: an epoch is all of them in a new order. With weights each set
 has its own epochs, and every step takes from each its part, in whole questions and at least one.
 
 Held-out splits (`validation`, `test`) are those of the first set. A uid that an earlier set has is written `2:uid`
-where the second set has it too.
+where the second set has it too. sources.py says what splits and uids a set has.
 """
 
-import os
-import re
 from dataclasses import replace
+from pathlib import Path
 
-import data
-
-
-def is_mixture(name: str) -> bool:
-    """Whether a name stands for several data sets: commas in what is no path that exists."""
-    return "," in name and not os.path.exists(os.path.expanduser(name))
-
-
-def parts(name: str) -> list[tuple[str, float | None]]:
-    """The sets of a mixture with their weights, None for all of them where none is given. Raises DataError."""
-    pattern = re.compile(r"(.*?)(?::(-?\d*\.?\d+))?", re.DOTALL)  # a name and perhaps a number behind a colon
-    found = [pattern.fullmatch(part.strip()).groups() for part in name.split(",")]
-    weights = [float(weight) for _, weight in found if weight is not None]
-    if not all(part for part, _ in found):
-        raise data.DataError(f"{name!r}: a data set is missing beside a comma; write a,b or a:3,b:1")
-    if 0 < len(weights) < len(found):
-        raise data.DataError(f"{name!r}: give a weight to every data set (a:3,b:1), or to none (a,b)")
-    if not all(weight > 0 for weight in weights):
-        raise data.DataError(f"{name!r}: weights are above 0; leave out a set that is not wanted")
-    return [(part, weight) for (part, _), weight in zip(found, weights or [None] * len(found), strict=True)]
+from upt.data import shapes, sources
+from upt.data.names import ALIASES, SHAPES, is_mixture, parts
+from upt.data.questions import BadRow, Question, Questions
+from upt.errors import DataError
 
 
-def load(name: str, split: str, seed: int, limit: int | None) -> data.Questions:
-    """The questions of a mixture; `limit` is for each set. Raises DataError as `data.load` does."""
-    named = parts(name)
-    if split != "train":
-        return data.load(named[0][0], split, seed, limit)
-    return mix([(data.load(part, split, seed, limit), weight) for part, weight in named])
+def load(name_or_path: str | Path, split: str = "train", seed: int = 0, limit: int | None = None) -> Questions:
+    """The questions of one split. Decodes pictures only until one row is found good.
+
+    `seed` chooses the pictures of `shapes` and changes no other set. `limit` keeps the first so many rows, of each set
+    where there are several. Raises `DataError` if there is no such set, no question column, or no good row.
+    """
+    name, split = str(name_or_path), ALIASES.get(split, split)
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit}: give a number of rows from 1, or None for all of them")
+    if is_mixture(name):
+        named = parts(name)
+        if split == "train":
+            return mix([(load(part, split, seed, limit), weight) for part, weight in named])
+        name = named[0][0]
+    if name == SHAPES:
+        made = shapes.questions(split, seed, limit)
+        return Questions(name, split, list(made.uids), made.__getitem__, True, f"seed {seed}")
+    return sources.load_set(name, split, limit)
 
 
-def mix(sets: list[tuple[data.Questions, float | None]]) -> data.Questions:
+def mix(sets: list[tuple[Questions, float | None]]) -> Questions:
     """The questions of several sets, one set after the other, with the weights that rollout.py draws them by."""
     rows, uids, seen = [], [], set()
     for number, (questions, _) in enumerate(sets, start=1):
@@ -49,23 +50,23 @@ def mix(sets: list[tuple[data.Questions, float | None]]) -> data.Questions:
         uids += [f"{number}:{uid}" if uid in seen else uid for uid in questions.uids]
         seen.update(questions.uids)
 
-    def read(k: int) -> data.Question:
+    def read(k: int) -> Question:
         questions, i = rows[k]
         try:
             return replace(questions[i], uid=uids[k])
-        except data.BadRow as bad:
-            raise data.BadRow(uids[k], bad.reason) from bad
+        except BadRow as bad:
+            raise BadRow(uids[k], bad.reason) from bad
 
     every = [questions for questions, _ in sets]
     note = " + ".join(f"{len(q)} of {q.name}" + (f" ({q.note})" if q.note else "") for q in every)
     name, has_gold = ",".join(q.name for q in every), any(q.has_gold for q in every)
-    mixed = data.Questions(name, every[0].split, uids, read, has_gold, note)
+    mixed = Questions(name, every[0].split, uids, read, has_gold, note)
     if sets[0][1] is not None:
         mixed.weights = [(len(questions), weight) for questions, weight in sets]
     return mixed
 
 
-def shares(questions: data.Questions, per_step: int) -> str:
+def shares(questions: Questions, per_step: int) -> str:
     """What a step takes from each set, for the start of a run. Raises DataError as `quotas` does."""
     names = questions.name.split(",")
     counts = quotas(per_step, questions.weights)
@@ -78,9 +79,7 @@ def quotas(per_step: int, weights: list[tuple[int, float]]) -> list[int]:
     Raises DataError for a set that is too small for its part, and for more sets than questions.
     """
     if per_step < len(weights):
-        raise data.DataError(
-            f"--questions-per-step {per_step} is less than the {len(weights)} data sets that are mixed"
-        )
+        raise DataError(f"--questions-per-step {per_step} is less than the {len(weights)} data sets that are mixed")
     total = sum(weight for _, weight in weights)
     found = [1] * len(weights)
     for _ in range(per_step - len(weights)):
@@ -88,7 +87,7 @@ def quotas(per_step: int, weights: list[tuple[int, float]]) -> list[int]:
         found[lacking.index(max(lacking))] += 1
     for number, ((size, _), count) in enumerate(zip(weights, found, strict=True), start=1):
         if count > size:
-            raise data.DataError(
+            raise DataError(
                 f"a step takes {count} questions from data set {number} of the mixture, which has {size}: lower its "
                 f"weight or --questions-per-step ({per_step})"
             )

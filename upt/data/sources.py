@@ -1,10 +1,4 @@
-"""Questions by name, hub id or local path. Pictures are decoded when a question is asked for, not before.
-
-    load("shapes", seed=0)              drawn on the spot: needs no file and no network
-    load("geoqa"), load("geometry3k"), load("mmr1")
-    load("org/name", "test")            any data set of the hub; a copy in the hub cache is used as it is
-    load("~/data/mine")                 a folder of parquet in the hub schema, or of JSONL with image paths; or one file
-    load("shapes,runs/questions")       several as one, also by weight: shapes:3,runs/questions:1 (mixture.py)
+"""One data set from files or from the hub: parquet in the hub's schema, or JSONL with image paths.
 
 Splits: `train`, `validation` and `test` can always be asked for, and `train` never shares a row with the other two.
 A missing `test` is the `validation` split and the other way round. With neither, both are the same 5 % of `train`,
@@ -17,146 +11,28 @@ A row that can't be used raises `BadRow` and is kept in `Questions.bad`; a set w
 Gold answers reach `Question.gold` and nothing else.
 """
 
-import ast
-import copy
 import json
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from hashlib import blake2b
-from io import BytesIO
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 from huggingface_hub import snapshot_download
-from PIL import Image, ImageOps
 
-GEOQA, GEOMETRY3K, MMR1 = "leonardPKU/GEOQA_R1V_Train_8K", "hiyouga/geometry3k", "MMR1/MMR1-Math-RL-Data-v0"
-NAMED = {"geoqa": GEOQA, "geometry3k": GEOMETRY3K, "mmr1": MMR1}
+from upt.data.names import ALIASES, NAMED, SPLITS
+from upt.data.questions import Question, Questions
+from upt.data.rows import ANSWER, BROKEN, CHOICES, FOLDER, QUESTION, UID, first_line, gold_of, pick, question_of
+from upt.errors import DataError
+
 HELD_OUT = 0.05  # share of the rows, in a set that has but one split
-MAX_PIXELS = 50_000_000  # read from the header, before a decompression bomb is unpacked
-MIN_SIDE, MAX_ASPECT = 2, 200  # pixels, and long to short side: beyond these the Qwen image processors refuse
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not EPS: Pillow runs Ghostscript on it
-
-# Of several names, the first that a set has is used.
-QUESTION = ("problem", "question", "query", "prompt", "text")
-ANSWER = ("answer", "solution", "gold", "label", "final_answer", "ground_truth")
-CHOICES = ("choices", "options")
-IMAGE = ("decoded_image", "images", "image", "img", "image_path")  # beside `decoded_image`, `image` is only a name
-UID = ("uid", "id", "pid")
-TRAIN, VALIDATION = ("train", "training"), ("validation", "valid", "val", "dev")
-SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": ("test", "testing", "eval", "evaluation", "testmini")}
-ALIASES = {alias: split for split, aliases in SPLITS.items() for alias in aliases}
-# Qwen's own tokens too: in a question's text they would be counted as places for visual features.
-PLACEHOLDER = re.compile(r"[ \t]*(?:<image ?\d*>|<\|(?:vision_start|image_pad|vision_end)\|>)[ \t]*", re.I)
-FOLDER, BROKEN = "__folder__", "__broken__"  # our columns beside those of JSONL: where a line is from, what ails it
 
 
-class DataError(ValueError):
-    """A data set can't be used: what was wrong, what was found, what to type."""
-
-
-class BadRow(ValueError):
-    """One row can't be used. `reason` reads `kind` or `kind: detail`."""
-
-    def __init__(self, uid: str, reason: str):
-        super().__init__(f"{uid}: {reason}")
-        self.uid, self.reason = uid, reason
-
-
-@dataclass(frozen=True, eq=False)
-class Question:
-    """One question as the model sees it, and the gold answer for diagnostics. Compared by identity."""
-
-    uid: str
-    question: str  # without image placeholders
-    choices: list[str] | None  # the option texts in order A, B, …
-    image: Image.Image | None  # RGB; None for a text-only question
-    gold: str | None
-    kind: str | None = None  # kind of question, where the set has several
-
-
-class Questions:
-    """The questions of one split. `read(i)` gives what question i is made of, or raises `BadRow`; `note` goes along."""
-
-    def __init__(self, name: str, split: str, uids: list[str], read: Callable, has_gold: bool, note: str):
-        self.name, self.split, self.uids, self.has_gold, self.note = name, split, uids, has_gold, note
-        self.bad: dict[str, str] = {}  # uid → reason, of the rows met so far
-        self.weights: list[tuple[int, float]] | None = None  # (rows, weight) of sets that are drawn by weight
-        self._read, self._blind, self._labelled = read, False, False
-
-    def __len__(self) -> int:
-        return len(self.uids)
-
-    def __getitem__(self, i: int) -> Question:
-        try:
-            q = self._read(i)
-            if self._labelled and q.gold is None:
-                raise BadRow(q.uid, "no gold answer")
-            return Question(q.uid, q.question, q.choices, q.image, None if self._blind else q.gold, q.kind)
-        except BadRow as bad:
-            self.bad[bad.uid] = bad.reason
-            raise
-
-    def __iter__(self) -> Iterator[Question]:
-        return (question for i in range(len(self)) for question in self.get([i]))
-
-    def get(self, indices: Iterable[int]) -> list[Question]:
-        """The good questions among these rows, in this order; the others are recorded in `bad`."""
-        found = []
-        for i in indices:
-            with suppress(BadRow):
-                found.append(self[i])
-        return found
-
-    def without_gold(self) -> "Questions":
-        """The same questions with every gold None."""
-        blind = copy.copy(self)
-        blind.bad, blind.has_gold, blind._blind = dict(self.bad), False, True
-        return blind
-
-    def with_gold(self) -> "Questions":
-        """The same questions, of which those without gold are bad rows."""
-        labelled = copy.copy(self)
-        labelled.bad, labelled._labelled = dict(self.bad), True
-        return labelled
-
-    def describe(self) -> str:
-        """One line for the start of a run: how many questions, which rows of the set, whether there is gold."""
-        no_gold = "" if self.has_gold else "no gold answers: label-free metrics only"
-        return "; ".join(filter(None, (f"{self.name}/{self.split}: {len(self)} questions", self.note, no_gold)))
-
-    def report_bad(self, show: int = 3) -> str | None:
-        """One line on the bad rows met so far, the first few by uid and reason; None if there are none."""
-        shown = [f"{uid} ({reason})" for uid, reason in list(self.bad.items())[:show]]
-        more = [f"and {len(self.bad) - show} more"] if len(self.bad) > show else []
-        counted = f"{self.name}/{self.split}: {len(self.bad)} of {len(self)} rows skipped: "
-        return counted + "; ".join(shown + more) if self.bad else None
-
-
-def load(name_or_path: str | Path, split: str = "train", seed: int = 0, limit: int | None = None) -> Questions:
-    """The questions of one split. Decodes pictures only until one row is found good.
-
-    `seed` chooses the pictures of `shapes` and changes no other set. `limit` keeps the first so many rows.
-    Raises `DataError` if there is no such set, no question column, or no good row.
-    """
-    name, split = str(name_or_path), ALIASES.get(split, split)
-    if limit is not None and limit < 1:
-        raise DataError(f"limit={limit}: give a number of rows from 1, or None for all of them")
-    import mixture  # here, since it is made of sets that this function loads
-
-    if mixture.is_mixture(name):
-        return mixture.load(name, split, seed, limit)
-    if name == "shapes":
-        import shapes
-
-        made = shapes.questions(split, seed, limit)
-        return Questions(name, split, list(made.uids), made.__getitem__, True, f"seed {seed}")
+def load_set(name: str, split: str, limit: int | None) -> Questions:
+    """The questions of one split of one set that lies in files or on the hub, as `load` in mixture.py says."""
     if split not in SPLITS:
         raise DataError(f"no split {split!r}: ask for {', '.join(SPLITS)}")
 
@@ -165,17 +41,17 @@ def load(name_or_path: str | Path, split: str = "train", seed: int = 0, limit: i
     uids_of = _uids(label, tables)
     source, chosen, note = _choose(split, uids_of)
     table, chosen, uids = tables[source].with_format("arrow"), chosen[:limit], uids_of[source]
-    columns = [_pick(table.column_names, names) for names in (QUESTION, ANSWER, CHOICES)]
+    columns = [pick(table.column_names, names) for names in (QUESTION, ANSWER, CHOICES)]
     where = f"data set {label!r}, split {split!r}"
     if columns[0] is None and len(table) and BROKEN not in table.column_names:
         have, want = ", ".join(name for name in table.column_names if name != FOLDER), ", ".join(QUESTION)
         raise DataError(f"{where}: no column for the question among {have}. Rename one to any of {want}")
 
     def read(i: int) -> Question:
-        return _question(uids[chosen[i]], _dicts(table[chosen[i]])[0], columns, folder)
+        return question_of(uids[chosen[i]], _dicts(table[chosen[i]])[0], columns, folder)
 
     answers = _column(table, columns[1])
-    has_gold = any(_gold(answers[i]) is not None for i in chosen)
+    has_gold = any(gold_of(answers[i]) is not None for i in chosen)
     questions = Questions(label, split, [uids[i] for i in chosen], read, has_gold, note)
     if next(iter(questions), None) is None:
         kinds = Counter(reason.split(":")[0] for reason in questions.bad.values()).most_common()
@@ -264,7 +140,7 @@ def _jsonl(paths: list[Path]) -> datasets.Dataset:
             try:
                 row = json.loads(line) | {FOLDER: str(path.parent)}  # a TypeError if this is no object
             except (ValueError, TypeError, RecursionError) as error:
-                row = {FOLDER: "", BROKEN: f"not a JSON object: line {number} of {path.name}: {_line(error)}"}
+                row = {FOLDER: "", BROKEN: f"not a JSON object: line {number} of {path.name}: {first_line(error)}"}
             rows.append({key: json.dumps(cell) for key, cell in row.items()})
     keys = dict.fromkeys(key for row in rows for key in row)
     return datasets.Dataset.from_dict({key: [row.get(key) for row in rows] for key in keys})
@@ -278,11 +154,7 @@ def _load_dataset(what: str, fix: str, *args, **options) -> dict[str, datasets.D
         if "corresponds to no data" in str(error):
             raise DataError(f"{what}: there are no rows, as when synthesize.py kept no question") from error
         wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)  # says nothing; its cause does
-        raise DataError(f"{what}: {_line(error.__cause__ if wrapped else error)}. {fix}") from error
-
-
-def _line(error: BaseException | None) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DataError(f"{what}: {first_line(error.__cause__ if wrapped else error)}. {fix}") from error
 
 
 def _dicts(rows: pa.Table) -> list[dict]:
@@ -318,7 +190,7 @@ def _uids(label: str, tables: dict[str, datasets.Dataset]) -> dict[str, list[str
     plain = {split: [f"{label}/{split}/{i:06d}" for i in range(len(table))] for split, table in tables.items()}
     own = {}
     for split, table in tables.items():
-        values = _column(table, _pick(table.column_names, UID))
+        values = _column(table, pick(table.column_names, UID))
         own[split] = [p if v in (None, "") else str(v) for p, v in zip(plain[split], values, strict=True)]
     every = [uid for uids in own.values() for uid in uids]
     return own if len(set(every)) == len(every) else plain
@@ -339,93 +211,3 @@ def _choose(split: str, uids_of: dict[str, list[str]]) -> tuple[str, list[int], 
     if split == "train":
         return source, [i for i in range(len(uids)) if i not in held], f"without {count} rows held out by uid hash"
     return source, sorted(held), f"held out of {len(uids)} {source} rows by uid hash"
-
-
-def _pick(columns: list[str], names: tuple[str, ...]) -> str | None:
-    by_lower = {column.lower(): column for column in columns}
-    return next((by_lower[name] for name in names if name in by_lower), None)
-
-
-# ---- what a row says
-
-
-def _question(uid: str, row: dict, columns: list[str | None], folder: Path | None) -> Question:
-    said, gold, choices = (row.get(column) for column in columns)
-    text = PLACEHOLDER.sub(" ", said if isinstance(said, str) else "").encode(errors="ignore").decode().strip()
-    if row.get(BROKEN) or not text:
-        raise BadRow(uid, row.get(BROKEN) or "no question text")
-    image = _image(uid, row, folder)
-    if image is None and PLACEHOLDER.search(said):
-        raise BadRow(uid, "no image where the text announces one")
-    return Question(uid, text, _choices(uid, choices), image, _gold(gold))
-
-
-def _gold(value) -> str | None:
-    text = "" if value is None or value != value else str(value)  # a missing number is NaN, which differs from itself
-    tags = re.findall(r"<answer>(.*?)</answer>", text, re.I | re.S)
-    return (tags[-1] if tags else text).strip() or None
-
-
-def _choices(uid: str, value) -> list[str] | None:
-    """A list, a mapping from letter to text, or either of them written as JSON or Python → the texts in order."""
-    for parse in (json.loads, ast.literal_eval):
-        if isinstance(value, str) and value.strip():
-            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                value = parse(value)
-    if isinstance(value, dict):
-        value = [value[letter] for letter in sorted(value)]
-    if value and not isinstance(value, list | tuple):
-        raise BadRow(uid, f"choices are no list: {str(value)[:40]!r}")
-    return [str(text) for text in value or [] if text is not None] or None
-
-
-def _image(uid: str, row: dict, folder: Path | None) -> Image.Image | None:
-    lower = {column.lower(): value for column, value in row.items()}
-    value = next((lower[name] for name in IMAGE if lower.get(name) not in (None, "", [])), None)
-    stored = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
-    if len(stored) > 1:
-        raise BadRow(uid, f"several images are not supported: {len(stored)} in this row")
-    content = stored[0] if stored else None
-    if isinstance(content, dict):
-        content = content.get("path") if content.get("bytes") is None else content["bytes"]
-    if content is None or isinstance(content, bytes):
-        return None if content is None else decode(uid, content)
-    path = str(content)[:80]
-    if folder is None or not isinstance(content, str) or "\0" in content:
-        raise BadRow(uid, f"neither image bytes nor a path to a file: {path!r}")
-    try:
-        # In the hub cache the files of a snapshot are links to `blobs`, beside `snapshots`.
-        root = (folder.parents[1] if folder.parent.name == "snapshots" else folder).resolve()
-        file = (Path(row.get(FOLDER, folder)) / content).resolve()
-        if not file.is_relative_to(root):
-            raise BadRow(uid, f"image path outside the data folder: {path}")
-        if not file.is_file():
-            raise BadRow(uid, f"missing image file: {path}")
-        content = file.read_bytes()
-    except (OSError, RuntimeError) as error:  # too long a name, links in a circle, no permission
-        raise BadRow(uid, f"unreadable image path: {path}: {_line(error)}") from error
-    return decode(uid, content)
-
-
-def decode(uid: str, content: bytes) -> Image.Image:
-    """Encoded bytes → an RGB picture, upright by its EXIF orientation, what is transparent turned white."""
-    try:
-        image = Image.open(BytesIO(content), formats=FORMATS)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise BadRow(uid, f"over the pixel limit: {width} × {height} > {MAX_PIXELS:,}")
-        if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
-            raise BadRow(uid, f"image shape not supported: {width} × {height}")
-        image = ImageOps.exif_transpose(image)  # from here on all of the file is read, `open` reads but its header
-        if image.mode.startswith("I"):  # 16 bits of grey, which `convert("RGB")` would clip to white
-            image = image.convert("I").point(lambda grey: grey / 256).convert("L")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except BadRow:
-        raise
-    except Exception as error:  # decoders meet damaged bytes with nearly anything, struct.error and SyntaxError too
-        kinds = {Image.DecompressionBombError: "over the pixel limit", Image.UnidentifiedImageError: "not an image"}
-        kind = "truncated image" if "truncated" in str(error).lower() else "undecodable image"
-        raise BadRow(uid, f"{kinds.get(type(error), kind)}: {_line(error)}") from error

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import rankdata
-from scipy.stats import t as student
 
-from shards import write_whole
+from upt.files import write_whole
 
 TIE = 1e-12  # means closer than this are equal but for rounding
 
@@ -50,6 +48,8 @@ def average(x: np.ndarray) -> float | None:
 
 def auc(r: np.ndarray, right: np.ndarray, groups: Groups) -> np.ndarray:
     """Of each group with right and wrong responses: P(r_right > r_wrong) + P(r_right = r_wrong) / 2."""
+    from scipy.stats import rankdata  # here: scipy takes half a second to import
+
     level = np.unique(r, return_inverse=True)[1]
     # One ranking of (group, reward) holds those of all groups, each shifted by the responses before it.
     rank = rankdata(groups.index * (level.max(initial=0) + 1) + level) - groups.starts[groups.index]
@@ -93,6 +93,8 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
 
 def t_interval(x) -> tuple[float, float | None]:
     """Mean and half the width of its 95 % t-interval over independent runs; None for the latter of a single run."""
+    from scipy.stats import t as student
+
     x = np.asarray(x, dtype=np.float64)
     if len(x) < 2:
         return float(x.mean()), None

@@ -5,7 +5,7 @@
     my/rewards.py:name(x=.1)   the same from a file of your own, which needs no row
 
 A setting must be like its default (a number, a bool, a string) and as its annotation says, where that is a Literal or
-Positive. Whatever is wrong with a spec is a ValueError here, before a model is loaded.
+Positive. Whatever is wrong with a spec is a SettingError here, before a model is loaded.
 """
 
 import ast
@@ -22,6 +22,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal, get_args, get_origin
 
+from upt.errors import SettingError, suggest
+
+COMMON = {"lam_fmt": 0.0, "clip": False, "min_share": 0.0, "max_share": 1.0}  # settings that every reward has
 Positive = Annotated[float, "above 0"]  # annotation of a setting that is divided by, or whose logarithm is taken
 
 _SPEC = re.compile(r"\s*((?:[^()'\"]+\.py:)?[^\W\d][\w-]*)\s*(?:\((.*)\))?\s*", re.DOTALL)
@@ -35,25 +38,25 @@ def parse_variant(spec: str) -> tuple[str, dict]:
     """
     match = _SPEC.fullmatch(spec)
     if not match:
-        raise ValueError(
+        raise SettingError(
             f"{spec!r} is no variant; write name, name(setting=value,...) or FILE.py:name(setting=value,...), "
             "e.g. 'majority(lam_fmt=.5)'"
         )
     try:
         call = ast.parse(f"f({(match[2] or '').strip()})", mode="eval").body
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{spec!r}: cannot read its settings ({error}); write name(setting=value,...)") from error
+        raise SettingError(f"{spec!r}: cannot read its settings ({error}); write name(setting=value,...)") from error
     keywords = call.keywords if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else [None]
     names = {keyword and keyword.arg for keyword in keywords}
     if None in names or call.args or len(names) < len(keywords):
-        raise ValueError(f"{spec!r}: each setting needs its name, once; write name(setting=value,...)")
+        raise SettingError(f"{spec!r}: each setting needs its name, once; write name(setting=value,...)")
     settings = {}
     for keyword in keywords:
         try:
             settings[keyword.arg] = ast.literal_eval(keyword.value)
         except (ValueError, TypeError) as error:
             value = ast.unparse(keyword.value)
-            raise ValueError(f"{spec!r}: {keyword.arg}={value} is no number or quoted string") from error
+            raise SettingError(f"{spec!r}: {keyword.arg}={value} is no number or quoted string") from error
     return match[1].strip(), settings
 
 
@@ -65,16 +68,16 @@ def split_variants(text: str) -> list[str]:
     parts, depth = [""], 0
     for piece in _PIECE.findall(text):
         if piece in ("'", '"'):
-            raise ValueError(f"{text!r}: a quote {piece} is not closed")
+            raise SettingError(f"{text!r}: a quote {piece} is not closed")
         depth += (piece == "(") - (piece == ")")
         if depth < 0:
-            raise ValueError(f"{text!r}: a ) has no ( before it")
+            raise SettingError(f"{text!r}: a ) has no ( before it")
         if depth == 0 and (piece == "," or piece.isspace()):
             parts.append("")
         else:
             parts[-1] += piece
     if depth:
-        raise ValueError(f"{text!r}: a ( is not closed")
+        raise SettingError(f"{text!r}: a ( is not closed")
     return [part for part in parts if part]
 
 
@@ -90,21 +93,21 @@ def _execute(path: Path, mtime_ns: int) -> ModuleType:
         exec(spec.loader.source_to_code(path.read_bytes(), str(path)), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise ValueError(f"{path} fails to import: {type(error).__name__}: {error}") from error
+        raise SettingError(f"{path} fails to import: {type(error).__name__}: {error}") from error
     return module
 
 
 def _from_file(path: Path, name: str) -> Callable:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; write the path from {Path.cwd()}, or an absolute one")
+        raise SettingError(f"{path}: no such file; write the path from {Path.cwd()}, or an absolute one")
     module = _execute(path.resolve(), path.stat().st_mtime_ns)
     if not hasattr(module, name):
         own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
         public = [key for key in own if inspect.isfunction(getattr(module, key)) and not key.startswith("_")]
-        raise ValueError(f"{path} has no function {name!r}; it has: {', '.join(public) or 'none'}")
+        raise SettingError(f"{path} has no function {name!r}; it has: {', '.join(public) or 'none'}")
     function = getattr(module, name)
     if not callable(function):
-        raise ValueError(f"{path}: {name} is {function!r:.60}, expected a function")
+        raise SettingError(f"{path}: {name} is {function!r:.60}, expected a function")
     return function
 
 
@@ -115,7 +118,8 @@ def find(kind: str, table: dict[str, Callable], spec: str) -> Callable:
     if path:
         return _from_file(Path(path).expanduser(), function)
     if name not in table:
-        raise ValueError(f"no {kind} is called {name!r}; there are: {', '.join(table)}; one of your own: FILE.py:NAME")
+        near, known = suggest(name, table), ", ".join(table)
+        raise SettingError(f"no {kind} is called {name!r}{near}; there are: {known}; one of your own: FILE.py:NAME")
     return table[name]
 
 
@@ -152,28 +156,36 @@ def bind(
         p for p in inspect.signature(function).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
     if not named:
-        raise ValueError(f"{kind} {spec!r} takes no argument, expected the group or the rewards as its first")
+        raise SettingError(f"{kind} {spec!r} takes no argument, expected the group or the rewards as its first")
     own = {p.name: p for p in named[1:]}
     known = (common or {}) | {name: p.default for name, p in own.items()}
     for setting, value in [*settings.items(), *inline.items()]:
         if setting not in known:
-            raise ValueError(f"{kind} {spec!r} has no setting {setting!r}; it has: {', '.join(known) or 'none'}")
+            near = suggest(setting, known)
+            raise SettingError(
+                f"{kind} {spec!r} has no setting {setting!r}{near}; it has: {', '.join(known) or 'none'}"
+            )
         if expected := _expected(value, known[setting], own[setting].annotation if setting in own else None):
-            raise ValueError(f"{kind} {spec!r}: {setting} is {value!r}, expected {expected}")
+            raise SettingError(f"{kind} {spec!r}: {setting} is {value!r}, expected {expected}")
     if twice := sorted({*settings} & {*inline}):
-        raise ValueError(f"{kind} {spec!r}: {', '.join(twice)} given inline and as an argument; give it once")
+        raise SettingError(f"{kind} {spec!r}: {', '.join(twice)} given inline and as an argument; give it once")
     bound = known | settings | inline
     if missing := [name for name, value in bound.items() if value is inspect.Parameter.empty]:
-        raise ValueError(f"{kind} {spec!r} needs the setting {missing[0]!r}, which has no default")
+        raise SettingError(f"{kind} {spec!r} needs the setting {missing[0]!r}, which has no default")
     return function, bound
 
 
 def finite(values, size: int, what: str) -> list[float]:
-    """What a variant returned, as floats; ValueError unless they are `size` finite numbers."""
+    """What a variant returned, as floats; SettingError unless they are `size` finite numbers."""
     try:
         values = [*map(float, values)]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what}: {values!r:.200}, expected {size} finite numbers ({error})") from error
+        raise SettingError(f"{what}: {values!r:.200}, expected {size} finite numbers ({error})") from error
     if len(values) != size or not all(map(math.isfinite, values)):
-        raise ValueError(f"{what}: {values!r:.200}, expected {size} finite numbers")
+        raise SettingError(f"{what}: {values!r:.200}, expected {size} finite numbers")
     return values
+
+
+def band(config) -> dict[str, float]:
+    """min_share and max_share of a Config where they are given, so that those inline in its reward hold otherwise."""
+    return {name: getattr(config, name) for name in ("min_share", "max_share") if getattr(config, name) != COMMON[name]}

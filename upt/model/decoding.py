@@ -14,7 +14,8 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from kernels import sample
-from policy import Policy, Prompt
+from upt.model.packing import Prompt
+from upt.model.policy import Policy
 
 
 @dataclass
@@ -88,14 +89,11 @@ def generate(
     tokenizer, base = policy.tokenizer, policy.base
     stops = base.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
-    vision = [
-        getattr(base.config, f"{name}_token_id", None) for name in ("image", "video", "vision_start", "vision_end")
-    ]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     length = max(len(prompt.ids) for prompt in prompts)
     ids = torch.full((len(prompts), length), pad)
     mask = torch.zeros_like(ids)
-    positions = torch.zeros(3, len(prompts), length, dtype=torch.long)
+    positions = torch.zeros(len(prompts[0].positions), len(prompts), length, dtype=torch.long)
     for b, prompt in enumerate(prompts):
         start = length - len(prompt.ids)  # padded on the left, so that every response starts at the same column
         ids[b, start:] = torch.tensor(prompt.ids)
@@ -114,7 +112,7 @@ def generate(
         top_p=config.top_p,
         top_k=config.top_k,
         seed=config.seed or 0,
-        banned=[token for token in vision if token is not None],
+        banned=policy.family.never_sampled(base.config),
         statistics=True,
     )
     policy.model.eval()
@@ -143,7 +141,8 @@ def _decode(
 ) -> list[Sampled]:
     """The decoding loop: one prefill a prompt, then one token a step for the responses that are still open."""
     device, count = input_ids.device, len(rows)
-    positions = kwargs["position_ids"][-3:]  # HF may put the text positions before the three of M-RoPE
+    axes = len(prompts[0].positions)
+    positions = kwargs["position_ids"][-axes:]  # HF may put the text positions before the three of M-RoPE
     seen = kwargs.get("attention_mask")
     seen = torch.ones_like(input_ids) if seen is None else seen
     seen = seen.bool()  # (B, P)
@@ -158,7 +157,7 @@ def _decode(
         owners = torch.tensor([b for b, several in enumerate(suffixes) for _ in several], device=device)
         flat = [suffix for several in suffixes for suffix in several]
         cache = share(model, cache, owners)
-        hidden, seen, following = _extend(policy, cache, seen[owners], following[owners], flat)
+        hidden, seen, following = _extend(policy, cache, seen[owners], following[owners], flat, axes)
         tokens = tokens[owners]
     owners = torch.arange(len(hidden), device=device).repeat_interleave(count // len(hidden))
     cache = share(model, cache, owners)
@@ -188,7 +187,7 @@ def _decode(
             token, following = token[left], following[left]
             cache.batch_select_indices(left)
         seen = torch.nn.functional.pad(seen, (0, 1), value=True)
-        place = (following + position).expand(3, -1)[..., None]
+        place = (following + position).expand(axes, -1)[..., None]
         hidden = policy.hidden(token[:, None], place, seen[:, None, None], cache=cache)[:, -1]
 
     stopped = torch.isin(ids.gather(1, lengths[:, None] - 1)[:, 0], stop_ids).tolist()
@@ -201,7 +200,7 @@ def _decode(
     ]
 
 
-def _extend(policy, cache, seen, following, suffixes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _extend(policy, cache, seen, following, suffixes, axes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the suffixes, one a row and padded on the left, behind the prompts in `cache`: hidden, seen, following."""
     width, total = max(map(len, suffixes)), seen.shape[1] + max(map(len, suffixes))
     ids = torch.zeros(len(suffixes), width, dtype=torch.long)
@@ -213,6 +212,6 @@ def _extend(policy, cache, seen, following, suffixes) -> tuple[torch.Tensor, tor
     seen = torch.cat([seen, live], 1)  # (R, P + width)
     own = torch.ones(width, total, dtype=torch.bool, device=seen.device)
     mask = own.tril(total - width) & seen[:, None, :] | own.tril(total - width).triu(total - width)
-    place = (following[:, None] + live.cumsum(1) - 1).expand(3, -1, -1)
+    place = (following[:, None] + live.cumsum(1) - 1).expand(axes, -1, -1)
     hidden = policy.hidden(ids, place, mask[:, None], cache=cache)[:, -1]
     return hidden, seen, following + live.sum(1)

@@ -9,7 +9,8 @@ from itertools import pairwise
 import torch
 
 from kernels import grpo_loss, kl_divergence, response_weights, sft_loss
-from policy import Policy, pack
+from upt.model.packing import pack
+from upt.model.policy import Policy
 
 COUNTS = ("nonfinite", "no_signal")
 
@@ -136,3 +137,25 @@ def _logprobs(policy: Policy, prompts: list, groups: list[dict], config) -> dict
         sizes = [len(response) for row in batch for response in row.responses]
         found |= dict(zip(owners, logprob.split(sizes), strict=True))
     return found
+
+
+# ------------------------------------------------------------------------------------------------ optimizer, schedule
+
+
+def optimizer_of(policy: Policy, config) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW on the adapter, and the schedule of its learning rate over all updates of a run."""
+    optimizer = torch.optim.AdamW(
+        policy.trainable(), config.learning_rate, (0.9, 0.999), weight_decay=config.weight_decay, fused=True
+    )
+    updates = config.steps * config.minibatches
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda n: learning_rate_factor(n, config.warmup_steps, updates)
+    )
+    return optimizer, schedule
+
+
+def learning_rate_factor(n: int, warmup: int, total: int) -> float:
+    """Linear over the first `warmup` updates, then along a cosine from 1 to 0.1."""
+    if n < warmup:
+        return (n + 1) / (warmup + 1)
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * min(1.0, (n - warmup) / max(1, total - warmup)))) / 2

@@ -27,7 +27,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-import rewards
+from upt.groups import votes
 
 WINDOW = 5
 SIGNALS = ("majority_share", "entropy", "answer_entropy", "information", "abstention_share", "length", "kl")
@@ -35,15 +35,15 @@ SIGNALS = ("majority_share", "entropy", "answer_entropy", "information", "absten
 
 def signals(groups: Sequence[dict]) -> dict[str, float]:
     """unanimous, answer_entropy and information of the groups of one step."""
-    votes = [rewards.counts(group) for group in groups]
+    found = [votes.counts(group) for group in groups]
     pooled = Counter()
-    for c in votes:
+    for c in found:
         pooled.update(c)
-    within = math.fsum(_entropy(c) for c in votes) / len(votes)
-    unanimous = sum(len(c) == 1 and not rewards.abstentions(group) for c, group in zip(votes, groups, strict=True))
+    within = math.fsum(_entropy(c) for c in found) / len(found)
+    unanimous = sum(len(c) == 1 and not votes.abstentions(group) for c, group in zip(found, groups, strict=True))
     entropy = _entropy(pooled)
     return {
-        "unanimous": unanimous / len(votes),
+        "unanimous": unanimous / len(found),
         "answer_entropy": entropy,
         "information": max(0.0, entropy - within),
     }

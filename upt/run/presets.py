@@ -5,11 +5,13 @@ the embedded tiny model a preset decides what a paper is about (reward, advantag
 image sizes, lengths, learning rate and questions a step stay those of the tiny model.
 """
 
+import json
 from pathlib import Path
 
-import mixture
+from upt.data import names
 
-TINY_MODEL = "models/tiny"
+ROOT = Path(__file__).parents[2]
+TINY_MODEL = "models/tiny"  # in the current folder, else beside the scripts
 REAL_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 
 COMMON = {
@@ -114,17 +116,31 @@ NOT_WITH_TINY = {
 }
 
 
+TINY_WIDTH = 256  # hidden size up to which a model is one of ours
+
+
+def tiny_model() -> str:
+    """Where the embedded model is: under the current folder or, for a notebook elsewhere, under the project's."""
+    elsewhere = not Path(TINY_MODEL).is_dir() and (ROOT / TINY_MODEL).is_dir()
+    return str(ROOT / TINY_MODEL) if elsewhere else TINY_MODEL
+
+
 def is_tiny(model: str) -> bool:
-    """Whether a model is the embedded one: `warmup.py` leaves its scores beside the weights."""
-    return (Path(model) / "warmup.json").is_file()
+    """Whether a snapshot folder holds the embedded model, a copy or an export of it: its config says how wide it is."""
+    path = Path(model).expanduser() / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        return (config.get("text_config") or config).get("hidden_size", TINY_WIDTH + 1) <= TINY_WIDTH
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False  # a hub id, or nothing that can be loaded, which the loading code says
 
 
 def fill(config) -> None:
     """Fill every field of a Config that is None. Fields the Config doesn't have are passed over."""
     if config.model is None:
         name = config.data or "shapes"
-        sets = [part for part, _ in mixture.parts(name)] if mixture.is_mixture(name) else [name]
-        config.model = TINY_MODEL if "shapes" in sets else REAL_MODEL
+        sets = [part for part, _ in names.parts(name)] if names.is_mixture(name) else [name]
+        config.model = tiny_model() if names.SHAPES in sets else REAL_MODEL
     tiny = is_tiny(config.model)
     preset = PRESETS[config.preset] if getattr(config, "preset", None) else {}
     if tiny:

@@ -8,13 +8,10 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-import judge
-import presets
-import rewards
-import rollout
-import shards
-import synthesize
-import variants
+from upt.errors import SettingError
+from upt.groups import manifests, shards, variants
+from upt.run import presets
+from upt.run.settings import Rollout
 
 STORED = "stored"  # the rewards and advantages that the shards carry
 # Settings that may change when a run goes on. The token budgets change the last bits of what follows.
@@ -27,7 +24,7 @@ def prepare(config):
     config = replace(config)
     if config.resume:
         if not (config.out / "manifest.json").is_file():
-            raise ValueError(f"--resume: there is no run in {config.out}; start one by leaving --resume out")
+            raise SettingError(f"--resume: there is no run in {config.out}; start one by leaving --resume out")
         config = resumed(config)
     elif config.from_shards:
         adopt(config)
@@ -37,18 +34,18 @@ def prepare(config):
     config.resolve()
     if recipe := [f"{name} {value}" for name, value in recipe.items() if getattr(config, name) == value]:
         print(f"preset {config.preset}: {', '.join(recipe)}")
-    shards.check_manifest(config.out, jsonable(config), ignore=FREE)
+    manifests.check(config.out, jsonable(config), ignore=FREE)
     return config
 
 
 def resumed(config):
     """The settings of the run in config.out; of those in FREE, the ones given now. Others given now are refused."""
-    manifest, default = shards.read_manifest(config.out)["config"], type(config)()
+    manifest, default = manifests.read(config.out)["config"], type(config)()
     own = {field.name for field in fields(config)} - {"out", "resume"}
     known = {name: _typed(name, value) for name, value in manifest.items() if name in own}
     given = {name for name in known if getattr(config, name) != getattr(default, name)}
     if other := [name for name in sorted(given - {*FREE}) if getattr(config, name) != known[name]]:
-        raise ValueError(
+        raise SettingError(
             f"--resume takes {other[0]}={known[other[0]]!r} from the run in {config.out}, not "
             f"{getattr(config, other[0])!r}; leave --{other[0].replace('_', '-')} out, or use another --out"
         )
@@ -61,18 +58,19 @@ def claim(config) -> None:
     identity = {"seed": config.seed, "model": config.model, "adapter": config.adapter}
     if not (config.out / "manifest.json").exists():
         if not config.from_shards and not config.rounds:
-            sampling = {field.name: settings[field.name] for field in fields(rollout.Config)}
-            shards.write_manifest(config.out / "rollouts", stage="rollout", config=sampling, **identity)
-        shards.write_manifest(config.out, stage="train", config=settings, **identity)
+            sampling = {field.name: settings[field.name] for field in fields(Rollout)}
+            manifests.write(config.out / "rollouts", stage="rollout", config=sampling, **identity)
+        manifests.write(config.out, stage="train", config=settings, **identity)
 
 
 def adopt(config) -> None:
     """Take from the shards' manifest how they were sampled; use their own advantages unless others are asked for."""
-    manifest = shards.read_manifest(config.from_shards)
-    rollouts = shards.sampled_by(manifest)
+    config.from_shards = shards.stage_folder(config.from_shards)
+    manifest = manifests.read(config.from_shards)
+    rollouts = manifests.sampled_by(manifest)
     sampling = rollouts.get("config")
     if not sampling or "model" not in sampling:
-        raise ValueError(
+        raise SettingError(
             f"the manifest of {config.from_shards} does not say how the shards were sampled; score them again"
         )
     if sampling.get("split") == config.eval_split and config.eval_questions != 0:
@@ -81,10 +79,10 @@ def adopt(config) -> None:
             "after training are not held-out ones; sample another split, or give another --eval-split",
             file=sys.stderr,
         )
-    for field in fields(rollout.Config):
+    for field in fields(Rollout):
         if field.name in sampling and getattr(config, field.name) is None:
             setattr(config, field.name, sampling[field.name])
-    shards.check_files(config.from_shards, rollouts, {"model": config.model, "adapter": config.adapter})
+    manifests.check_files(config.from_shards, rollouts, {"model": config.model, "adapter": config.adapter})
     count = len(shards.ShardReader(config.from_shards).paths)
     if config.steps is None or config.steps > count:
         print(f"{config.from_shards} holds {count} shards: {count} steps")
@@ -93,23 +91,13 @@ def adopt(config) -> None:
         config.reward = STORED if config.advantage is None else manifest["config"]["reward"]
         if config.advantage is not None:
             for name in ("min_share", "max_share"):
-                if name not in rewards.band(config):
+                if name not in variants.band(config):
                     setattr(config, name, manifest["config"].get(name, getattr(config, name)))
 
 
 def jsonable(config) -> dict:
-    """The settings as they are stored in JSON, with digests of the files that decide on rewards and judgements."""
-    stored = json.loads(json.dumps(asdict(config), default=str))
-    for role in ("reward", "advantage"):
-        if digest := variants.source_digest(stored[role] or STORED):
-            stored[f"{role}_file"] = digest
-    if config.reward not in (None, STORED) and rewards.needs_judge(config.reward):
-        stored["judge_prompt_file"] = judge.prompt_digest(config.judge_prompt)
-    if config.rounds and config.ask_prompt:
-        stored["ask_prompt_file"] = synthesize.prompt_digest(config.synthesize, config.ask_prompt)
-    if config.init_adapter:
-        stored["init_adapter_file"] = shards.fingerprint(config.init_adapter)
-    return stored
+    """The settings as they are stored in JSON, with digests of the files that decide on what comes of them."""
+    return json.loads(json.dumps(asdict(config), default=str)) | config.files()
 
 
 def _typed(name: str, value):

@@ -20,63 +20,26 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
-import data
-import mixture
-import rewards
-import shards
-import synthesize
-from policy import model_config
-from settings import claim, jsonable
-from stats import markdown
+from upt import data
+from upt.errors import SettingError
+from upt.files import write_whole
+from upt.groups import manifests
+from upt.groups.stats import markdown
+from upt.model.policy import model_config
+from upt.run.resuming import claim, jsonable
+from upt.run.settings import Asking, Rollout
 
 
-def check(config) -> None:
-    """Raise ValueError for settings of a train_upt.Config that rounds do not work with, with what to change."""
-    if config.adapter and config.init_adapter:
-        raise ValueError("--adapter merges an adapter, --init-adapter goes on training it: give one of them")
-    if config.init_adapter and not (Path(config.init_adapter) / "adapter_config.json").is_file():
-        raise ValueError(
-            f"--init-adapter {config.init_adapter}: no PEFT adapter there (adapter_config.json is missing)"
-        )
-    if bool(config.rounds) != bool(config.synthesize) or config.rounds < 0:
-        raise ValueError("--rounds N and --synthesize in-context or direct go together: give both or neither")
-    if not config.rounds:
-        asking = [field for field in fields(synthesize.Settings) if getattr(config, field.name) != field.default]
-        if asking or config.own_share is not None:
-            name = asking[0].name if asking else "own_share"
-            raise ValueError(f"--{name.replace('_', '-')} is for the questions that --rounds makes; leave it out here")
-        return
-    config.check_asking(config.synthesize)
-    if rewards.needs_gold(config.reward):
-        raise ValueError(
-            f"--rounds makes questions without gold, which --reward {config.reward} needs; use another reward"
-        )
-    if config.adapter or config.from_shards:
-        raise ValueError("--rounds trains one adapter on questions: no --from-shards, and --init-adapter for --adapter")
-    check_data(config)
+def evolve(config, train: Callable, ask: Callable) -> dict:
+    """All rounds; returns the summary. `config` is a resolved train_upt.Config, `train(config)` makes a run of one.
 
-
-def check_data(config) -> None:
-    """The same for what a round's data set is put together from."""
-    share = config.own_share
-    if share is not None and not (0.001 <= share <= 0.999 or share == 1):
-        raise ValueError(f"--own-share goes from 0.001 to 0.999, or is 1, not {share}")
-    several = mixture.is_mixture(config.data)
-    if several and (share is not None or mixture.parts(config.data)[0][1] is not None):
-        raise ValueError(f"--rounds with several data sets takes neither weights nor --own-share: {config.data}")
-    for flag, name in (("--out", str(config.out / "questions")), *([] if several else [("--data", config.data)])):
-        if mixture.parts(name) != [(name, None)]:
-            raise ValueError(f"{flag} {name}: a comma or a number behind a colon cannot be mixed; use another name")
-
-
-def evolve(config, train: Callable) -> dict:
-    """All rounds; returns the summary. `config` is a resolved train_upt.Config, `train` makes a run of one.
+    `ask(**settings)` writes a data set of questions; the settings are those of synthesize.Config.
 
     Raises DataError for a share of its own questions that leaves more to --data than it has.
     """
     if config.own_share not in (None, 1):
         size = len(data.load(config.data, config.split, config.seed, config.limit))
-        mixture.quotas(config.questions_per_step, [(size, 1 - config.own_share), (sys.maxsize, config.own_share)])
+        data.quotas(config.questions_per_step, [(size, 1 - config.own_share), (sys.maxsize, config.own_share)])
     model_config(config.model)  # raises PolicyError for a model that is not there
     claim(config)
     keep_rounds(config)
@@ -84,33 +47,33 @@ def evolve(config, train: Callable) -> dict:
     for number in range(1, config.rounds + 1):
         print(f"round {number} of {config.rounds}", file=sys.stderr)
         folder = config.out / f"round-{number:02d}"
-        counts = asked(config, number, adapter, folder / "questions")
-        defaults = {field.name: field.default for field in fields(synthesize.Settings)}
+        counts = asked(config, number, adapter, folder / "questions", ask)
+        defaults = {field.name: field.default for field in fields(Asking)}
         run = replace(config, rounds=0, synthesize=None, own_share=None, resume=False, round=number, **defaults)
         run.out, run.init_adapter = folder / "run", adapter
         run.data, run.eval_data = mixed(config, folder / "questions", counts["kept"]), config.eval_data or config.data
         measured = config.out / f"round-{number - 1:02d}" / "run" / "after.json"
         if measured.is_file():  # what was true after a round is true before the next
-            shards.write_whole(run.out / "before.json", [measured.read_bytes()])
+            write_whole(run.out / "before.json", [measured.read_bytes()])
         rounds.append({"questions": counts} | trained(run, train))
         adapter = str(run.out / "adapter")
     shutil.copytree(adapter, config.out / "adapter", dirs_exist_ok=True)
     summary = {"rounds": rounds, "config": jsonable(config)}
     summary |= {name: rounds[i][name] for name, i in (("before", 0), ("after", -1)) if name in rounds[i]}
-    shards.write_whole(config.out / "summary.json", [json.dumps(summary, indent=1).encode()])
+    write_whole(config.out / "summary.json", [json.dumps(summary, indent=1).encode()])
     print(table(rounds))
     print(f"adapter in {config.out / 'adapter'}, summary in {config.out / 'summary.json'}")
     return summary
 
 
 def keep_rounds(config) -> None:
-    """Write down in the manifest that rounds were added. Raises ValueError for fewer than it says."""
-    manifest = shards.read_manifest(config.out)
+    """Write down in the manifest that rounds were added. Raises SettingError for fewer than it says."""
+    manifest = manifests.read(config.out)
     begun = manifest["config"]["rounds"]
     if config.rounds < begun:
-        raise ValueError(f"--rounds {config.rounds}: the run in {config.out} has {begun}; give as many, or more")
+        raise SettingError(f"--rounds {config.rounds}: the run in {config.out} has {begun}; give as many, or more")
     manifest["config"]["rounds"] = config.rounds
-    shards.write_whole(config.out / "manifest.json", [json.dumps(manifest, indent=1).encode()])
+    write_whole(config.out / "manifest.json", [json.dumps(manifest, indent=1).encode()])
 
 
 def trained(run, train: Callable) -> dict:
@@ -120,13 +83,13 @@ def trained(run, train: Callable) -> dict:
     return {name: value for name, value in summary.items() if name not in ("config", "warmup")}
 
 
-def asked(config, number: int, adapter: str | None, folder: Path) -> dict:
+def asked(config, number: int, adapter: str | None, folder: Path, ask: Callable) -> dict:
     """The filters' counts of a round's questions, which are written first unless they are there."""
     if not (folder / "summary.json").is_file():
-        names = {field.name for field in fields(synthesize.Config)} - {"out", "preset", "steps", "adapter", "round"}
-        shared = {name: getattr(config, name) for name in names if hasattr(config, name)}
-        settings = {"mode": config.synthesize, "adapter": adapter, "round": number, "out": folder}
-        synthesize.main(synthesize.Config(**shared | settings))
+        shared = {field.name for of in (Rollout, Asking) for field in fields(of)}
+        shared -= {"out", "preset", "steps", "adapter", "round"}
+        settings = {name: getattr(config, name) for name in shared}
+        ask(**settings | {"mode": config.synthesize, "adapter": adapter, "round": number, "out": folder})
     return json.loads((folder / "summary.json").read_text())
 
 

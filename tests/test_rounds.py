@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-import data
-import evolve
-import shards
 import synthesize
 import train_upt
-from policy import Policy
 from tests.test_train import adapter, same
 from train_upt import Config
+from upt import data
+from upt.groups import manifests, shards
+from upt.model.policy import Policy
+from upt.stages import rounds
 
 SMALL = {
     "questions_per_step": 4,
@@ -51,9 +51,9 @@ def evolved(tiny, tmp_path_factory) -> Path:
 
 def test_each_round_asks_with_the_adapter_of_the_last_and_goes_on_training_it(tiny, evolved):
     first, second = evolved / "round-01", evolved / "round-02"
-    settings = [shards.read_manifest(folder / "questions")["config"] for folder in (first, second)]
+    settings = [manifests.read(folder / "questions")["config"] for folder in (first, second)]
     assert [s["adapter"] for s in settings] == [None, str(first / "run" / "adapter")]
-    runs = [shards.read_manifest(folder / "run")["config"] for folder in (first, second)]
+    runs = [manifests.read(folder / "run")["config"] for folder in (first, second)]
     assert [r["init_adapter"] for r in runs] == [None, str(first / "run" / "adapter")]
     assert same(evolved, second / "run") and not same(first / "run", second / "run")
     # One step from the first round's adapter: nothing was merged, and nothing started anew.
@@ -67,7 +67,7 @@ def test_a_round_trains_on_the_data_and_its_own_questions(evolved):
     summary = json.loads((evolved / "summary.json").read_text())
     for number, done in enumerate(summary["rounds"], start=1):
         folder = evolved / f"round-{number:02d}"
-        mixture = shards.read_manifest(folder / "run")["config"]["data"]
+        mixture = manifests.read(folder / "run")["config"]["data"]
         assert mixture == f"shapes,{folder / 'questions'}"
         own = data.load(folder / "questions", limit=8)
         assert len(data.load(mixture, limit=8)) == 8 + len(own) and done["questions"]["kept"] >= len(own) > 0
@@ -89,7 +89,7 @@ def test_the_scores_after_a_round_are_those_before_the_next(tiny, evolved):
     assert summary["after"] == second["after"] == summary["rounds"][1]["after"]
     # Measured anew, they are the same: noise of the evaluation does not depend on the round.
     (evolved / "round-02/run/before.json").unlink()
-    settings = shards.read_manifest(evolved / "round-02/run")["config"]
+    settings = manifests.read(evolved / "round-02/run")["config"]
     own = {field.name for field in fields(Config)} - {"out", "lora_targets"}
     run = Config(**{name: value for name, value in settings.items() if name in own})
     policy = train_upt.starting_policy(replace(run, out=evolved / "unused"))
@@ -145,7 +145,7 @@ def test_settings_of_another_run_are_refused(tiny, evolved):
 def test_nothing_kept_trains_on_the_data_alone(tiny, tmp_path):
     out = tmp_path / "out"
     train_upt.main(config(tiny, out, rounds=1, filters="all", eval_questions=0))
-    assert shards.read_manifest(out / "round-01/run")["config"]["data"] == "shapes"
+    assert manifests.read(out / "round-01/run")["config"]["data"] == "shapes"
     summary = json.loads((out / "summary.json").read_text())
     assert summary["rounds"][0]["questions"]["kept"] == 0 and "after" not in summary
 
@@ -157,14 +157,14 @@ def test_the_share_of_its_own_questions(tiny, tmp_path, capsys):
         synthesize.Config(data="shapes", model=tiny, out=own, limit=8, mode="direct", filters="none", max_new_tokens=12)
     )
     count = len(data.load(own))
-    assert evolve.mixed(settings, own, count) == f"shapes:0.750000,{own}:0.250000"
-    assert evolve.mixed(replace(settings, own_share=1.0), own, count) == str(own)
-    assert evolve.mixed(replace(settings, own_share=None), own, count) == f"shapes,{own}"
-    assert evolve.mixed(settings, own, 0) == "shapes"
+    assert rounds.mixed(settings, own, count) == f"shapes:0.750000,{own}:0.250000"
+    assert rounds.mixed(replace(settings, own_share=1.0), own, count) == str(own)
+    assert rounds.mixed(replace(settings, own_share=None), own, count) == f"shapes,{own}"
+    assert rounds.mixed(settings, own, 0) == "shapes"
     # Ten of sixteen questions are more than there are.
-    assert evolve.mixed(replace(settings, own_share=0.625, questions_per_step=16), own, count) == f"shapes,{own}"
+    assert rounds.mixed(replace(settings, own_share=0.625, questions_per_step=16), own, count) == f"shapes,{own}"
     assert f"only {count} questions of its own" in capsys.readouterr().err and count < 10
-    assert evolve.mixed(replace(settings, own_share=0.5, limit=1), own, count) == f"shapes,{own}"
+    assert rounds.mixed(replace(settings, own_share=0.5, limit=1), own, count) == f"shapes,{own}"
 
 
 def test_a_share_that_cannot_be_is_refused_before_asking(tiny, tmp_path):
@@ -250,8 +250,8 @@ def test_what_rounds_cannot_be_is_refused(tiny, settings, message):
 
 def test_a_table_has_a_line_for_each_round():
     scores = {name: {"value": value} for name, value in (("mean", 0.5), ("greedy", 0.625), ("maj", 0.75), ("pass", 1))}
-    rounds = [{"questions": {"kept": 3, "candidates": 8}, "before": scores, "after": scores | {"mean": {"value": 0.6}}}]
-    assert evolve.table(rounds).splitlines()[2:] == [
+    done = [{"questions": {"kept": 3, "candidates": 8}, "before": scores, "after": scores | {"mean": {"value": 0.6}}}]
+    assert rounds.table(done).splitlines()[2:] == [
         "| 0 |  | 50.0 | 62.5 | 75.0 | 100.0 |",
         "| 1 | 3 of 8 | 60.0 | 62.5 | 75.0 | 100.0 |",
     ]

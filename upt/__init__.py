@@ -1,0 +1,19 @@
+"""The library behind the scripts. Imports run downwards only: scripts -> eval -> upt -> kernels.
+
+    answers    from a response to its vote key
+    data       questions by name, hub id or path
+    groups     a question with its responses: shards on disk, votes, named variants, filters, statistics
+    model      the policy: families of models, packed forward pass, decoding, update
+    stages     sampling, judging, asking, and rounds of them, as functions on groups
+    compare    reward variants beside each other, on saved groups or by training
+    run        settings and presets, checkpoints and metrics, the command line
+
+Importing it loads none of torch, transformers and datasets: modules that need them are imported at their first use.
+"""
+
+import os
+
+# Idle OpenMP threads spin, and on a shared machine they spin where others would compute (docs/speed.md). This is read
+# when torch is loaded; a setting of the user's own wins.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"

@@ -1,0 +1,17 @@
+"""Questions with pictures, from wherever they are: `load("geoqa")`, `load("path/to/folder")`, `load("shapes")`."""
+
+import lazy_loader
+
+from upt.errors import DataError
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules={"names", "questions", "rows", "sources", "mixture", "shapes"},
+    submod_attrs={
+        "names": ["ALIASES", "is_mixture", "parts"],
+        "questions": ["Question", "Questions", "BadRow"],
+        "rows": ["PLACEHOLDER", "decode"],
+        "mixture": ["load", "quotas", "shares"],
+    },
+)
+__all__ += ["DataError"]

@@ -1,0 +1,42 @@
+"""Errors that a user can mend. A script prints them in one line and exits with 2; a notebook sees them raised."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """What was wrong, what was found, what to type. The classes below say where."""
+
+
+class SettingError(UserError):
+    """A setting of a Config, or several that do not go together."""
+
+
+class DataError(UserError):
+    """A data set can't be used."""
+
+
+class PolicyError(UserError):
+    """A model, adapter, device or prompt can't be used."""
+
+
+class ShardError(UserError):
+    """A record, shard, picture or manifest can't be trusted, or belongs to other settings."""
+
+
+class RunsFailed(RuntimeError):
+    """Some of the runs of a comparison failed; their logs have been shown."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop by a signal and has saved its state. `signal` is the signal's number."""
+
+    def __init__(self, signal: int, name: str):
+        super().__init__(f"stopped by {name}")
+        self.signal = signal
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'majority'?" if one of `known` is near to `name`, else ""."""
+    near = get_close_matches(name.lower(), list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""

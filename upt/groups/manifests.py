@@ -1,0 +1,154 @@
+"""The manifest of a stage's folder: schema, stage, config, seed, versions, git commit, model and adapter fingerprint.
+
+What a stage makes has one origin: a folder goes on with the settings that its manifest holds, or is refused.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+from upt.errors import ShardError
+from upt.files import write_whole
+from upt.groups.shards import SCHEMA, list_shards
+
+PACKAGES = ("torch", "transformers", "peft", "triton", "datasets", "numpy")
+MODEL_FILES = (".json", ".txt", ".jinja", ".model", ".safetensors", ".bin", ".pt", ".pth")
+MIB = 1 << 20
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # code copied to a machine without git: the manifest says null
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def fingerprint(path_or_id: Path | str) -> str:
+    """A model's or adapter's identity: "sha256:<hex>" of a local folder, "hub:<id>" of anything else.
+
+    Enter the digest, per file with a suffix of MODEL_FILES and in order of name: the name relative to the folder, the
+    size, and the content; of files over 64 MiB only the first and the last MiB, so 16 GB of weights take no time.
+    Where the folder lies does not enter, nor does warmup.json, which holds how long things took.
+    """
+    root = Path(path_or_id).expanduser()
+    if not root.is_dir():
+        if root.is_absolute() or str(path_or_id).startswith((".", "~")):
+            raise FileNotFoundError(f"{path_or_id}: no such model folder")
+        return f"hub:{path_or_id}"
+    found = [path for path in sorted(root.rglob("*")) if path.name.endswith(MODEL_FILES)]
+    files = {path.relative_to(root): path for path in found if path.name != "warmup.json"}
+    if not files:
+        raise ShardError(f"{path_or_id}: no model files ({', '.join(MODEL_FILES)}) in this folder")
+    digest = hashlib.sha256()
+    for name, path in files.items():
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            content = file.read(64 * MIB if size <= 64 * MIB else MIB)
+            if size > 64 * MIB:
+                file.seek(-MIB, os.SEEK_END)
+                content += file.read(MIB)
+        digest.update(json.dumps([name.as_posix(), size, hashlib.sha256(content).hexdigest()]).encode() + b"\n")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of Python and of the packages that results depend on; None for what is not installed."""
+    installed = {package.name: package.version for package in metadata.distributions()}
+    return {"python": platform.python_version()} | {name: installed.get(name) for name in PACKAGES}
+
+
+def write(folder: Path | str, *, stage: str, config: dict, seed: int | None, model, adapter=None) -> None:
+    """Write folder/manifest.json. `model` and `adapter` are a path, a hub id, None, or the entry of an earlier stage's
+    manifest. `dirty`: tracked code files differed from the commit (null without git)."""
+
+    def identity(which: Path | str | dict | None) -> dict | None:
+        carried = which is None or isinstance(which, dict)
+        return which if carried else {"name": str(which), "fingerprint": fingerprint(which)}
+
+    commit = _git("rev-parse", "--verify", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
+    manifest = {
+        "schema": SCHEMA,
+        "stage": stage,
+        "config": config,
+        "seed": seed,
+        "versions": versions(),
+        "git_commit": commit,
+        "dirty": None if changes is None else changes != "",
+        "model": identity(model),
+        "adapter": identity(adapter),
+    }
+    text = json.dumps(manifest, indent=2, allow_nan=False, default=str)  # a Path becomes its string
+    write_whole(Path(folder) / "manifest.json", [text.encode() + b"\n"])
+
+
+def read(folder: Path | str) -> dict:
+    """The manifest of a stage's folder; ShardError if it is absent, unreadable or of another schema."""
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        raise ShardError(f"{path}: no such file; expected a folder that a stage wrote with --out")
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ShardError(f"{path}: not JSON ({error}); run the stage again into a new --out") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        raise ShardError(f"{path}: schema is not {SCHEMA!r}; check out the code that wrote it, or use another --out")
+    return manifest
+
+
+def origin(manifest: dict, free: Iterable[str]) -> dict:
+    """What the shards under a manifest are, for a later stage to remember, without the settings that may change."""
+    kept = {name: manifest.get(name) for name in ("stage", "seed", "model", "adapter")}
+    return kept | {"config": {name: value for name, value in manifest.get("config", {}).items() if name not in free}}
+
+
+def sampled_by(manifest: dict) -> dict:
+    """The rollout stage's manifest of shards that later stages may have added to."""
+    while "rollouts_manifest" in (manifest.get("config") or {}):
+        manifest = manifest["config"]["rollouts_manifest"]
+    return manifest
+
+
+def check(folder: Path | str, config: dict, ignore: Iterable[str] = ()) -> dict | None:
+    """May this config go on in this folder? None: the folder is fresh. The manifest: same config, go on.
+
+    ShardError names each field that differs, old and new, or the model or adapter whose files have changed since.
+    Fields in `ignore` (paths, devices) are not compared.
+    """
+    folder = Path(folder)
+    if not (folder / "manifest.json").exists():
+        if list_shards(folder):
+            raise ShardError(f"{folder}: shards of unknown settings (no manifest.json there); use another --out")
+        return None
+    manifest = read(folder)
+    old, new = manifest["config"], json.loads(json.dumps(config, default=str))  # as JSON: tuples are lists there
+    pairs = {name: (old.get(name, "(none)"), new.get(name, "(none)")) for name in sorted({*old, *new} - {*ignore})}
+    differ = [
+        f"\n  {name}: the file has changed" if name.endswith("_file") else f"\n  {name}: {there!r} there, {now!r} now"
+        for name, (there, now) in pairs.items()
+        if there != now
+    ]
+    if differ:
+        fix = "use another --out, or the same settings to go on where it stopped"
+        raise ShardError(f"{folder} was written with other settings:{''.join(differ)}\n{fix}")
+    check_files(folder, manifest, {role: config.get(role) for role in ("model", "adapter")})
+    return manifest
+
+
+def check_files(folder: Path | str, manifest: dict, used: dict[str, str | None]) -> None:
+    """ShardError if a model or adapter of the manifest has other files now. Another name is the caller's choice, and a
+    folder that is gone is for the loading code to report."""
+    for role, name in used.items():
+        entry = manifest.get(role)
+        if entry and name == entry["name"] and Path(name).expanduser().is_dir():
+            if entry["fingerprint"] != fingerprint(name):
+                raise ShardError(
+                    f"{folder} was made with other files of the {role} {name}; bring those back, or use another folder"
+                )

@@ -1,0 +1,118 @@
+"""Sampling as functions: the questions of a step, G responses to each, and their groups as records.
+
+The loop over tokens is model/decoding.py. Its noise depends on seed, round, step, uid, index and token position only,
+so a response does not change with the batch it was sampled in.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kernels import row_id
+from upt.answers import vote_key
+from upt.data.mixture import quotas
+from upt.data.questions import Questions
+from upt.groups.shards import SCHEMA, save_image
+from upt.model.decoding import Sampled, generate
+from upt.model.packing import Prompt
+from upt.model.policy import Policy
+from upt.prompts import template
+from upt.run.settings import Rollout
+
+
+@dataclass
+class Batch:
+    """The questions of one step that can be used, their prompts, and what was left out by uid and reason."""
+
+    questions: list
+    prompts: list[Prompt]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def schedule(size: int, per_step: int, seed: int, step: int, round: int = 0) -> list[int]:
+    """The rows of one step: every epoch, of every round, is a fresh permutation, cut into whole steps."""
+    per_step = min(per_step, size)
+    epoch, turn = divmod(step, size // per_step)
+    order = np.random.default_rng([seed, epoch, round] if round else [seed, epoch]).permutation(size)
+    return order[turn * per_step : (turn + 1) * per_step].tolist()
+
+
+def step_rows(questions: Questions, per_step: int, seed: int, step: int, round: int = 0) -> list[int]:
+    """The rows of one step; of a mixture by weight, each set's part of them. Raises DataError if one is too small."""
+    if questions.weights is None:
+        return schedule(len(questions), per_step, seed, step, round)
+    rows, first = [], 0
+    for (size, _), count in zip(questions.weights, quotas(per_step, questions.weights), strict=True):
+        rows += [first + row for row in schedule(size, count, seed, step, round)]
+        first += size
+    # Shuffled, so that every minibatch is a mixture.
+    return np.random.default_rng([seed, step, round, len(rows)]).permutation(rows).tolist()
+
+
+def step_batch(policy: Policy, questions: Questions, step: int, config: Rollout) -> Batch:
+    """Load and encode the questions of one step; none may be left when all are bad or over the limit."""
+    rows = step_rows(questions, config.questions_per_step, config.seed, step, config.round)
+    found = questions.get(rows)
+    prompts, too_long = policy.encode(found, template(config.prompt), config.max_prompt_tokens)
+    left_out = {
+        questions.uids[row]: questions.bad[questions.uids[row]] for row in rows if questions.uids[row] in questions.bad
+    }
+    limit = config.max_prompt_tokens
+    left_out |= {uid: f"prompt of {n} tokens is over --max-prompt-tokens {limit}" for uid, n in too_long.items()}
+    return Batch([q for q in found if q.uid not in too_long], prompts, left_out)
+
+
+def sample_groups(
+    policy: Policy, prompts: Sequence[Prompt], step: int, config: Rollout, tick: Callable[[int], None] = lambda n: None
+) -> list[list[Sampled]]:
+    """G responses to each prompt, in the order of the prompts. `tick(n)` is called after every n finished responses."""
+    G, found = config.group_size, [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
+    while order:
+        tokens = G * (len(prompts[order[0]].ids) + config.max_new_tokens)
+        count = max(1, config.rollout_tokens // tokens)
+        batch, order = order[:count], order[count:]
+        rows = [row_id(step, prompts[i].uid, g) for i in batch for g in range(G)]
+        sampled = generate(policy, [prompts[i] for i in batch], rows, config)
+        for place, i in enumerate(batch):
+            found[i] = sampled[place * G : (place + 1) * G]
+        tick(len(rows))
+    return found
+
+
+def rollout(policy, batch: Batch, step: int, config: Rollout, folder: Path, tick=lambda n: None) -> list[dict]:
+    """The groups of one step as records (see groups/shards.py), pictures written under `folder`. Gradients are off."""
+    groups = []
+    with ThreadPoolExecutor() as pool:  # the disk works while the model samples
+        pictures = pool.map(lambda q: None if q.image is None else save_image(folder, q.image), batch.questions)
+        sampled = sample_groups(policy, batch.prompts, config.turn(step), config, tick)
+    for question, picture, prompt, responses in zip(batch.questions, pictures, batch.prompts, sampled, strict=True):
+        texts = policy.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
+        groups.append(
+            {
+                "schema": SCHEMA,
+                "uid": question.uid,
+                "step": step,
+                "question": question.question,
+                "choices": question.choices,
+                "image": picture,
+                "gold": question.gold,
+                "prompt_tokens": len(prompt.ids),
+                "responses": [
+                    {
+                        "text": text,
+                        "token_ids": r.ids,
+                        "logprobs": r.logprobs,
+                        "finish": r.finish,
+                        "entropy": r.entropy,
+                        "self_certainty": r.self_certainty,
+                        "key": vote_key(text, question.choices),
+                    }
+                    for text, r in zip(texts, responses, strict=True)
+                ],
+            }
+        )
+    return groups

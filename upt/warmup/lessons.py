@@ -1,0 +1,105 @@
+"""What the embedded model is taught, as token ids with weights, and the supervised loop over it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from upt import prompts
+from upt.answers import vote_key
+from upt.data import shapes
+from upt.model.packing import Prompt, Row, layout, packed_mask
+from upt.model.policy import Policy
+from upt.prompts import judge_turns
+from upt.run import presets, progress
+from upt.stages import asking, judging
+
+QUESTION_WEIGHT = 0.05  # of a question's tokens in the clean phase
+VERDICT_WEIGHT = 0.3  # of a verdict's tokens in the loss; from 0.1 to 1 it made little difference
+
+
+@dataclass
+class Lesson:
+    """A prompt, its picture, and responses to it with the weight of each of their tokens in the loss."""
+
+    prompt: Prompt
+    pixels: torch.Tensor
+    responses: list[list[int]]
+    weights: list[list[float]]
+
+
+def lesson(policy: Policy, item: shapes.Item, style: str, text: str) -> Lesson:
+    """A question in the prompt style `style`, answered by `text`."""
+    prompt, pixels, _ = policy.encode_one(item, prompts.template(style))
+    response = [*policy.tokens(text), policy.tokenizer.eos_token_id]
+    return Lesson(prompt, pixels, [response], [[1.0] * len(response)])
+
+
+def with_question(policy: Policy, made: Lesson, item: shapes.Item) -> Lesson:
+    """A lesson in which the question has to be foreseen, too, from the picture before it."""
+    ids, start = made.prompt.ids, made.prompt.ids.index(policy.tokens("<|vision_end|>")[0]) + 1
+    prompt = replace(made.prompt, ids=ids[:start], positions=made.prompt.positions[:, :start])
+    asked = len(policy.tokens(item.question))
+    weights = [QUESTION_WEIGHT] * asked + [0.0] * (len(ids) - start - asked) + made.weights[0]
+    return Lesson(prompt, made.pixels, [ids[start:] + made.responses[0]], [weights])
+
+
+def add_verdicts(policy: Policy, made: Lesson, item: shapes.Item, poor: str) -> Lesson:
+    """A `think-boxed` lesson with a judge's verdict behind its response, and behind `poor`, which is not taught itself.
+
+    Prompt and response are what the judge's prompt starts with, so the verdict takes a few tokens more and no picture.
+    """
+    end = policy.tokenizer.eos_token_id
+    _, ask = judging.frame(policy, judge_turns(presets.TINY["judge_prompt"]), item, True)
+    ask = policy.tokens(ask)[1:]  # its first token closes the candidate's turn, as the last of a response does
+    taught = [*zip(made.responses, made.weights, strict=True), ([*policy.tokens(poor), end], None)]
+    responses, weights = [], []
+    for response, weight in taught:
+        right = vote_key(policy.tokenizer.decode(response)) == item.gold
+        verdict = [*policy.tokens(f"\\boxed{{{9 * right}/9}}"), end]
+        responses.append(response + ask + verdict)
+        weights.append((weight or [0.0] * len(response)) + [0.0] * len(ask) + [VERDICT_WEIGHT] * len(verdict))
+    return Lesson(made.prompt, made.pixels, responses, weights)
+
+
+def asking_lesson(policy: Policy, item: shapes.Item, mode: str, texts: list[str]) -> Lesson:
+    """The picture, in context with its question, answered by each of the questions `texts`."""
+    made = asking.shown(policy, item, prompts.asking(mode))
+    prompt, pixels, _ = policy.encode_one(made, "{question}")
+    responses = [[*policy.tokens(text), policy.tokenizer.eos_token_id] for text in texts]
+    return Lesson(prompt, pixels, responses, [[1.0] * len(response) for response in responses])
+
+
+def train(
+    policy: Policy, lessons: Iterable[list[Lesson]], steps: int, optimizers: list, end: float, label: str
+) -> None:
+    """Supervised training of all weights, one update for each batch of `lessons`.
+
+    Learning rates rise over 30 updates, stay, and fall along a line over the last 70 % to `end` times their peak.
+    """
+    if steps == 0:
+        return
+
+    def rate(step: int) -> float:
+        return min(1, (step + 1) / min(30, steps), end + (1 - end) * (steps - step) / (0.7 * steps))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    model = policy.model.train()
+    bar = progress.bar(lessons, desc=label, unit="step", total=steps)
+    for step, batch in enumerate(bar):
+        policy.see([(lesson.prompt, lesson.pixels, None) for lesson in batch])
+        ids, positions, segment, sources, targets = layout([Row(x.prompt, x.responses, []) for x in batch])
+        hidden = policy.hidden(ids, positions, packed_mask(segment), [lesson.prompt for lesson in batch])
+        logits = hidden.flatten(0, 1)[sources] @ model.lm_head.weight.T
+        weights = torch.tensor([w for lesson in batch for response in lesson.weights for w in response])
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        loss = (losses * weights).sum() / weights.sum()
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        if step % 10 == 9:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
