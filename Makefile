@@ -27,6 +27,28 @@ NEEDS_TINY = $(if $(MODEL),$(filter $(TINY),$(patsubst %/,%,$(MODEL))),$(filter 
 MODEL_READY = $(if $(NEEDS_TINY),$(TINY)/warmup.json)
 SAMPLING = --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,seed,$(SEED))
 
+SCRIPTS := train_upt.py rollout.py judge.py rewards.py synthesize.py warmup.py ablate.py
+CODE    := $(SCRIPTS) conftest.py upt kernels eval bench tests
+
+# The variables that each target uses. Another one on the command line is a mistake, which make itself would pass over.
+USES_train   := DATA MODEL REWARD ADVANTAGE STEPS SEED OUT GPUS ARGS
+USES_rollout := DATA MODEL STEPS SEED OUT GPUS ARGS
+USES_judge   := MODEL OUT GPUS ARGS
+USES_score   := REWARD ADVANTAGE SEED OUT ARGS
+USES_eval    := DATA MODEL SEED OUT RUN BENCH GPUS ARGS
+USES_synth   := DATA MODEL SEED OUT GPUS ARGS
+USES_ablate  := DATA MODEL REWARDS ADVANTAGE STEPS SEEDS OUT GPUS ARGS
+USES_warmup  := SEED ARGS
+USES_test    := ARGS
+USES_bench   := ARGS
+GOALS  := $(or $(MAKECMDGOALS),help)
+TAKES  := $(sort $(foreach goal,$(GOALS),$(USES_$(goal))))
+GIVEN  := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
+UNUSED := $(filter-out $(TAKES) PYTHON TORCH,$(filter-out MAKE% -%,$(GIVEN)))
+ifneq ($(UNUSED),)
+$(error make $(GOALS) does not use $(UNUSED); it takes $(or $(TAKES),no variables))
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup warmup train rollout judge score eval synth ablate test lint bench bench-gpu clean one-gpu
 
@@ -44,7 +66,7 @@ $(READY): requirements.txt
 	rm -f $(VENV)/.ready-*
 	touch $@
 
-$(TINY)/warmup.json: warmup.py shapes.py $(TAUGHT:%=prompts/%.md) | $(READY)
+$(TINY)/warmup.json: warmup.py $(wildcard upt/warmup/*.py) upt/data/shapes.py $(TAUGHT:%=prompts/%.md) | $(READY)
 	$(PY) warmup.py --out $(TINY) $(call flag,seed,$(SEED))
 
 warmup: $(READY)  ## (re)make the embedded default model in models/tiny
@@ -88,8 +110,8 @@ test: $(READY)  ## all tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(READY)  ## ruff, check and format
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
+	$(PY) -m ruff check $(CODE)
+	$(PY) -m ruff format --check $(CODE)
 
 bench: $(READY) $(TINY)/warmup.json  ## the kernels beside naive PyTorch, our loop beside TRL's, judging beside separate calls
 	$(PY) -m bench.kernels

@@ -15,13 +15,13 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    import warmup
     from upt.data import shapes
     from upt.prompts import template
+    from upt.warmup import demonstrations, tiny
 
     items = shapes.questions("warmup", 0, 200)
-    texts = [template(prompt).replace("{question}", i.question) for i in items for prompt in warmup.STYLES]
-    return warmup.make_tokenizer(texts + [warmup.demonstrate(item, "think-boxed") for item in items])
+    texts = [template(prompt).replace("{question}", i.question) for i in items for prompt in demonstrations.STYLES]
+    return tiny.make_tokenizer(texts + [demonstrations.demonstrate(item, "think-boxed") for item in items])
 
 
 def _config(family: str, tokenizer):

@@ -27,13 +27,13 @@ from upt import model, prompts, stages
 from upt.errors import SettingError
 from upt.groups import manifests, shards
 from upt.run import cli, presets, progress
-from upt.run.settings import Judging, Paths
+from upt.run.settings import Judge, Paths
 
 FREE = ("rollouts", "out", "device", "judge_tokens")  # settings that may change when judging goes on
 
 
 @dataclass
-class Config(Judging, Paths):
+class Config(Judge, Paths):
     """Flags of the stage. The settings of the judge's model are those of the rollouts where they are left at None."""
 
     rollouts: Path = Path("runs/rollouts")

@@ -43,7 +43,7 @@ from upt.groups import manifests, shards, variants
 from upt.run import cli, health, progress
 from upt.run.metrics import Clock, Metrics
 from upt.run.resuming import STORED, claim, jsonable, prepare
-from upt.run.settings import Evaluation, Judging, Reward, Rollout, Rounds, Update, at_least
+from upt.run.settings import Evaluation, Judge, Reward, Rollout, Rounds, Update, at_least, check_adapter
 from upt.run.stopping import stop_on_signal
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Config(Evaluation, Update, Rounds, Judging, Reward, Rollout):
+class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
     """Settings left at None take the preset's value, else the default for the model (see upt/run/presets.py)."""
 
     out: Path = Path("runs/train")
@@ -87,10 +87,7 @@ class Config(Evaluation, Update, Rounds, Judging, Reward, Rollout):
         self.check_judge()
         if self.adapter and self.init_adapter:
             raise SettingError("--adapter merges an adapter, --init-adapter goes on training it: give one of them")
-        if self.init_adapter and not (Path(self.init_adapter) / "adapter_config.json").is_file():
-            raise SettingError(
-                f"--init-adapter {self.init_adapter}: no PEFT adapter there (adapter_config.json is missing)"
-            )
+        check_adapter("init_adapter", self.init_adapter)
         self.check_rounds()
         if self.rounds and rewards.needs_gold(self.reward):
             raise SettingError(
@@ -317,6 +314,7 @@ def scored(policy: "Policy", questions: "data.Questions", name: str, config: Con
             check()
 
         scores = heldout.evaluate(policy, questions, config, count, config.eval_samples, tick)
+    print(f"held out, {name} training: {heldout.headline(scores)}")
     write_whole(path, [json.dumps(scores).encode()])
     return scores
 
@@ -380,6 +378,8 @@ def main(config: Config) -> dict:
             summary["after"] = scored(policy, held_out, "after", config, clock, check)
         if config.eval:
             summary["benchmarks"] = followed.curves(policy, config, clock, check)
+    measured = {name: summary[name] for name in ("before", "after") if name in summary}
+    summary |= {name: heldout.without_rows(scores) for name, scores in measured.items()}
     warmup = Path(config.model) / "warmup.json"
     if warmup.is_file():
         summary["warmup"] = json.loads(warmup.read_text())
@@ -389,7 +389,7 @@ def main(config: Config) -> dict:
         if bad := source.report_bad():
             print(bad, file=sys.stderr)
     if held_out:
-        print(heldout.table({name: summary[name] for name in ("before", "after")}))
+        print(heldout.table(measured))
     for name, curve in summary.get("benchmarks", {}).items():
         print(f"{name} by steps: " + ", ".join(f"{step} {100 * value:.1f}" for step, value in curve.items()))
     print(f"adapter in {config.out / 'adapter'}, summary in {config.out / 'summary.json'}")

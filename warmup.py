@@ -130,7 +130,7 @@ def main(config: Config) -> dict:
     network.requires_grad_(False)
     (config.out / "warmup.json").unlink(missing_ok=True)  # until the new one is whole, there is no warmed-up model
     policy.export(config.out)
-    report = scores | {
+    report = {name: heldout.without_rows(found) for name, found in scores.items()} | {
         "config": json.loads(json.dumps(asdict(config), default=str)),
         "seconds": time.perf_counter() - started,
     }

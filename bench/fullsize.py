@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter, strftime
 from typing import Literal
 from unittest.mock import patch
@@ -28,14 +29,16 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import rollout
 import train_upt
-import warmup
 from bench.kernels import naive_linear
 from bench.loop import hardware
 from upt import data
 from upt.files import write_whole
-from upt.model import policy
+from upt.model import policy, update
+from upt.model.families import Qwen
+from upt.prompts import template
+from upt.stages import sampling
+from upt.warmup import tiny
 
 PIXELS = 28  # a token of the language model is a square of this side in the picture
 
@@ -84,8 +87,7 @@ class Config:
 def build(config: Config, device: str) -> policy.Policy:
     """The model with random weights, a small tokenizer with Qwen's special tokens, and a fresh adapter."""
     language, vision, tied = MODELS[config.model]
-    template = policy.template("think-boxed")
-    tokenizer = warmup.make_tokenizer([template])
+    tokenizer = tiny.make_tokenizer([template("think-boxed")])
     token_id = tokenizer.convert_tokens_to_ids
     size = language["hidden_size"] // language["num_attention_heads"]  # of a head
     sections = [size // 8, size * 3 // 16, size * 3 // 16]
@@ -114,7 +116,10 @@ def build(config: Config, device: str) -> policy.Policy:
     if device == "cuda":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     pixels = config.image_tokens * PIXELS**2
-    found = policy.Policy(model, tokenizer, Qwen2VLImageProcessorPil(min_pixels=pixels, max_pixels=pixels))
+    with TemporaryDirectory() as folder:
+        Qwen2VLImageProcessorPil().save_pretrained(folder)
+        family = Qwen(folder, pixels, pixels)
+    found = policy.Policy(model, tokenizer, family)
     found.add_lora(64, 128)
     return found
 
@@ -135,7 +140,7 @@ def eager_sample(logits, temperature, row_ids, position, banned, statistics, **c
 
 WAYS = {
     "kernels": {},
-    "eager": {"policy.linear_logprob": eager_linear, "decoding.sample": eager_sample},
+    "eager": {"upt.model.policy.linear_logprob": eager_linear, "upt.model.decoding.sample": eager_sample},
 }
 
 
@@ -176,15 +181,15 @@ class Loop:
         self.peak_gb()
         start = self.clock()
         with torch.no_grad():
-            prompts, _ = self.policy.encode(self.questions, self.template("think-boxed"))
-            sampled = rollout.sample_groups(self.policy, prompts, number, self.settings)
+            prompts, _ = self.policy.encode(self.questions, template("think-boxed"))
+            sampled = sampling.sample_groups(self.policy, prompts, number, self.settings)
         middle, rollout_gb = self.clock(), self.peak_gb()
         signs = [(-1.0) ** i for i in range(self.config.group_size)]
         groups = [
             {"responses": [{"token_ids": s.ids, "finish": s.finish, "advantage": a} for s, a in zip(group, signs)]}
             for group in sampled
         ]
-        train_upt.update(self.policy, self.optimizer, self.schedule, prompts, groups, self.settings, measure_kl=False)
+        update.update(self.policy, self.optimizer, self.schedule, prompts, groups, self.settings, measure_kl=False)
         end = self.clock()
         tokens = sum(len(s.ids) for group in sampled for s in group)
         return {

@@ -1,6 +1,6 @@
 """Seconds to judge one group: its candidates behind one shared prefix, beside calls of the model on whole prompts.
 
-    shared     judge.judge on the group: the picture encoded once, the prompt up to the candidate computed once
+    shared     judging.judge on the group: the picture encoded once, the prompt up to the candidate computed once
     separate   the plain way: for each candidate its whole prompt with the picture through the transformers model
     batched    the same prompts, padded, in one call of the transformers model, the picture encoded for each of them
 
@@ -21,15 +21,14 @@ from time import perf_counter, strftime
 import torch
 import tyro
 
-import judge
-import rollout
 from bench.loop import hardware
-from upt import data
+from upt import data, stages
 from upt.answers import keeps_format
 from upt.files import write_whole
 from upt.model.policy import Policy
-from upt.prompts import template
+from upt.prompts import judge_turns, template
 from upt.run import presets
+from upt.run.settings import Judge, Rollout
 
 
 @dataclass
@@ -55,16 +54,16 @@ class Config:
 class Separate:
     """The judge as one would write it with transformers alone: whole prompts, no shared prefix."""
 
-    def __init__(self, policy: Policy, settings: judge.Settings):
+    def __init__(self, policy: Policy, settings: Judge):
         self.policy, self.settings = policy, settings
-        self.turns = judge.template(settings.judge_prompt)
+        self.turns = judge_turns(settings.judge_prompt)
         self.digits = [policy.tokens(str(d))[0] for d in range(10)]
 
     def inputs(self, question, texts: list[str], lead: str) -> dict:
         policy = self.policy
-        seen = dict(policy.image_processor(images=[question.image] * len(texts), return_tensors="pt"))
+        seen = dict(policy.family.image_processor(images=[question.image] * len(texts), return_tensors="pt"))
         image = policy.base.config.image_token_id
-        count = int(seen["image_grid_thw"][0].prod()) // policy.image_processor.merge_size**2
+        count = int(seen["image_grid_thw"][0].prod()) // policy.family.image_processor.merge_size**2
         rows = []
         for text in texts:
             turns = [
@@ -95,10 +94,10 @@ class Separate:
 def main(config: Config) -> dict:
     """Measure, print the table and return what `--save` writes."""
     known = presets.TINY | {"judge_prompt": config.prompt, "judge_max_new_tokens": config.judge_max_new_tokens}
-    settings = judge.Settings(**{name: value for name, value in known.items() if name.startswith("judge")})
+    settings = Judge(**{name: value for name, value in known.items() if name.startswith("judge")})
     policy = Policy.load(config.model, device=config.device)
-    sampling = rollout.Config(model=config.model, seed=config.seed, group_size=config.group_size, top_p=0.9)
-    sampling.resolve()
+    drawn = Rollout(model=config.model, seed=config.seed, group_size=config.group_size, top_p=0.9)
+    drawn.resolve()
     separate, times, difference = Separate(policy, settings), {}, 0.0
 
     def timed(name: str, call, *arguments):
@@ -116,12 +115,12 @@ def main(config: Config) -> dict:
     def shared(question, group: dict, mode: str) -> list[float]:
         settings.judge_mode = mode
         prompts, _ = policy.encode([question], template("boxed"))
-        judged = judge.judge(policy, prompts, [group], settings, "think-boxed", config.seed)
+        judged = stages.judging.judge(policy, prompts, [group], settings, "think-boxed", config.seed)
         return [response["judge"]["score"] for response in judged[0]["responses"]]
 
     for number, question in enumerate(data.load("shapes", "validation", config.seed, limit=config.groups + 2)):
         prompts, _ = policy.encode([question], template("think-boxed"))
-        sampled = rollout.sample_groups(policy, prompts, 0, sampling)[0]
+        sampled = stages.sampling.sample_groups(policy, prompts, 0, drawn)[0]
         texts = [policy.tokenizer.decode(s.ids, skip_special_tokens=True) for s in sampled]
         texts = [text if keeps_format(text, "think-boxed") else f"<think>{text}</think>\\boxed{{0}}" for text in texts]
         group = {"uid": question.uid, "step": 0, "question": question.question, "choices": None}

@@ -37,14 +37,16 @@ import tyro
 from transformers import PrinterCallback, Qwen2_5_VLProcessor, TrainerCallback
 
 import rewards
-import rollout
 import train_upt
 from upt import data
 from upt.answers import vote_key
 from upt.files import write_whole
 from upt.groups import shards
+from upt.model import update
 from upt.model.policy import Policy
 from upt.prompts import template
+from upt.run.metrics import Clock, Metrics
+from upt.stages import sampling
 
 
 @dataclass
@@ -83,16 +85,16 @@ class Ours:
         self.optimizer = torch.optim.AdamW(adapter, c.learning_rate, weight_decay=c.weight_decay, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: 1.0)
         folder.mkdir(parents=True)
-        self.metrics = runs.Metrics(folder / "metrics.jsonl", 0)
+        self.metrics = Metrics(folder / "metrics.jsonl", 0)
         self.prompts: list[list[int]] = []  # token ids of the latest step's prompts
 
     def step(self, number: int) -> dict[str, float]:
-        c, start, clock = self.config, perf_counter(), runs.Clock()
+        c, start, clock = self.config, perf_counter(), Clock()
         prompts, groups, left_out = train_upt.sampled(self.policy, self.questions, number, c, clock, lambda *_: None)
         groups = rewards.score(groups, c.reward, c.advantage, c.seed)
         shards.write_shard(shards.shard_path(c.out / "rollouts", number), groups)
         middle = perf_counter()
-        stats = train_upt.update(self.policy, self.optimizer, self.schedule, prompts, groups, c, measure_kl=False)
+        stats = update.update(self.policy, self.optimizer, self.schedule, prompts, groups, c, measure_kl=False)
         self.metrics.write(number, groups, stats, clock.seconds, {"left_out": len(left_out)})
         end, self.prompts = perf_counter(), [prompt.ids for prompt in prompts]
         responses = [response for group in groups for response in group["responses"]]
@@ -152,11 +154,11 @@ def run_trl(ours: Ours, accumulation: int, steps: int, alternate: bool = False) 
 
     def examples(batch: dict) -> dict:
         asked = [questions[row] for row in batch["row"]]
-        prompts = [[{"role": "user", "content": template.replace("{question}", q.question)}] for q in asked]
+        prompts = [[{"role": "user", "content": wording.replace("{question}", q.question)}] for q in asked]
         return {"prompt": prompts, "image": [q.image for q in asked]}
 
-    template, size = template(c.prompt), c.questions_per_step * c.group_size
-    order = [rollout.schedule(len(ours.questions), c.questions_per_step, c.seed, step) for step in range(steps)]
+    wording, size = template(c.prompt), c.questions_per_step * c.group_size
+    order = [sampling.schedule(len(ours.questions), c.questions_per_step, c.seed, step) for step in range(steps)]
     questions = ours.questions.get(row for rows in order for row in rows)
     dataset = datasets.Dataset.from_dict({"row": range(len(questions))}).with_transform(examples)
     start = Policy.load(c.model, device="cpu")
@@ -178,7 +180,7 @@ def run_trl(ours: Ours, accumulation: int, steps: int, alternate: bool = False) 
         seed=c.seed,
         **(plain | quiet),
     )
-    processor = Processor(start.image_processor, start.tokenizer, chat_template=start.tokenizer.chat_template)
+    processor = Processor(start.family.image_processor, start.tokenizer, chat_template=start.tokenizer.chat_template)
     lora = copy.deepcopy(ours.policy.model.peft_config["default"])
     trainer = Timed(start.model, agreement, settings, dataset, processing_class=processor, peft_config=lora)
     trainer.remove_callback(PrinterCallback)

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 STEP = -1  # the step that keys the sampling noise of evaluation
 QUESTIONS_AT_ONCE = 128
 GOLD_METRICS = ("greedy", "mean", "maj", "pass")
+NAMES = (*GOLD_METRICS, "length", "entropy", "majority_share", "abstentions")
+FEW = 30  # questions below which a row of the table is marked
 
 
 @dataclass
@@ -90,12 +92,12 @@ def evaluate(
 ) -> dict:
     """Scores on the usable ones of the first `count` questions, and how many those are.
 
-    {metric: {"value", "low", "high"}, "kinds": …, "questions": n, "graded": n, "too_long": n}; the last counts prompts
-    over the limit, which are left out.
+    {metric: {"value", "low", "high"}, "kinds": …, "questions": n, "graded": n, "too_long": n, "rows": …}; `too_long`
+    counts prompts over the limit, which are left out, `rows` are the scores of single questions.
     """
     greedy_config = replace(config, temperature=0.0, group_size=1)
     sample_config = replace(config, group_size=samples)
-    rows, kinds, left_out = [], [], {}
+    rows, left_out = [], {}
     for start in range(0, min(count, len(questions)), QUESTIONS_AT_ONCE):
         found = questions.get(range(start, min(start + QUESTIONS_AT_ONCE, count, len(questions))))
         template = prompts.template(config.prompt)
@@ -108,6 +110,8 @@ def evaluate(
             texts = [policy.tokenizer.batch_decode([r.ids for r in part], skip_special_tokens=True) for part in both]
             keys = [vote_key(text, question.choices) for text in texts[1]]
             row = {
+                "uid": question.uid,
+                "kind": question.kind,
                 "majority_share": max(Counter(key for key in keys if key is not None).values(), default=0) / samples,
                 "abstentions": keys.count(None) / samples,
                 "length": float(np.mean([len(r.ids) for r in both[1]])),
@@ -116,7 +120,6 @@ def evaluate(
             if question.gold is not None:
                 row |= question_scores(question, *texts)
             rows.append(row)
-            kinds.append(question.kind)
     if not rows:
         raise DataError(
             f"none of the first {count} questions of {questions.name} can be used: {len(left_out)} prompts are over "
@@ -129,47 +132,73 @@ def evaluate(
     scores |= {
         name: interval([row[name] for row in rows]) for name in ("length", "entropy", "majority_share", "abstentions")
     }
-    scores["kinds"] = {
-        kind: {
-            name: interval([row[name] for row, k in zip(rows, kinds, strict=True) if k == kind and name in row])
-            for name in (*GOLD_METRICS[:2], "length")
-        }
-        for kind in sorted({k for k, row in zip(kinds, rows, strict=True) if k is not None and "greedy" in row})
-    }
+    scores["kinds"] = {}
+    for kind in sorted({row["kind"] for row in graded if row["kind"] is not None}):
+        found = [row for row in graded if row["kind"] == kind]
+        means = {name: interval([row[name] for row in found]) for name in (*GOLD_METRICS[:2], "length")}
+        scores["kinds"][kind] = {"questions": len(found)} | means
     if left_out:
         print(f"held out: {len(left_out)} prompts over --max-prompt-tokens are left out", file=sys.stderr)
-    return scores | {"questions": len(rows), "graded": len(graded), "too_long": len(left_out)}
+    return scores | {"questions": len(rows), "graded": len(graded), "too_long": len(left_out), "rows": rows}
+
+
+def headline(scores: dict) -> str:
+    """What matters most of some scores, on a line."""
+    names = [name for name in (*GOLD_METRICS, "majority_share") if name in scores]
+    return f"{scores['questions']} questions, " + ", ".join(
+        f"{name.replace('_', ' ')} {100 * scores[name]['value']:.1f}" for name in names
+    )
 
 
 def table(columns: dict[str, dict]) -> str:
-    """Scores side by side as aligned text; with two columns or more, the difference of the last from the first."""
+    """Scores side by side as aligned text, per cent but for length and entropy.
+
+    With two columns or more, the difference of the last from the first, its interval paired by question.
+    """
     first, last = list(columns.values())[0], list(columns.values())[-1]
-    names = [name for name in (*GOLD_METRICS, "length", "entropy", "majority_share", "abstentions") if name in first]
-    rows = [["", *columns, *(["difference"] if len(columns) > 1 else [])]]
-    for name in names:
-        scale = 1 if name in ("length", "entropy") else 100
-        cells = [_cell(scores[name], scale) for scores in columns.values()]
-        if len(columns) > 1:
-            cells.append(f"{scale * (last[name]['value'] - first[name]['value']):+.1f}")
-        rows.append([name, *cells])
-    for kind in first["kinds"]:
-        for name in GOLD_METRICS[:2]:
-            cells = [_cell(scores["kinds"][kind][name], 100) for scores in columns.values()]
+    groups = {"": first} | {f"{kind} ": first["kinds"][kind] for kind in first["kinds"]}
+    rows, few = [["", "n", *columns, *(["difference"] if len(columns) > 1 else [])]], False
+    for prefix, of in groups.items():
+        kind = prefix.strip() or None
+        for name in NAMES if kind is None else (*GOLD_METRICS[:2], "length"):
+            if name not in of:
+                continue
+            n = of["graded"] if kind is None and name in GOLD_METRICS else of["questions"]
+            few |= n < FEW
+            scores = [c if kind is None else c["kinds"][kind] for c in columns.values()]
+            cells = [cell(found[name], name) for found in scores]
             if len(columns) > 1:
-                change = last["kinds"][kind][name]["value"] - first["kinds"][kind][name]["value"]
-                cells.append(f"{100 * change:+.1f}")
-            rows.append([f"{kind} {name}", *cells])
+                cells.append(cell(difference(first, last, name, kind), name, "+"))
+            rows.append([prefix + name, f"{n}{'*' * (n < FEW)}", *cells])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ["  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    note = [f"* fewer than {FEW} questions: the interval says little"] if few else []
+    return "\n".join(lines + note)
 
 
-def _cell(score: dict[str, float], scale: float) -> str:
-    digits = 3 if scale == 1 and score["value"] < 1 else 1
-    return (
-        f"{scale * score['value']:.{digits}f} [{scale * score['low']:.{digits}f}, {scale * score['high']:.{digits}f}]"
-    )
+def difference(first: dict, last: dict, name: str, kind: str | None = None) -> dict[str, float]:
+    """How much a score of the last is above that of the first, over the questions that both have.
+
+    Without scores of single questions, of a run from before they were kept, there is no interval.
+    """
+    old, new = ({row["uid"]: row for row in of.get("rows", ()) if kind in (None, row["kind"])} for of in (first, last))
+    pairs = [new[uid][name] - row[name] for uid, row in old.items() if name in row and name in new.get(uid, ())]
+    if pairs:
+        return interval(pairs)
+    values = [(of if kind is None else of["kinds"][kind])[name]["value"] for of in (first, last)]
+    return {"value": values[1] - values[0]}
+
+
+def cell(score: dict[str, float], name: str, sign: str = "") -> str:
+    """A value with its interval, to the digits that it needs."""
+    scale, digits = {"entropy": (1, 3), "length": (1, 1)}.get(name, (100, 1))
+    value, *ends = (f"{scale * score[part]:{sign}.{digits}f}" for part in ("value", "low", "high") if part in score)
+    return f"{value} [{', '.join(ends)}]" if ends else value
+
+
+def without_rows(scores: dict) -> dict:
+    """Scores without those of single questions."""
+    return {name: value for name, value in scores.items() if name != "rows"}
 
 
 def main(config: Config) -> dict:

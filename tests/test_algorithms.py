@@ -14,15 +14,17 @@ import rollout
 from tests.test_train import SMALL, adapter, run, same
 from train_upt import Config, main, targets
 from upt import answers, data
+from upt.errors import Stopped
 from upt.groups import shards
 from upt.model import update
 from upt.model.policy import Policy
 from upt.run import checkpoints, health, presets
+from upt.stages import sampling
 
 
 def keyed(monkeypatch, keys=lambda text: str(len(text) % 3)):
     """A random model keeps no format and gives no answers: make keys of its text, and call every text well-formed."""
-    monkeypatch.setattr(rollout, "vote_key", lambda text, choices=None: keys(text))
+    monkeypatch.setattr(sampling, "vote_key", lambda text, choices=None: keys(text))
     monkeypatch.setattr(answers, "keeps_format", lambda text, prompt: True)
 
 
@@ -35,8 +37,8 @@ def step(tiny, tmp_path, **settings):
     config = Config(model=tiny, out=tmp_path, **SMALL | {"steps": 1} | settings).resolve()
     policy = Policy.load(tiny, dtype="fp32", device="cpu")
     policy.add_lora(2, 4)
-    batch = rollout.step_batch(policy, data.load("shapes", "train", 0), 0, config)
-    groups = rollout.rollout(policy, batch, 0, config, tmp_path)
+    batch = sampling.step_batch(policy, data.load("shapes", "train", 0), 0, config)
+    groups = sampling.rollout(policy, batch, 0, config, tmp_path)
     return config, policy, batch.prompts, rewards.score(groups, "random", config.advantage, 0)
 
 
@@ -203,7 +205,7 @@ def test_a_checkpoint_is_chosen_without_labels(tiny, tmp_path, monkeypatch):
 def test_an_interruption_leaves_no_checkpoint_to_choose(tiny, tmp_path, monkeypatch):
     settings = dict(steps=4, save_every=2, select="label-free")
     whole = run(tiny, tmp_path / "whole", **settings)
-    real, calls = rollout.generate, []
+    real, calls = sampling.generate, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -211,8 +213,8 @@ def test_an_interruption_leaves_no_checkpoint_to_choose(tiny, tmp_path, monkeypa
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(rollout, "generate", interrupted)
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(sampling, "generate", interrupted)
+    with pytest.raises(Stopped):
         run(tiny, tmp_path / "cut", **settings)
     assert [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path / "cut/checkpoints")] == [2, 3]
     cut = run(tiny, tmp_path / "cut", **settings)

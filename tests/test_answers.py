@@ -1,17 +1,22 @@
 r"""Answers: every rule of the vote key, by cases that a person can check."""
 
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
-from upt import answers
 from upt.answers import Grade, answer_key, extract_answer, grade, is_correct, is_well_formed, vote_key
+from upt.answers.verifier import verifier
+
+ROOT = Path(__file__).parents[1]
 
 # ------------------------------------------------------------------------------------------------ extraction
 
@@ -439,12 +444,35 @@ def test_grade(text, gold, choices, expected):
 
 def test_grade_survives_a_verifier_that_hangs(monkeypatch):
     assert grade(r"\boxed{7}", "7").verifier is True  # the process is up
-    monkeypatch.setattr("verifier.VERIFY_SECONDS", 1e-4)
+    monkeypatch.setattr("upt.answers.verifier.VERIFY_SECONDS", 1e-4)
     begin = time.perf_counter()
     assert grade(r"\boxed{\frac{x^2-1}{x-1}}", "x+1") == Grade(False, None)
     assert time.perf_counter() - begin < 20
     monkeypatch.undo()
     assert grade(r"\boxed{8}", "8") == Grade(True, True)  # a fresh one answers
+
+
+def test_a_verifier_that_was_ended_is_started_again():
+    assert grade(r"\boxed{7}", "7").verifier is True
+    assert os.getsid(verifier.process.pid) != os.getsid(0)  # Ctrl-C in a terminal or a notebook does not reach it
+    os.kill(verifier.process.pid, signal.SIGKILL)
+    verifier.process.wait()
+    assert grade(r"\boxed{0.125}", "1/8") == Grade(True, True)
+
+
+def test_an_interrupted_question_leaves_no_verdict_for_the_next(monkeypatch):
+    assert grade(r"\boxed{7}", "7").verifier is True
+
+    def interrupted(line, seconds):
+        verifier.process.stdin.write(line)
+        verifier.process.stdin.flush()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verifier, "ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        grade(r"\boxed{x+1}", "1+x")
+    monkeypatch.undo()
+    assert grade(r"\boxed{x+2}", "x+3") == Grade(False, False)
 
 
 @pytest.mark.parametrize("power", ["9^{9^{9^{9}}}", "(10^{10})!", "x^{10^{9}}"])
@@ -471,6 +499,6 @@ def test_in_threads():
 
 def test_import_is_light():
     """Keys are needed in data workers: importing the file must not load sympy or start a process."""
-    code = "import answers, sys; assert not {'sympy', 'math_verify', 'torch'} & set(sys.modules)"
-    code += "; assert answers.verifier.process is None"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=answers.__file__.rsplit("/", 1)[0])
+    code = "import upt.answers, sys; assert not {'sympy', 'math_verify', 'torch'} & set(sys.modules)"
+    code += "; assert upt.answers.verifier.verifier.process is None"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

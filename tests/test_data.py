@@ -20,8 +20,8 @@ import pytest
 from hubcache import make_hub_dataset
 from PIL import Image
 
-from upt import data
 from upt.data import BadRow, DataError, Question, load
+from upt.data import rows as reading
 
 ROOT = Path(__file__).resolve().parents[1]
 GEOMETRY_HUB = Path(os.environ.get("UPT_GEOMETRY_HUB", ROOT.parent / "shared/data/geometry_hub"))
@@ -356,8 +356,8 @@ def test_loading_decodes_no_more_than_one_picture(tmp_path, monkeypatch):
     rows = [{"problem": "<image>q", "images": [{"bytes": picture(), "path": "a.png"}]} for _ in range(30)]
     parquet(tmp_path / "train.parquet", rows)
     decoded = []
-    real = data.decode
-    monkeypatch.setattr(data, "decode", lambda uid, content: decoded.append(uid) or real(uid, content))
+    real = reading.decode
+    monkeypatch.setattr(reading, "decode", lambda uid, content: decoded.append(uid) or real(uid, content))
     questions = load(tmp_path)
     assert len(questions.uids) == len(questions) == 29 and len(decoded) == 1
     decoded.clear()
@@ -744,6 +744,7 @@ def test_from_the_arrow_cache_of_an_earlier_online_run(caches, tmp_path):
 OFFLINE = """
 import sys
 from upt import data
+from upt.data import rows as reading
 try:
     print(len(data.load(sys.argv[1])))
 except data.DataError as error:

@@ -317,7 +317,7 @@ def test_all_of_a_root_names_what_is_missing(tmp_path, tiny, capsys):
     result = run.main(settings)  # one whose pictures are all broken does not take the others along
     assert set(result["benchmarks"]) == {"mathvision", "dynamath"}
     assert "holds no response" in result["missing"]["logicvista"]
-    with pytest.raises(ValueError, match="no benchmark can run from"):
+    with pytest.raises(ValueError, match="no benchmark runs from"):
         run.main(config(tmp_path, tmp_path / "o", tiny, benchmark="all"))
 
 

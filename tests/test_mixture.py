@@ -9,6 +9,7 @@ import rollout
 from upt import data
 from upt.data import mixture
 from upt.run import presets
+from upt.stages import sampling
 
 
 def write(folder, count: int, label: str, **more):
@@ -77,9 +78,9 @@ def test_parts_of_a_step(per_step, weights, counts):
 
 def test_a_step_that_cannot_be_mixed_is_refused(sets):
     with pytest.raises(data.DataError, match="takes 8 questions from data set 2 of the mixture, which has 7"):
-        rollout.step_rows(data.load(f"{sets[0]}:1,{sets[1]}:1"), 16, 0, 0)
+        sampling.step_rows(data.load(f"{sets[0]}:1,{sets[1]}:1"), 16, 0, 0)
     with pytest.raises(data.DataError, match="--questions-per-step 1 is less than the 2 data sets"):
-        rollout.step_rows(data.load(f"{sets[0]}:1,{sets[1]}:1"), 1, 0, 0)
+        sampling.step_rows(data.load(f"{sets[0]}:1,{sets[1]}:1"), 1, 0, 0)
 
 
 def test_all_questions_of_both_in_order(sets):
@@ -133,15 +134,15 @@ def test_a_bad_row_is_reported_under_the_mixtures_uid(tmp_path):
 
 def test_steps_by_weight_take_every_question_in_turn(sets):
     mixed = data.load(f"{sets[0]}:3,{sets[1]}:1")
-    steps = [rollout.step_rows(mixed, 8, 0, step) for step in range(9)]
+    steps = [sampling.step_rows(mixed, 8, 0, step) for step in range(9)]
     for rows in steps:
         assert len({*rows}) == 8 and sum(row < 19 for row in rows) == 6
     # Nineteen questions are three steps of six in each epoch, seven are three of two: no question before its turn.
     for epoch in range(3):
         drawn = Counter(row for rows in steps[3 * epoch : 3 * epoch + 3] for row in rows)
         assert len(drawn) == 24 and {*drawn.values()} == {1}
-    assert steps[0] != sorted(steps[0]) and steps == [rollout.step_rows(mixed, 8, 0, step) for step in range(9)]
-    assert steps[0] != rollout.step_rows(mixed, 8, 1, 0)
+    assert steps[0] != sorted(steps[0]) and steps == [sampling.step_rows(mixed, 8, 0, step) for step in range(9)]
+    assert steps[0] != sampling.step_rows(mixed, 8, 1, 0)
     # A minibatch, a quarter of the step, has of both sooner or later.
     assert len({sum(row < 19 for row in rows[:2]) for rows in steps}) > 1
 
@@ -155,14 +156,14 @@ def test_three_sets_by_weight(tmp_path, sets):
     third = write(tmp_path / "c", 12, "c")
     mixed = data.load(f"{sets[0]}:1,{sets[1]}:1,{third}:2")
     for step in range(4):
-        asked = Counter(mixed[row].question[0] for row in rollout.step_rows(mixed, 8, 0, step))
+        asked = Counter(mixed[row].question[0] for row in sampling.step_rows(mixed, 8, 0, step))
         assert asked == {"a": 2, "b": 2, "c": 4}
 
 
 def test_each_round_has_orders_of_its_own(sets):
     for name in (str(sets[0]), f"{sets[0]}:3,{sets[1]}:1"):
         mixed = data.load(name)
-        rounds = [[rollout.step_rows(mixed, 8, 0, step, r) for step in range(2)] for r in range(3)]
+        rounds = [[sampling.step_rows(mixed, 8, 0, step, r) for step in range(2)] for r in range(3)]
         assert rounds[0] != rounds[1] != rounds[2] != rounds[0]
         for steps in rounds:  # an epoch is one in every round
             assert len({row for rows in steps for row in rows}) == 16
@@ -170,7 +171,7 @@ def test_each_round_has_orders_of_its_own(sets):
 
 def test_steps_without_weights_draw_from_all(sets):
     mixed = data.load(f"{sets[0]},{sets[1]}")
-    assert rollout.step_rows(mixed, 8, 0, 5) == rollout.schedule(26, 8, 0, 5)
+    assert sampling.step_rows(mixed, 8, 0, 5) == sampling.schedule(26, 8, 0, 5)
 
 
 def test_shapes_in_a_mixture_are_for_the_embedded_model():

@@ -51,7 +51,7 @@ def one_by_one(policy: Policy, found, answers) -> dict:
         ids = policy.tokenize(question, template("boxed"))
         vision = {}
         if question.image is not None:
-            seen = policy.image_processor(images=[question.image], return_tensors="pt")
+            seen = policy.family.image_processor(images=[question.image], return_tensors="pt")
             at, count = ids.index(pad), int(seen["image_grid_thw"].prod()) // 4
             ids = ids[:at] + [pad] * count + ids[at + 1 :]
             vision = dict(seen)
@@ -150,7 +150,7 @@ def test_adapter_saves_in_peft_layout_and_merges(tiny, tmp_path):
     assert torch.equal(again.logprobs(batch)[0], before) and again.trainable()
     policy.export(tmp_path / "merged")
     merged = Policy.load(str(tmp_path / "merged"), dtype="fp32", device="cpu")
-    prompts, _ = merged.encode(questions(), merged.template("boxed"))
+    prompts, _ = merged.encode(questions(), template("boxed"))
     (batch,) = pack(prompts, responses(merged, 4), 10_000)
     torch.testing.assert_close(merged.logprobs(batch)[0], before.detach(), atol=1e-4, rtol=1e-4)
     started = Policy.load(tiny, adapter=str(tmp_path / "adapter"), dtype="fp32", device="cpu")

@@ -12,12 +12,13 @@ import pytest
 from PIL import Image
 
 import rewards
-from rewards import Config, advantage, bind_reward, g, main, reward, score, summary
+from rewards import Config, advantage, bind_reward, g, main, reward, score
 from tests.test_shards import make_group
 from upt import answers
 from upt.answers import before_answer, extract_answer, keeps_format
-from upt.groups import manifests, shards
+from upt.groups import manifests, shards, votes
 from upt.run import presets
+from upt.run.metrics import summary
 
 
 def group_of(keys, **fields):
@@ -38,24 +39,24 @@ def sigmoid(x):
 
 def test_votes_count_keys_and_leave_abstentions_out():
     group = group_of(["b", None, "a", "b", None])
-    assert rewards.counts(group) == {"b": 2, "a": 1} and list(rewards.counts(group)) == ["b", "a"]
-    assert rewards.majority_key(group) == "b"
-    assert rewards.majority_share(group) == 2 / 5
-    assert rewards.distinct(group) == 2
-    assert rewards.abstentions(group) == 2
-    assert rewards.majority_key(["x", "y", "x"]) == "x"  # keys alone do as well
+    assert votes.counts(group) == {"b": 2, "a": 1} and list(votes.counts(group)) == ["b", "a"]
+    assert votes.majority_key(group) == "b"
+    assert votes.majority_share(group) == 2 / 5
+    assert votes.distinct(group) == 2
+    assert votes.abstentions(group) == 2
+    assert votes.majority_key(["x", "y", "x"]) == "x"  # keys alone do as well
 
 
 def test_a_tie_or_silence_has_no_majority():
-    assert rewards.majority_key(["a", "b", "b", "a", None]) is None
-    assert rewards.majority_key(["a", "b", "b", "a", None], ties="first") == "a"
-    assert rewards.majority_share(["a", "b", "b", "a", None]) == 2 / 5
+    assert votes.majority_key(["a", "b", "b", "a", None]) is None
+    assert votes.majority_key(["a", "b", "b", "a", None], ties="first") == "a"
+    assert votes.majority_share(["a", "b", "b", "a", None]) == 2 / 5
     for ties in ("none", "first"):
-        assert rewards.majority_key([None, None, None], ties=ties) is None
-    assert rewards.majority_share([None, None]) == 0 and rewards.distinct([None, None]) == 0
-    assert rewards.majority_key([None, None, "a"]) == "a"  # two abstentions do not outvote one answer
+        assert votes.majority_key([None, None, None], ties=ties) is None
+    assert votes.majority_share([None, None]) == 0 and votes.distinct([None, None]) == 0
+    assert votes.majority_key([None, None, "a"]) == "a"  # two abstentions do not outvote one answer
     with pytest.raises(ValueError, match="ties"):
-        rewards.majority_key(["a"], ties="last")
+        votes.majority_key(["a"], ties="last")
 
 
 # C = 1 - H(pi) / log 2 for pi = (3/5, 2/5), and for pi = (4/7, 3/7)
@@ -676,5 +677,6 @@ def test_what_cannot_work_fails_before_anything_is_written(tmp_path):
 
 
 def test_importing_needs_no_torch():
-    code = "import sys, rewards, shards; assert 'torch' not in sys.modules and 'PIL' not in sys.modules"
+    code = "import sys, rewards; from upt.groups import shards\n"
+    code += "assert 'torch' not in sys.modules and 'PIL' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

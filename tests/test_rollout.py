@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import rollout
+from kernels import row_id
 from upt import data
 from upt.groups import shards
 from upt.model import decoding
 from upt.model.packing import pack
 from upt.model.policy import Policy
 from upt.prompts import template
+from upt.stages import sampling
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +40,16 @@ def tokens(found) -> list[list[list[int]]]:
 
 def test_256_responses_do_not_depend_on_the_batch(policy, prompts, tiny):
     settings = config(tiny, group_size=8, max_new_tokens=12)
-    together = rollout.sample_groups(policy, prompts, 5, settings)
+    together = sampling.sample_groups(policy, prompts, 5, settings)
     sixteen = replace(settings, rollout_tokens=2 * 8 * (max(len(p.ids) for p in prompts) + 12))
     single = replace(settings, rollout_tokens=1)  # a batch holds at least one question
     ones = [
-        decoding.generate(policy, [prompt], [rollout.row_id(5, prompt.uid, g)], settings)[0].ids
+        decoding.generate(policy, [prompt], [row_id(5, prompt.uid, g)], settings)[0].ids
         for prompt in prompts
         for g in range(8)
     ]
-    assert tokens(rollout.sample_groups(policy, prompts, 5, sixteen)) == tokens(together)
-    assert tokens(rollout.sample_groups(policy, prompts, 5, single)) == tokens(together)
+    assert tokens(sampling.sample_groups(policy, prompts, 5, sixteen)) == tokens(together)
+    assert tokens(sampling.sample_groups(policy, prompts, 5, single)) == tokens(together)
     assert ones == [ids for group in tokens(together) for ids in group]
     assert len({tuple(ids) for ids in ones}) > 200  # they are 256 draws, not one
 
@@ -56,8 +58,8 @@ def test_bf16_share_that_differs_between_batches_is_small(tiny, record_property)
     policy = Policy.load(tiny, dtype="bf16", device="cpu")
     prompts, _ = policy.encode(data.load("shapes", "train", 0, limit=16), template("think-boxed"))
     settings = config(tiny, group_size=4)
-    together = tokens(rollout.sample_groups(policy, prompts, 0, settings))
-    single = tokens(rollout.sample_groups(policy, prompts, 0, replace(settings, rollout_tokens=1)))
+    together = tokens(sampling.sample_groups(policy, prompts, 0, settings))
+    single = tokens(sampling.sample_groups(policy, prompts, 0, replace(settings, rollout_tokens=1)))
     pairs = [(a, b) for one, two in zip(together, single) for a, b in zip(one, two)]
     share = sum(a != b for a, b in pairs) / len(pairs)
     record_property("bf16_share_that_differs", share)
@@ -68,12 +70,12 @@ def test_bf16_share_that_differs_between_batches_is_small(tiny, record_property)
 def test_noise_changes_with_seed_step_and_index(policy, prompts, tiny):
     settings = config(tiny, group_size=4)
     few = prompts[:4]
-    base = tokens(rollout.sample_groups(policy, few, 0, settings))
-    assert tokens(rollout.sample_groups(policy, few, 0, settings)) == base
-    assert tokens(rollout.sample_groups(policy, few, 1, settings)) != base
-    assert tokens(rollout.sample_groups(policy, few, 0, replace(settings, seed=1))) != base
-    assert tokens(rollout.sample_groups(policy, few[::-1], 0, settings))[::-1] == base
-    fewer = tokens(rollout.sample_groups(policy, few, 0, replace(settings, group_size=2)))
+    base = tokens(sampling.sample_groups(policy, few, 0, settings))
+    assert tokens(sampling.sample_groups(policy, few, 0, settings)) == base
+    assert tokens(sampling.sample_groups(policy, few, 1, settings)) != base
+    assert tokens(sampling.sample_groups(policy, few, 0, replace(settings, seed=1))) != base
+    assert tokens(sampling.sample_groups(policy, few[::-1], 0, settings))[::-1] == base
+    fewer = tokens(sampling.sample_groups(policy, few, 0, replace(settings, group_size=2)))
     assert fewer == [group[:2] for group in base]
 
 
@@ -82,7 +84,7 @@ def test_logprobs_taken_while_sampling_are_the_trainers(snapshots, family):
     policy = Policy.load(snapshots[family], dtype="fp32", device="cpu")
     prompts, _ = policy.encode(data.load("shapes", "train", 0, limit=6), template("boxed"))
     settings = config(snapshots[family], group_size=3, temperature=0.8, top_p=0.9, top_k=50)
-    found = rollout.sample_groups(policy, prompts, 0, settings)
+    found = sampling.sample_groups(policy, prompts, 0, settings)
     for batch in pack(prompts, tokens(found), 10_000):
         with torch.no_grad():
             logprob, entropy = policy.logprobs(batch, 0.8)
@@ -99,9 +101,9 @@ def test_logprobs_taken_while_sampling_are_the_trainers(snapshots, family):
 def test_greedy_is_hf_greedy(policy, tiny):
     questions = data.load("shapes", "train", 0, limit=4)
     prompts, _ = policy.encode(questions, template("boxed"))
-    found = rollout.sample_groups(policy, prompts, 0, config(tiny, group_size=1, temperature=0.0))
+    found = sampling.sample_groups(policy, prompts, 0, config(tiny, group_size=1, temperature=0.0))
     for question, prompt, (response,) in zip(questions, prompts, found):
-        seen = policy.image_processor(images=[question.image], return_tensors="pt")
+        seen = policy.family.image_processor(images=[question.image], return_tensors="pt")
         ids = torch.tensor([prompt.ids])
         types = (ids == policy.base.config.image_token_id).int()
         vision = [policy.base.config.image_token_id, policy.base.config.video_token_id]
@@ -113,7 +115,7 @@ def test_greedy_is_hf_greedy(policy, tiny):
 
 
 def test_stop_and_length(policy, prompts, tiny):
-    found = [r for group in rollout.sample_groups(policy, prompts, 0, config(tiny, group_size=8)) for r in group]
+    found = [r for group in sampling.sample_groups(policy, prompts, 0, config(tiny, group_size=8)) for r in group]
     eos = policy.tokenizer.eos_token_id
     for response in found:
         assert len(response.logprobs) == len(response.ids) <= 24
@@ -139,7 +141,7 @@ def test_image_tokens_are_never_sampled(tiny, prompts):
     head.bias.data.zero_()[list(banned)] = 50.0
     policy.base.lm_head = head
     for temperature in (1.0, 0.0):
-        found = rollout.sample_groups(policy, prompts[:4], 0, config(tiny, group_size=2, temperature=temperature))
+        found = sampling.sample_groups(policy, prompts[:4], 0, config(tiny, group_size=2, temperature=temperature))
         assert not banned & {token for group in found for r in group for token in r.ids}
 
 
@@ -151,7 +153,7 @@ def test_each_prompt_is_prefilled_once(policy, prompts, tiny, monkeypatch):
         "hidden",
         lambda self, ids, *args, **kwargs: shapes_seen.append(tuple(ids.shape)) or real(self, ids, *args, **kwargs),
     )
-    rollout.sample_groups(policy, prompts[:4], 0, config(tiny, group_size=8))
+    sampling.sample_groups(policy, prompts[:4], 0, config(tiny, group_size=8))
     assert shapes_seen[0] == (4, max(len(p.ids) for p in prompts[:4]))
     later = [rows for rows, width in shapes_seen[1:]]
     assert all(width == 1 for _, width in shapes_seen[1:]) and later[0] <= 32
@@ -159,11 +161,11 @@ def test_each_prompt_is_prefilled_once(policy, prompts, tiny, monkeypatch):
 
 
 def test_schedule_goes_through_every_question_each_epoch():
-    steps = [rollout.schedule(10, 3, 7, step) for step in range(6)]
+    steps = [sampling.schedule(10, 3, 7, step) for step in range(6)]
     assert all(len(set(rows)) == 3 for rows in steps)
     assert len(set(sum(steps[:3], []))) == 9 and len(set(sum(steps[3:], []))) == 9
-    assert steps[0] != steps[3] and steps[0] == rollout.schedule(10, 3, 7, 0) != rollout.schedule(10, 3, 8, 0)
-    assert sorted(rollout.schedule(4, 32, 0, 5)) == [0, 1, 2, 3]
+    assert steps[0] != steps[3] and steps[0] == sampling.schedule(10, 3, 7, 0) != sampling.schedule(10, 3, 8, 0)
+    assert sorted(sampling.schedule(4, 32, 0, 5)) == [0, 1, 2, 3]
 
 
 def test_main_writes_shards_and_goes_on(tiny, tmp_path, capsys):
@@ -191,11 +193,11 @@ def test_prompts_over_the_limit_are_dropped_and_counted(policy, tiny, prompts, c
     lengths = sorted(len(prompt.ids) for prompt in prompts)
     settings = config(tiny, limit=32, questions_per_step=32, max_prompt_tokens=lengths[16])
     questions = data.load("shapes", "train", 0, limit=32)
-    batch = rollout.step_batch(policy, questions, 0, settings)
+    batch = sampling.step_batch(policy, questions, 0, settings)
     over = sum(n > lengths[16] for n in lengths)
     assert over and len(batch.prompts) == 32 - over == len(batch.questions) and len(batch.left_out) == over
     assert all("over --max-prompt-tokens" in reason for reason in batch.left_out.values())
-    none = rollout.step_batch(policy, questions, 0, replace(settings, max_prompt_tokens=5))
+    none = sampling.step_batch(policy, questions, 0, replace(settings, max_prompt_tokens=5))
     assert not none.prompts and len(none.left_out) == 32
 
 

@@ -15,7 +15,7 @@ from train_upt import Config
 from upt import data
 from upt.groups import manifests, shards
 from upt.model.policy import Policy
-from upt.stages import rounds
+from upt.stages import rounds, sampling
 
 SMALL = {
     "questions_per_step": 4,
@@ -132,7 +132,7 @@ def test_an_interrupted_run_ends_the_same(tiny, evolved, tmp_path, lost, monkeyp
 
 
 def test_resume_takes_every_setting_from_the_run(evolved, monkeypatch):
-    monkeypatch.setattr(train_upt.rollout, "rollout", None)  # there is nothing left to do
+    monkeypatch.setattr(sampling, "rollout", None)  # there is nothing left to do
     summary = train_upt.main(Config(out=evolved, resume=True))
     assert summary["config"]["rounds"] == 2 and summary["after"] == summary["rounds"][1]["after"]
 

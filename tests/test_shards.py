@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import struct
+import subprocess
 import weakref
 
 import pytest
@@ -294,7 +295,7 @@ def test_manifest_records_what_made_the_folder(tmp_path):
     manifest = manifests.read(tmp_path)
     assert manifest["schema"] == shards.SCHEMA and manifest["stage"] == "rollout" and manifest["seed"] == 3
     assert manifest["config"] == {"group_size": 8, "out": str(tmp_path), "sizes": [1, 2]}
-    assert set(manifest["versions"]) == {"python", *shards.PACKAGES}
+    assert set(manifest["versions"]) == {"python", *manifests.PACKAGES}
     assert manifest["versions"]["numpy"] == __import__("numpy").__version__
     assert manifest["model"] == {"name": str(model), "fingerprint": manifests.fingerprint(model)}
     assert manifest["adapter"] == {"name": "org/adapter", "fingerprint": "hub:org/adapter"}
@@ -307,7 +308,7 @@ def test_manifest_records_what_made_the_folder(tmp_path):
 def test_manifest_names_the_commit_and_whether_the_code_was_changed(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        shards.subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True)
+        subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True)
 
     def stored():
         manifests.write(tmp_path / "out", stage="rollout", config={}, seed=0, model=None)
@@ -316,7 +317,7 @@ def test_manifest_names_the_commit_and_whether_the_code_was_changed(tmp_path, mo
 
     code = tmp_path / "shards.py"
     code.write_text("1")
-    monkeypatch.setattr(shards, "__file__", str(code))
+    monkeypatch.setattr(manifests, "__file__", str(code))
     assert stored() == (None, None)
     git("init")
     git("add", "shards.py")
@@ -384,7 +385,7 @@ def test_fingerprint_follows_content_not_place(tmp_path):
 
 
 def test_fingerprint_of_large_weights_reads_their_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MIB", 1024)
+    monkeypatch.setattr(manifests, "MIB", 1024)
     path = tmp_path / "model.safetensors"
     content = bytearray(random.Random(0).randbytes(64 * 1024 + 1))
     path.write_bytes(content)

@@ -13,9 +13,11 @@ import datasets
 import pytest
 
 import synthesize
-from upt import data
+from upt import data, prompts
+from upt.errors import Stopped
 from upt.groups import filters, shards
 from upt.groups.filters import Candidate
+from upt.stages import asking, sampling
 
 ROOT = Path(__file__).parent.parent
 GEOMETRY_HUB = Path(os.environ.get("UPT_GEOMETRY_HUB", ROOT.parent / "shared/data/geometry_hub"))
@@ -148,7 +150,7 @@ def test_a_question_that_was_cut_off_is_too_long():
     ],
 )
 def test_the_question_in_a_text(text, question):
-    assert synthesize.question_in(text) == question
+    assert asking.question_in(text) == question
 
 
 def config(out, tiny, **changed) -> synthesize.Config:
@@ -200,16 +202,16 @@ def test_the_hubs_library_reads_the_set_as_it_is(tmp_path, tiny, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_it_where_it_can_go_on(tmp_path, tiny, monkeypatch, capsys, number):
-    real = synthesize.rollout.rollout
+    real = sampling.rollout
 
     def interrupted(*args):
         os.kill(os.getpid(), number)
         return real(*args)
 
-    monkeypatch.setattr(synthesize.rollout, "rollout", interrupted)
-    with pytest.raises(SystemExit) as stopped:
+    monkeypatch.setattr(sampling, "rollout", interrupted)
+    with pytest.raises(Stopped) as stopped:
         synthesize.main(config(tmp_path / "q", tiny, limit=2))
-    assert stopped.value.code == 128 + number
+    assert stopped.value.signal == number
     assert "the same command goes on from" in capsys.readouterr().err
     monkeypatch.undo()
     assert synthesize.main(config(tmp_path / "q", tiny, limit=2))["asked"] == 2
@@ -257,7 +259,7 @@ def test_a_killed_run_loses_and_repeats_nothing(tmp_path, tiny, stage):
 def test_what_is_there_is_not_sampled_again(tmp_path, tiny, monkeypatch):
     settings = config(tmp_path / "questions", tiny, limit=2)
     first = synthesize.main(settings)
-    monkeypatch.setattr(synthesize.rollout, "rollout", None)
+    monkeypatch.setattr(sampling, "rollout", None)
     assert synthesize.main(settings) == first
 
 
@@ -273,9 +275,9 @@ def asked_groups(*groups) -> list[dict]:
 def test_a_text_that_was_written_before_is_a_repetition(tmp_path, tiny):
     texts = ["How long is AB?", "How wide is the door?", "How long is AB?", ""]
     groups = asked_groups(("a", None, SOURCE, None, texts), ("b", None, SOURCE, None, texts[:1]))
-    found = synthesize.candidates_of(groups, config(tmp_path, tiny, filters="repeat").resolve())
+    found = asking.candidates_of(groups, config(tmp_path, tiny, filters="repeat").resolve())
     assert [c["filters"]["repeat"] for c in found] == [True, True, False, True, True]
-    assert [synthesize.is_kept(c) for c in found] == [True, True, False, False, True]  # the fourth is empty
+    assert [asking.is_kept(c) for c in found] == [True, True, False, False, True]  # the fourth is empty
 
 
 def test_questions_to_the_same_picture_know_each_other(tmp_path, tiny):
@@ -285,7 +287,7 @@ def test_questions_to_the_same_picture_know_each_other(tmp_path, tiny):
         ("b", "images/x.png", other, None, [mine, SOURCE]),
         ("c", "images/y.png", "Which is it?", ["12°", "24°"], [mine, "Which is it? A. 12° B. 24°"]),
     )
-    found = synthesize.candidates_of(groups, config(tmp_path, tiny, filters="repeat").resolve())
+    found = asking.candidates_of(groups, config(tmp_path, tiny, filters="repeat").resolve())
     assert [c["filters"]["repeat"] for c in found] == [True, False, False, False, True, False]
 
 
@@ -316,23 +318,23 @@ def group(*keys) -> dict:
 )
 def test_what_responses_say_of_a_question(tiny, tmp_path, keys, share, silent, passed):
     candidate = {"uid": "a", "question": "?", "filters": {}}
-    synthesize.judge_answers([candidate], {"a": group(*keys)}, config(tmp_path, tiny, filters="all").resolve())
+    asking.judge_answers([candidate], {"a": group(*keys)}, config(tmp_path, tiny, filters="all").resolve())
     assert (candidate["majority_share"], candidate["abstention_share"]) == (share, silent)
     assert (candidate["filters"]["agreement"], candidate["filters"]["abstention"]) == passed
-    assert synthesize.is_kept(candidate) is all(passed)
+    assert asking.is_kept(candidate) is all(passed)
     strict = config(tmp_path, tiny, filters="abstention", max_abstentions=0.2).resolve()
     again = {"uid": "a", "question": "?", "filters": {}}
-    synthesize.judge_answers([again], {"a": group(*keys)}, strict)
+    asking.judge_answers([again], {"a": group(*keys)}, strict)
     assert again["filters"] == {"abstention": silent <= 0.2}
 
 
 def test_a_question_that_is_too_long_to_be_answered_is_counted_by_itself(tiny, tmp_path):
     settings = config(tmp_path, tiny, filters="agreement").resolve()
     candidate = {"uid": "b", "source": "a", "question": "How?", "filters": {}}
-    synthesize.judge_answers([candidate], {}, settings)
+    asking.judge_answers([candidate], {}, settings)
     assert candidate["filters"] == {} and "max-prompt-tokens" in candidate["unanswered"]
-    assert not synthesize.is_kept(candidate)
-    summary = synthesize.counts([candidate | {"kept": False}], 2, settings)
+    assert not asking.is_kept(candidate)
+    summary = asking.counts([candidate | {"kept": False}], 2, settings)
     assert (summary["unanswered"], summary["sources"], summary["asked"], summary["kept"]) == (1, 2, 1, 0)
     assert summary["filters"] == {"agreement": {"seen": 0, "failed": 0}}
 
@@ -341,7 +343,7 @@ class Recorder:
     """Stands for rollout.rollout and keeps what the model was to be shown, with how many samples and tokens."""
 
     def __init__(self):
-        self.real, self.shown = synthesize.rollout.rollout, []
+        self.real, self.shown = sampling.rollout, []
 
     def __call__(self, policy, batch, number, config, *args):
         for prompt in batch.prompts:
@@ -353,11 +355,11 @@ class Recorder:
 @pytest.mark.parametrize("mode", ["in-context", "direct"])
 def test_what_the_model_is_shown(tmp_path, tiny, monkeypatch, mode):
     recorder = Recorder()
-    monkeypatch.setattr(synthesize.rollout, "rollout", recorder)
+    monkeypatch.setattr(sampling, "rollout", recorder)
     settings = {"mode": mode, "limit": 3, "filters": "agreement", "min_agreement": 0.0, "ask_max_new_tokens": 4}
     synthesize.main(config(tmp_path / "q", tiny, **settings))
     asked, answered = recorder.shown[:3], recorder.shown[3:]
-    sources, prompt = data.load("shapes", limit=3), synthesize.asking(mode)
+    sources, prompt = data.load("shapes", limit=3), prompts.asking(mode)
     for source, (text, has_picture, samples, tokens) in zip(sources, asked, strict=True):
         assert has_picture and (samples, tokens) == (2, 4)
         assert prompt.replace("{question}", source.question) in text
@@ -385,7 +387,7 @@ def test_answers_to_other_questions_are_not_taken_for_these(tmp_path, tiny, caps
 
 def test_an_unfinished_set_is_no_data_set(tmp_path, tiny, monkeypatch):
     settings = config(tmp_path / "q", tiny, limit=2)
-    monkeypatch.setattr(synthesize, "write", None)
+    monkeypatch.setattr(asking, "write", None)
     with pytest.raises(TypeError):
         synthesize.main(settings)
     with pytest.raises(data.DataError, match="has not finished these questions"):
@@ -428,11 +430,11 @@ def test_a_prompt_that_has_changed_is_noticed(tmp_path, tiny):
 
 
 def test_each_mode_has_its_prompt(tmp_path, tiny):
-    assert "{question}" in synthesize.asking("in-context")
-    assert "{question}" not in synthesize.asking("direct")
+    assert "{question}" in prompts.asking("in-context")
+    assert "{question}" not in prompts.asking("direct")
     mine = tmp_path / "mine.md"
     mine.write_text("Ask for something else than {question}")
-    assert synthesize.asking("in-context", str(mine)) == mine.read_text()
+    assert prompts.asking("in-context", str(mine)) == mine.read_text()
     for changed, message in (
         ({"ask_prompt": str(mine), "mode": "direct"}, "shows no {question}"),
         ({"ask_prompt": "ask-direct"}, "needs {question}"),

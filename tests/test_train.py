@@ -22,6 +22,7 @@ from upt.groups import shards
 from upt.model import update
 from upt.model.policy import Policy
 from upt.run.metrics import accuracy
+from upt.stages import sampling
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -100,7 +101,7 @@ def test_stages_give_the_adapter_of_one_online_step(tiny, tmp_path):
 @pytest.mark.parametrize("golds", ["removed", "shuffled"])
 def test_label_blind(tiny, tmp_path, monkeypatch, golds):
     # A random model gives no boxed answers; these keys make groups that agree in part.
-    monkeypatch.setattr(rollout, "vote_key", lambda text, choices=None: str(len(text) % 3))
+    monkeypatch.setattr(sampling, "vote_key", lambda text, choices=None: str(len(text) % 3))
     settings = dict(steps=2, reward="frequency")
     plain = run(tiny, tmp_path / "plain", **settings)
     real = data.load
@@ -145,14 +146,14 @@ def test_accumulated_gradient_is_that_of_the_loss(tiny, tmp_path):
     policy = Policy.load(tiny, dtype="fp32", device="cpu")
     policy.add_lora(2, 4)
     questions = data.load("shapes", "train", 0)
-    batch = rollout.step_batch(policy, questions, 0, config)
-    groups = rewards.score(rollout.rollout(policy, batch, 0, config, tmp_path), "random", "mean", 0)
+    batch = sampling.step_batch(policy, questions, 0, config)
+    groups = rewards.score(sampling.rollout(policy, batch, 0, config, tmp_path), "random", "mean", 0)
     update.accumulate(policy, batch.prompts, groups, None, config)
     mine = [p.grad.clone() for p in policy.trainable()]
     policy.model.zero_grad()
     total = sum(len(r["token_ids"]) for g in groups for r in g["responses"])
     for question, group in zip(batch.questions, groups):
-        seen = policy.image_processor(images=[question.image], return_tensors="pt")
+        seen = policy.family.image_processor(images=[question.image], return_tensors="pt")
         prompt = batch.prompts[batch.questions.index(question)].ids
         for response in group["responses"]:
             ids = torch.tensor([prompt + response["token_ids"]])
@@ -194,8 +195,8 @@ def test_truncated_responses_can_be_masked(tiny, tmp_path):
     config = Config(model=tiny, out=tmp_path, mask_truncated=True, **SMALL | {"steps": 1}).resolve()
     policy = Policy.load(tiny, dtype="fp32", device="cpu")
     policy.add_lora(2, 4)
-    batch = rollout.step_batch(policy, data.load("shapes", "train", 0), 0, config)
-    groups = rewards.score(rollout.rollout(policy, batch, 0, config, tmp_path), "random", "mean", 0)
+    batch = sampling.step_batch(policy, data.load("shapes", "train", 0), 0, config)
+    groups = rewards.score(sampling.rollout(policy, batch, 0, config, tmp_path), "random", "mean", 0)
     for group in groups:
         for response in group["responses"]:
             response["finish"] = "length"
@@ -222,27 +223,31 @@ def test_a_non_finite_update_is_skipped_counted_and_shown(tiny, tmp_path, monkey
 # ------------------------------------------------------------------------------------------------ stopping, going on
 
 KILLER = """
-import os, sys, tyro
-import rollout, update, train_upt
+import os, sys
+import train_upt
 from train_upt import Config
+from upt.model import update
+from upt.run import cli
+from upt.stages import sampling
 where, nth, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 module, name = where.split(".")
-real, calls = getattr(sys.modules[module], name), []
+module = {"sampling": sampling, "update": update}[module]
+real, calls = getattr(module, name), []
 def patched(*args, **kwargs):
     calls.append(1)
     if len(calls) == nth:
         os.kill(os.getpid(), number)
     return real(*args, **kwargs)
-setattr(sys.modules[module], name, patched)
-train_upt.main(tyro.cli(Config, args=sys.argv[4:]))
+setattr(module, name, patched)
+cli.launch(train_upt.main, Config, sys.argv[4:])
 """
 
 
 @pytest.mark.parametrize(
     ("where", "nth", "number", "code"),
     [
-        ("rollout.generate", 6, signal.SIGTERM, 143),  # the second batch of the second step
-        ("rollout.generate", 6, signal.SIGKILL, -9),
+        ("sampling.generate", 6, signal.SIGTERM, 143),  # the second batch of the second step
+        ("sampling.generate", 6, signal.SIGKILL, -9),
         ("update.grpo_loss", 2, signal.SIGTERM, 143),
         ("update.grpo_loss", 5, signal.SIGKILL, -9),
     ],
@@ -374,11 +379,11 @@ def test_shards_of_a_model_that_has_changed_are_refused(tiny, tmp_path):
 
 
 def test_a_step_without_a_usable_question_is_left_out(tiny, tmp_path, monkeypatch, capfd):
-    real = rollout.step_batch
+    real = sampling.step_batch
     monkeypatch.setattr(
-        rollout,
+        sampling,
         "step_batch",
-        lambda p, q, step, c: rollout.Batch([], [], {"u": "bad"}) if step == 0 else real(p, q, step, c),
+        lambda p, q, step, c: sampling.Batch([], [], {"u": "bad"}) if step == 0 else real(p, q, step, c),
     )
     out = run(tiny, tmp_path / "r", steps=2)
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1]

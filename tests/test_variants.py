@@ -87,7 +87,10 @@ def test_a_list_that_is_not_balanced(text, message):
     "call, message",
     [
         (lambda: reward(group_of("a"), "majorty"), "'majorty'.*majority, frequency, gated-frequency.*FILE.py:NAME"),
-        (lambda: reward(group_of("a"), "majority(tie='first')"), "'tie'; it has: lam_fmt, clip, min_.*max_share, ties"),
+        (
+            lambda: reward(group_of("a"), "majority(tie='first')"),
+            "'tie'; did you mean 'ties'.; it has: lam_fmt, clip, min_.*ties",
+        ),
         (
             lambda: reward(group_of("a"), "majority", seed=1),
             "'seed'; it has: lam_fmt, clip, min_share, max_share, ties",

@@ -7,20 +7,22 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-import judge
-import synthesize
 import warmup
+from upt import prompts
 from upt.answers import is_well_formed, vote_key
 from upt.data import shapes
 from upt.model.packing import Row
 from upt.model.policy import Policy
+from upt.prompts import judge_turns
 from upt.run import presets
+from upt.stages import judging
+from upt.warmup import demonstrations, lessons, muon
 
 
 def test_clean_demonstrations_are_right_and_in_the_format_asked_for():
     for item in shapes.questions("warmup", 0, 200):
-        for style in warmup.STYLES:
-            text = warmup.demonstrate(item, style)
+        for style in demonstrations.STYLES:
+            text = demonstrations.demonstrate(item, style)
             assert vote_key(text) == item.gold
             assert is_well_formed(text) == (style == "think-boxed")
 
@@ -30,7 +32,7 @@ def test_mixed_demonstrations_are_as_mixed_as_they_say():
     items = shapes.questions("warmup", 0, 3000)
     right = {"guess": [], "steps": []}
     for item in items:
-        text = warmup.demonstrate_mixed(item, "think-boxed", rng, config)
+        text = demonstrations.demonstrate_mixed(item, "think-boxed", rng, config)
         assert is_well_formed(text)
         right["guess" if "by eye" in text else "steps"].append(vote_key(text) == item.gold)
     assert abs(len(right["guess"]) / len(items) - 0.5) < 0.04
@@ -41,14 +43,14 @@ def test_mixed_demonstrations_are_as_mixed_as_they_say():
 def test_orthogonalised_matrices_have_singular_values_near_one():
     torch.manual_seed(0)
     for shape in ((3, 20, 50), (2, 50, 20), (1, 30, 30)):
-        values = torch.linalg.svdvals(warmup.orthogonalise(torch.randn(shape)))
+        values = torch.linalg.svdvals(muon.orthogonalise(torch.randn(shape)))
         assert values.shape == (shape[0], min(shape[1:]))
         assert values.max() < 1.3 and values.median() > 0.6
 
 
 def test_muon_moves_by_its_learning_rate():
     p = torch.nn.Parameter(torch.zeros(16, 64))
-    optimizer = warmup.Muon([p], lr=0.1, weight_decay=0.0)
+    optimizer = muon.Muon([p], lr=0.1, weight_decay=0.0)
     torch.manual_seed(0)
     p.grad = torch.randn(16, 64)
     optimizer.step()
@@ -86,7 +88,7 @@ def test_a_snapshot_is_laid_out_as_on_the_hub(made):
     report = json.loads((made / "one" / "warmup.json").read_text())
     assert {"clean", "mixed", "config", "seconds"} == set(report)
     assert {"greedy", "mean", "maj", "pass", "kinds"} <= set(report["clean"])
-    assert Policy.load(str(made / "one")).image_processor.merge_size == 2
+    assert Policy.load(str(made / "one")).family.image_processor.merge_size == 2
 
 
 def test_it_is_deterministic_and_keyed_by_the_seed(made):
@@ -107,10 +109,10 @@ def test_misread_steps_and_poor_candidates():
     rng, config = random.Random(0), warmup.Config()
     items = shapes.questions("warmup", 0, 2000)
     for item in items:
-        text = warmup.misread(item, "think-boxed", rng)
-        assert is_well_formed(text) and text != warmup.demonstrate(item, "think-boxed")
+        text = demonstrations.misread(item, "think-boxed", rng)
+        assert is_well_formed(text) and text != demonstrations.demonstrate(item, "think-boxed")
         assert vote_key(text) != item.gold  # one number changed changes any sum or difference
-    poor = [(item, warmup.poor_candidate(item, rng)) for item in items]
+    poor = [(item, demonstrations.poor_candidate(item, rng)) for item in items]
     guesses = [vote_key(text) == item.gold for item, text in poor if "by eye" in text]
     assert abs(len(guesses) / len(items) - 0.5) < 0.04 and sum(guesses) / len(guesses) < 0.15
     assert config.guess_wrong > 0.5
@@ -118,12 +120,12 @@ def test_misread_steps_and_poor_candidates():
 
 def test_a_verdict_stands_where_the_judge_reads_it(tiny):
     policy = Policy.load(tiny, dtype="fp32", device="cpu")
-    turns = judge.template("judge-tiny")
+    turns = judge_turns("judge-tiny")
     item = shapes.questions("warmup", 0, 5)[3]
-    right = warmup.demonstrate(item, "think-boxed")
-    made = warmup.lesson(policy, item, "think-boxed", right)
-    taught = warmup.add_verdicts(policy, made, item, "<think>by eye</think>\\boxed{no}")
-    prefix, after = judge.frame(policy, turns, item, True)
+    right = demonstrations.demonstrate(item, "think-boxed")
+    made = lessons.lesson(policy, item, "think-boxed", right)
+    taught = lessons.add_verdicts(policy, made, item, "<think>by eye</think>\\boxed{no}")
+    prefix, after = judging.frame(policy, turns, item, True)
     assert policy.place(item.uid, prefix, taught.prompt.features).ids == taught.prompt.ids
     for text, digit, ids, weights in zip(
         (right, "<think>by eye</think>\\boxed{no}"), "90", taught.responses, taught.weights, strict=True
@@ -134,20 +136,20 @@ def test_a_verdict_stands_where_the_judge_reads_it(tiny):
         assert len(weights) == len(ids)
         assert set(weights[:said]) == {1.0 if digit == "9" else 0.0}  # the poor candidate is judged, not taught
         verdict = len(policy.tokens("\\boxed{9/9}")) + 1
-        assert set(weights[said:-verdict]) == {0.0} and set(weights[-verdict:]) == {warmup.VERDICT_WEIGHT}
+        assert set(weights[said:-verdict]) == {0.0} and set(weights[-verdict:]) == {lessons.VERDICT_WEIGHT}
 
 
 def test_a_question_to_be_foreseen_leaves_prompt_and_answer_as_they_are(tiny):
     policy = Policy.load(tiny, dtype="fp32", device="cpu")
     item = shapes.questions("warmup", 0, 5)[3]
-    made = warmup.lesson(policy, item, "think-boxed", warmup.demonstrate(item, "think-boxed"))
-    taught = warmup.with_question(policy, made, item)
+    made = lessons.lesson(policy, item, "think-boxed", demonstrations.demonstrate(item, "think-boxed"))
+    taught = lessons.with_question(policy, made, item)
     assert taught.prompt.ids + taught.responses[0] == made.prompt.ids + made.responses[0]
     asked, answer = policy.tokens(item.question), made.responses[0]
     assert policy.tokenizer.decode(taught.prompt.ids[-1:]) == "<|vision_end|>"
     assert policy.tokenizer.decode(taught.responses[0]).startswith(item.question)
     between = len(taught.responses[0]) - len(asked) - len(answer)
-    expected = [warmup.QUESTION_WEIGHT] * len(asked) + [0.0] * between + [1.0] * len(answer)
+    expected = [lessons.QUESTION_WEIGHT] * len(asked) + [0.0] * between + [1.0] * len(answer)
     assert taught.weights == [expected] and between > 5
     policy.see([(made.prompt, made.pixels, None)])
     rows = [Row(x.prompt, x.responses, []) for x in (made, taught)]
@@ -157,18 +159,18 @@ def test_a_question_to_be_foreseen_leaves_prompt_and_answer_as_they_are(tiny):
 
 
 def test_both_ways_of_asking_are_taught(tmp_path, monkeypatch):
-    taught, real = [], warmup.asking_lesson
+    taught, real = [], lessons.asking_lesson
 
     def record(policy, item, mode, texts):
         taught.append((item, mode, texts))
         return real(policy, item, mode, texts)
 
-    monkeypatch.setattr(warmup, "asking_lesson", record)
+    monkeypatch.setattr(lessons, "asking_lesson", record)
     settings = dict(clean_steps=1, mixed_steps=6, batch=2, eval_questions=4, eval_samples=1)
     warmup.main(warmup.Config(out=tmp_path, asking=4, **settings))
     answered = shapes.questions("warmup", 0, 14)
     assert len(taught) == 24 and {item.uid for item, _, _ in taught}.isdisjoint(item.uid for item in answered)
-    assert [mode for _, mode, _ in taught] == list(warmup.MODES) * 12
+    assert [mode for _, mode, _ in taught] == list(demonstrations.MODES) * 12
     for item, mode, texts in taught:
         assert len(texts) == 2 and all(shapes.understand(item.scene, text) for text in texts)
         single = item.kind in ("angle", "length")  # a picture that has one question only
@@ -178,10 +180,10 @@ def test_both_ways_of_asking_are_taught(tmp_path, monkeypatch):
 def test_asking_lessons_show_what_synthesis_shows(tiny):
     policy = Policy.load(tiny, dtype="fp32", device="cpu")
     item = shapes.questions("warmup", 0, 5)[3]
-    for mode in warmup.MODES:
-        made = warmup.asking_lesson(policy, item, mode, ["How long?", "How wide is it?"])
+    for mode in demonstrations.MODES:
+        made = lessons.asking_lesson(policy, item, mode, ["How long?", "How wide is it?"])
         prompt = policy.tokenizer.decode(made.prompt.ids)
-        assert synthesize.asking(mode).split("{question}")[-1][:60] in prompt
+        assert prompts.asking(mode).split("{question}")[-1][:60] in prompt
         assert (item.question in prompt) == (mode == "in-context")
         texts = [policy.tokenizer.decode(response) for response in made.responses]
         assert texts == ["How long?<|im_end|>", "How wide is it?<|im_end|>"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -40,3 +41,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """ "; did you mean 'majority'?" if one of `known` is near to `name`, else ""."""
     near = get_close_matches(name.lower(), list(known), 1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def suggest_path(path: Path | str) -> str:
+    """The same for a path, among what lies beside it."""
+    path = Path(path).expanduser()
+    beside = {str(path.with_name(p.name)) for p in path.parent.iterdir()} if path.parent.is_dir() else set()
+    return suggest(str(path), {p for p in beside if not Path(p).name.startswith(".")})

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 VERIFY_SECONDS, START_SECONDS = 5.0, 120.0  # importing sympy takes its time on a busy machine
 MAX_VERDICTS = 100_000  # remembered
@@ -42,24 +43,34 @@ class Verifier:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
+            for pipe in (self.process.stdin, self.process.stdout):
+                with suppress(OSError):  # closing writes what a dead process did not take
+                    pipe.close()
         self.process = None
+
+    def start(self) -> str:
+        """Start the process; what it says once it is ready, "" if it died before."""
+        command, pipe = [sys.executable, os.path.abspath(__file__)], subprocess.PIPE
+        # In a session of its own: what interrupts a notebook or a terminal is not meant for it.
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+        )
+        return self.ask("", START_SECONDS)
 
     def __call__(self, gold: str, answer: str) -> bool | None:
         with self.lock:
             if (gold, answer) in self.verdicts:
                 return self.verdicts[gold, answer]
-            reply = "ready"
-            if self.process is None:
-                if importlib.util.find_spec("math_verify") is None:
-                    raise ModuleNotFoundError(
-                        "grading needs math_verify, which is not installed: pip install math-verify"
-                    )
-                command, pipe = [sys.executable, os.path.abspath(__file__)], subprocess.PIPE
-                self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-                reply = self.ask("", START_SECONDS)
-            reply = reply and self.ask(json.dumps([gold, answer]) + "\n", VERIFY_SECONDS)
+            if importlib.util.find_spec("math_verify") is None:
+                raise ModuleNotFoundError("grading needs math_verify, which is not installed: pip install math-verify")
+            if self.process is not None and self.process.poll() is not None:
+                self.stop()  # somebody ended it; the question is not to blame
+            try:
+                reply = self.start() if self.process is None else "ready"
+                reply = reply and self.ask(json.dumps([gold, answer]) + "\n", VERIFY_SECONDS)
+            except BaseException:  # interrupted: the reply to come must not be taken for the next question's
+                self.stop()
+                raise
             if not reply:
                 self.stop()  # the next question gets a fresh process
                 return None

@@ -14,7 +14,7 @@ so no picture is shared between `warmup` (70 %), `train`, `validation` and `test
 no picture occurs twice in one set. The warm-up set is apart from the rest so that label-free training only ever sees
 pictures that no label was given for.
 
-    python -c "import shapes; shapes.questions('test', seed=0, size=8)[0].image.save('x.png')"
+    python -c "from upt.data import shapes; shapes.questions('test', seed=0, size=8)[0].image.save('x.png')"
 """
 
 import random
@@ -25,6 +25,8 @@ from functools import cache
 from hashlib import blake2b
 
 from PIL import Image, ImageDraw, ImageFont
+
+from upt.errors import DataError, suggest
 
 SIDE = 84  # pixels: three by three visual tokens of 28 pixels each
 BACKGROUND = (122, 116, 104)  # close to zero after CLIP normalisation, so that only what is drawn excites the encoder
@@ -98,10 +100,10 @@ def questions(split: str = "train", seed: int = 0, size: int | None = None) -> I
     A larger size only appends. Raises ValueError for another split or for more questions than there are pictures for.
     """
     if split not in SIZES:
-        raise ValueError(f"shapes has no split {split!r}; choose one of {', '.join(SIZES)}")
+        raise DataError(f"shapes has no split {split!r}: ask for one of {', '.join(SIZES)}{suggest(split, SIZES)}")
     size = SIZES[split] if size is None else size
     if not 0 < size <= LIMITS[split]:
-        raise ValueError(f"shapes makes 1 to {LIMITS[split]} questions for {split}, not {size}")
+        raise DataError(f"shapes makes 1 to {LIMITS[split]} questions for {split}, not {size}")
     return Items(split, seed, size)
 
 

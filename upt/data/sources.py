@@ -23,10 +23,10 @@ import datasets
 import pyarrow as pa
 from huggingface_hub import snapshot_download
 
-from upt.data.names import ALIASES, NAMED, SPLITS
+from upt.data.names import ALIASES, NAMED, SHAPES, SPLITS
 from upt.data.questions import Question, Questions
 from upt.data.rows import ANSWER, BROKEN, CHOICES, FOLDER, QUESTION, UID, first_line, gold_of, pick, question_of
-from upt.errors import DataError
+from upt.errors import DataError, suggest, suggest_path
 
 HELD_OUT = 0.05  # share of the rows, in a set that has but one split
 
@@ -34,7 +34,7 @@ HELD_OUT = 0.05  # share of the rows, in a set that has but one split
 def load_set(name: str, split: str, limit: int | None) -> Questions:
     """The questions of one split of one set that lies in files or on the hub, as `load` in mixture.py says."""
     if split not in SPLITS:
-        raise DataError(f"no split {split!r}: ask for {', '.join(SPLITS)}")
+        raise DataError(f"no split {split!r}: ask for {', '.join(SPLITS)}{suggest(split, ALIASES)}")
 
     label, folder, found = _find(name)
     tables = _by_split(label, found)
@@ -74,9 +74,10 @@ def _find(name: str) -> tuple[str, Path | None, dict[str, datasets.Dataset]]:
         return path.stem, path.parent, _files([path], path.parent)
     if is_file or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
         known = f"neither shapes, {', '.join(NAMED)}, nor a hub id like org/name"
+        near = suggest(name, [SHAPES, *NAMED]) or suggest_path(name)
         weight = "; a weight needs several sets: a:3,b:1" if re.search(r":[\d.]+$", name) else ""
         raise DataError(
-            f"{name!r} is {known}, nor a folder, .parquet or .jsonl file that exists{weight}. Give one as DATA="
+            f"{name!r} is {known}, nor a folder, .parquet or .jsonl file that exists{weight}; give one as DATA={near}"
         )
     label = {hub_id: short for short, hub_id in NAMED.items()}.get(repo, repo.split("/")[1])
     try:  # the copy in the hub cache first, so that a cached set needs no network

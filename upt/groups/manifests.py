@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from upt.errors import ShardError
+from upt.errors import ShardError, suggest_path
 from upt.files import write_whole
 from upt.groups.shards import SCHEMA, list_shards
 
@@ -93,7 +93,7 @@ def read(folder: Path | str) -> dict:
     """The manifest of a stage's folder; ShardError if it is absent, unreadable or of another schema."""
     path = Path(folder) / "manifest.json"
     if not path.is_file():
-        raise ShardError(f"{path}: no such file; expected a folder that a stage wrote with --out")
+        raise ShardError(f"{path}: no such file; expected a folder that a stage wrote with --out{suggest_path(folder)}")
     try:
         manifest = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -128,18 +128,22 @@ def check(folder: Path | str, config: dict, ignore: Iterable[str] = ()) -> dict 
             raise ShardError(f"{folder}: shards of unknown settings (no manifest.json there); use another --out")
         return None
     manifest = read(folder)
-    old, new = manifest["config"], json.loads(json.dumps(config, default=str))  # as JSON: tuples are lists there
-    pairs = {name: (old.get(name, "(none)"), new.get(name, "(none)")) for name in sorted({*old, *new} - {*ignore})}
-    differ = [
-        f"\n  {name}: the file has changed" if name.endswith("_file") else f"\n  {name}: {there!r} there, {now!r} now"
-        for name, (there, now) in pairs.items()
-        if there != now
-    ]
-    if differ:
+    if differ := differences(manifest["config"], config, ignore):
+        said = "; ".join(
+            f"{name}: the file has changed" if name.endswith("_file") else f"{name}: {there!r} there, {now!r} now"
+            for name, (there, now) in differ.items()
+        )
         fix = "use another --out, or the same settings to go on where it stopped"
-        raise ShardError(f"{folder} was written with other settings:{''.join(differ)}\n{fix}")
+        raise ShardError(f"{folder} was written with other settings: {said}; {fix}")
     check_files(folder, manifest, {role: config.get(role) for role in ("model", "adapter")})
     return manifest
+
+
+def differences(old: dict, new: dict, ignore: Iterable[str] = ()) -> dict[str, tuple]:
+    """{setting: (old, new)} of those that differ between a manifest's config and another one."""
+    new = json.loads(json.dumps(new, default=str))  # as JSON: tuples are lists there
+    pairs = {name: (old.get(name, "(none)"), new.get(name, "(none)")) for name in sorted({*old, *new} - {*ignore})}
+    return {name: (there, now) for name, (there, now) in pairs.items() if there != now}
 
 
 def check_files(folder: Path | str, manifest: dict, used: dict[str, str | None]) -> None:

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from upt.errors import ShardError
+from upt.errors import ShardError, suggest_path
 from upt.files import write_whole
 
 SCHEMA = "upt.group/1"
@@ -207,7 +207,10 @@ class ShardReader:
         self.folder = Path(folder)
         self.paths = list_shards(folder)
         if not self.paths:
-            raise ShardError(f"{folder}: no shards (step-*.jsonl); make some with `python rollout.py --out {folder}`")
+            near = suggest_path(folder)
+            raise ShardError(
+                f"{folder}: no shards (step-*.jsonl); make some with `python rollout.py --out {folder}`{near}"
+            )
 
     def __iter__(self) -> Iterator[dict]:
         for path in self.paths:

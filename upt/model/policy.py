@@ -24,7 +24,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from kernels import linear_logprob
-from upt.errors import PolicyError
+from upt.errors import PolicyError, suggest_path
 from upt.model import TARGETS
 from upt.model.families import FAMILIES, Family, Features
 from upt.model.packing import Prompt, Row, layout, packed_mask
@@ -262,7 +262,7 @@ def model_config(name: str):
     """The configuration of a snapshot or hub id. Raises PolicyError if it is not there or not of a known family."""
     if name.startswith((".", "/", "~", "models/")) and not Path(name).is_dir():
         hint = "run `make warmup` to make it" if Path(name).name == "tiny" else "check the path"
-        raise PolicyError(f"there is no model folder {name}: {hint}, or give a hub id")
+        raise PolicyError(f"there is no model folder {name}: {hint}, or give a hub id{suggest_path(name)}")
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -296,5 +296,5 @@ def checked_device(name: str) -> torch.device:
 
 def _open_adapter(model, folder: str | Path, **options):
     if not (Path(folder) / "adapter_config.json").is_file():
-        raise PolicyError(f"{folder} holds no PEFT adapter (adapter_config.json is missing)")
+        raise PolicyError(f"{folder} holds no PEFT adapter (adapter_config.json is missing){suggest_path(folder)}")
     return PeftModel.from_pretrained(model, str(folder), **options)

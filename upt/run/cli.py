@@ -3,7 +3,7 @@
     if __name__ == "__main__":
         cli.launch(main, Config)
 
-A group is a dataclass that the Config is made of, called by its docstring; fields of the Config itself come last. A
+A group is a dataclass that the Config is made of, called by its name; fields of the Config itself come last. A
 mistake of the user's (errors.py), a file that can't be read or written, or a bad flag prints `error: …` and exits with
 2, a run that was stopped with 128 + the signal. `--debug` shows the traceback.
 """
@@ -19,7 +19,9 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
-from typing import Annotated, get_type_hints
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from upt.errors import RunsFailed, Stopped, UserError, suggest
 from upt.run import presets
@@ -39,6 +41,9 @@ def launch(main: Callable, config_class: type, arguments: Sequence[str] | None =
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # whoever read the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except (UserError, OSError, RunsFailed) as error:
         if debug:
             raise
@@ -56,6 +61,7 @@ def one_line(error: Exception) -> str:
 def quiet() -> None:
     """Keep back what libraries say and a user can do nothing about. A level that the user has set wins."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     if not sys.warnoptions:
@@ -85,36 +91,61 @@ def parse(config_class: type, arguments: Sequence[str]):
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        raise UserError(plain(said.getvalue())) from None
+        raise UserError(explained(config_class, arguments, plain(said.getvalue()))) from None
     return config_class(**{f.name: getattr(g, f.name) for g in vars(found).values() for f in fields(g)})
+
+
+def explained(config_class: type, arguments: Sequence[str], message: str) -> str:
+    """What is wrong with the flag that a message of tyro's is about, in our words; else the message as it is."""
+    hints, docs = get_type_hints(config_class), documented(config_class)
+    flags = {f"--{f.name.replace('_', '-')}": f for f in fields(config_class)}
+    flag = next((word for word in re.findall(r"--[\w-]+", message) if word in flags), None)
+    if flag is None:
+        return message
+    name = flags[flag].name
+    written = [word.replace("_", "-") if word.startswith("--") else word for word in arguments]
+    if not any(word.split("=")[0] == flag for word in written):
+        return f"{flag} is missing: {docs.get(name, '')}"
+    at = next(i for i, word in enumerate(written) if word.split("=")[0] == flag)
+    value = arguments[at].partition("=")[2] or (arguments[at + 1] if at + 1 < len(arguments) else "")
+    allowed = (hints[name], *get_args(hints[name]))
+    choices = [str(choice) for kind in allowed if get_origin(kind) is Literal for choice in get_args(kind)]
+    kinds = {int: "a whole number", float: "a number", Path: "a path"}
+    wanted = [text for kind, text in kinds.items() if kind in allowed]
+    expected = f"one of {', '.join(choices)}" if choices else wanted[0] if wanted else "a value"
+    if not value or value.startswith("--"):
+        return f"{flag} needs a value: {expected}"
+    return f"{flag} {value}: expected {expected}{suggest(value, choices)}"
 
 
 def groups(config_class: type) -> list[type]:
     """A dataclass for each group of flags, in the order of --help."""
     hints, docs = get_type_hints(config_class, include_extras=True), documented(config_class)
     owners = [c for c in reversed(config_class.__mro__) if is_dataclass(c)]
-    found: dict[str, list] = {owner.__doc__: [] for owner in owners[:-1] if owner.__doc__ != LAST} | {LAST: []}
+    found: dict[str, list] = {owner.__name__: [] for owner in owners[:-1] if owner.__name__ != LAST} | {LAST: []}
     for f in fields(config_class):
         owner = next(c for c in owners if f.name in vars(c).get("__annotations__", ()))
         if not f.metadata.get("hidden"):
-            row = (f.name, Annotated[hints[f.name], argument(f, docs.get(f.name, ""))], default(f))
-            found[LAST if owner is config_class else owner.__doc__].append(row)
-    return [make_dataclass(title.replace(" ", "_"), rows) for title, rows in found.items() if rows]
+            row = (f.name, Annotated[hints[f.name], argument(f, hints[f.name], docs.get(f.name, ""))], default(f))
+            found[LAST if owner is config_class else owner.__name__].append(row)
+    return [make_dataclass(name.lower(), rows) for name, rows in found.items() if rows]
 
 
-def argument(f, doc: str):
+def argument(f, hint, doc: str):
     """What --help says of a field: its line, and the default that it really has."""
     import tyro
 
-    known = [(label, table[f.name]) for label, table in TABLES.items() if f.name in table]
-    if f.default is None and known:
-        values = {repr(value) for _, value in known}
-        shown = ", ".join(f"{value} {label}" for label, value in known)
-        return tyro.conf.arg(help=doc, help_behavior_hint=f"(default: {known[0][1] if len(values) == 1 else shown})")
-    return tyro.conf.arg(help=doc)
+    kinds = [kind.__name__.upper() for kind in get_args(hint) if kind in (int, float, str, Path)]
+    found = {"metavar": kinds[0]} if NoneType in get_args(hint) and len(kinds) == 1 else {}
+    if f.default is None and any(f.name in table for table in TABLES.values()):
+        values = [(str(table.get(f.name, "the snapshot's own")), label) for label, table in TABLES.items()]
+        same = len({value for value, _ in values}) == 1
+        shown = values[0][0] if same else ", ".join(f"{value} {label}" for value, label in values)
+        found["help_behavior_hint"] = f"(default: {shown})"
+    return tyro.conf.arg(help=doc, **found)
 
 
-LAST = "run"  # the group that a Config's own fields belong to
+LAST = "Run"  # the group that a Config's own fields belong to
 TABLES = {"with the tiny model": presets.TINY, "with others": presets.REAL}
 
 
@@ -144,8 +175,7 @@ def check_names(config_class: type, arguments: Sequence[str]) -> None:
     for word in arguments:
         name = word.split("=")[0].replace("_", "-")
         if re.match(r"--[a-zA-Z]", word) and name not in known:
-            near = suggest(name, known)
-            raise UserError(f"{name} is no setting{near or '; --help lists them'}")
+            raise UserError(f"{name} is no setting{suggest(name, known) or '; --help lists them'}")
 
 
 def plain(box: str) -> str:
@@ -153,4 +183,6 @@ def plain(box: str) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
     kept = [line for line in lines if line and not line.startswith(("For full helptext", "Parsing error"))]
+    if kept and kept[-1].startswith("Unrecognized options:"):
+        return f"{kept[-1].partition(':')[2].strip()}: settings are written --name value; --help lists them"
     return " ".join(kept) or "the command line can't be read; --help lists the settings"

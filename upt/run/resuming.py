@@ -34,8 +34,24 @@ def prepare(config):
     config.resolve()
     if recipe := [f"{name} {value}" for name, value in recipe.items() if getattr(config, name) == value]:
         print(f"preset {config.preset}: {', '.join(recipe)}")
+    check_steps(config)
     manifests.check(config.out, jsonable(config), ignore=FREE)
     return config
+
+
+def check_steps(config) -> None:
+    """Raise SettingError if the number of steps alone is another than that of the run in the folder."""
+    if not (config.out / "manifest.json").is_file():
+        return
+    differ = manifests.differences(manifests.read(config.out)["config"], jsonable(config), FREE)
+    if [*differ] == ["steps"]:
+        made, asked = differ["steps"]
+        state = "a finished run" if (config.out / "summary.json").is_file() else "a run that was planned"
+        further = f"--init-adapter {config.out / 'adapter'} --steps {max(1, asked - made)} --out ANOTHER"
+        raise SettingError(
+            f"{config.out} holds {state} with {made} steps, over which its learning rate falls, and --steps says "
+            f"{asked}; to train its adapter further: {further}"
+        )
 
 
 def resumed(config):

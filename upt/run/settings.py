@@ -1,4 +1,4 @@
-"""The settings that several scripts share, a dataclass a group: `--help` shows them so, and each Config takes its own.
+"""The settings that several scripts share, a dataclass a group: `--help` shows them so, and each Config takes some.
 
 A field's string is its line in `--help`. Fields left at None take the preset's value, else the default for the model
 (presets.py). Paths may be given as strings.
@@ -11,7 +11,7 @@ from typing import Literal, get_args, get_type_hints
 
 from upt import prompts
 from upt.data import names
-from upt.errors import SettingError, suggest
+from upt.errors import PolicyError, SettingError, suggest, suggest_path
 from upt.groups import filters
 from upt.model import TARGETS
 from upt.run import presets
@@ -32,6 +32,13 @@ class Paths:
                 setattr(self, name, Path(value).expanduser())
 
 
+def check_adapter(name: str, folder: str | None) -> None:
+    """Raise PolicyError for a setting that should name a PEFT adapter and does not."""
+    if folder is not None and not (Path(folder).expanduser() / "adapter_config.json").is_file():
+        near = suggest_path(folder)
+        raise PolicyError(f"--{name.replace('_', '-')} {folder}: no PEFT adapter there (no adapter_config.json){near}")
+
+
 def at_least(config, least: int, *names: str) -> None:
     """Raise SettingError for the first of these settings that is below `least`."""
     for name in names:
@@ -41,7 +48,7 @@ def at_least(config, least: int, *names: str) -> None:
 
 @dataclass
 class Data:
-    """data"""
+    """Where the questions come from."""
 
     data: str | None = None
     """shapes (the default), geoqa, geometry3k, mmr1, a hub id, a local folder or JSONL file; several: a,b or a:3,b:1"""
@@ -53,7 +60,7 @@ class Data:
 
 @dataclass
 class Model:
-    """model"""
+    """What answers them, and how it is loaded."""
 
     model: str | None = None
     """snapshot folder or hub id; None: models/tiny for shapes, Qwen/Qwen2.5-VL-7B-Instruct for anything else"""
@@ -76,7 +83,7 @@ class Model:
 
 @dataclass
 class Sampling:
-    """sampling"""
+    """How responses are sampled."""
 
     questions_per_step: int | None = None
     """questions in one step, capped by the data"""
@@ -100,7 +107,7 @@ class Sampling:
 
 @dataclass
 class Run:
-    """run"""
+    """Where a run goes, and how far."""
 
     preset: Literal["mm-upt", "self-judge", "self-judge-code"] | None = None
     """a paper's recipe and its prompt style"""
@@ -128,6 +135,7 @@ class Rollout(Run, Sampling, Model, Data, Paths):
                 f"{self.top_p}, {self.top_k}"
             )
         prompts.template(self.prompt)
+        check_adapter("adapter", self.adapter)
         return self
 
     def turn(self, step: int) -> int:
@@ -136,8 +144,8 @@ class Rollout(Run, Sampling, Model, Data, Paths):
 
 
 @dataclass
-class Judging:
-    """judge"""
+class Judge:
+    """How responses are judged."""
 
     judge_mode: Literal["text", "logit"] | None = None
     """text: sample written judgements and read their grades; logit: read one score from the next token"""
@@ -168,7 +176,7 @@ class Judging:
 
 @dataclass
 class Asking:
-    """questions of its own"""
+    """How the model asks questions of its own, and which are kept."""
 
     per_image: int = 1
     """questions to write from each source question and its picture, k"""
@@ -216,7 +224,7 @@ class Asking:
 
 @dataclass
 class Rounds(Asking):
-    """questions of its own"""
+    """Asking and training in turn."""
 
     rounds: int = 0
     """rounds of asking and training on what was asked, --steps each; 0: train on --data alone"""
@@ -258,7 +266,7 @@ class Rounds(Asking):
 
 @dataclass
 class Reward:
-    """reward"""
+    """What a response earns, and what becomes of it."""
 
     reward: str | None = None
     """a name of rewards.py or FILE.py:NAME; settings go inline: judged(lam_pos=.4,t_h=.9)"""
@@ -272,7 +280,7 @@ class Reward:
 
 @dataclass
 class Update:
-    """update"""
+    """How the adapter is updated."""
 
     algorithm: Literal["grpo", "sft"] = "grpo"
     """sft: cross-entropy on the well-formed responses, weighted by their rewards"""
@@ -318,7 +326,7 @@ class Update:
 
 @dataclass
 class Evaluation:
-    """evaluation"""
+    """What is measured on held-out questions, and on benchmarks."""
 
     eval_data: str | None = None
     """data set of the held-out evaluation; None: --data, of a mixture its first set"""

@@ -1,4 +1,4 @@
-"""Judging as functions: the scores that the frozen model gives to responses (judge.py says how they are made)."""
+"""Judge as functions: the scores that the frozen model gives to responses (judge.py says how they are made)."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from upt.model import decoding
 from upt.model.packing import Prompt, layout, pack, packed_mask
 from upt.model.policy import Policy
 from upt.prompts import judge_turns, template
-from upt.run.settings import Judging, Rollout
+from upt.run.settings import Judge, Rollout
 
 WEIGHTS = {"answer": 0.5, "reasoning": 0.3, "grounding": 0.2}
 JSON_OBJECT = re.compile(r"\{[^{}]*\}")
@@ -97,7 +97,7 @@ def logit_scores(
 
 
 def written(
-    policy: Policy, prefixes, suffixes, rows: Sequence[Sequence[int]], seed: int, settings: Judging, tick: Callable
+    policy: Policy, prefixes, suffixes, rows: Sequence[Sequence[int]], seed: int, settings: Judge, tick: Callable
 ) -> list[list[list[str]]]:
     """Sampled judgements: for each prefix a list with the k texts of each of its suffixes.
 
@@ -134,7 +134,7 @@ def judge(
     policy: Policy,
     prompts: Sequence[Prompt],
     groups: list[dict],
-    settings: Judging,
+    settings: Judge,
     style: str,
     seed: int,
     tick: Callable[[int], None] = lambda n: None,
