@@ -396,10 +396,10 @@ def test_a_sweep_of_tiny_runs(tiny, tmp_path, capsys):
     assert {key for key, folder in folders.items() if (folder / "summary.json").stat().st_mtime_ns != times[key]} == {
         ("random@mean", 1)
     }
-    assert "held-out, before" not in (lost / "log.txt").read_text()
+    assert "held out, before" not in (lost / "log.txt").read_text()
     assert "3 of 4 runs are finished already" in capsys.readouterr().err
     # Other settings want another folder.
-    with pytest.raises(ValueError, match="steps: 2 there, 3 now"):
+    with pytest.raises(ValueError, match="a finished run with 2 steps, .*--steps says 3"):
         main(Config(**vars(config) | {"steps": 3}))
 
 
@@ -411,8 +411,8 @@ out, reward = Path(given["--out"]), given["--reward"]
 (out / "manifest.json").write_text("{}")
 print("threads", os.environ["OMP_NUM_THREADS"])
 if reward == "random(seed=8)":
-    os.kill(os.getppid(), signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: ((out / "asked").touch(), sys.exit(143)))
+    os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(60)
 if reward == "random(seed=9)":
     sys.exit("no luck with this reward")

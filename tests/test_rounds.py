@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import synthesize
 import train_upt
+from eval import heldout
 from tests.test_train import adapter, same
 from train_upt import Config
 from upt import data
@@ -97,7 +98,7 @@ def test_the_scores_after_a_round_are_those_before_the_next(tiny, evolved):
     measured = train_upt.scored(
         policy, held_out, "before", replace(run, out=evolved / "round-02/run"), train_upt.Clock(), lambda *_: None
     )
-    assert measured == second["before"]
+    assert heldout.without_rows(measured) == second["before"]
 
 
 @pytest.mark.parametrize("lost", ["after the questions", "in the second round", "in the second questions"])
@@ -228,14 +229,14 @@ def test_an_adapter_that_has_changed_is_noticed(tiny, evolved, tmp_path):
         ({"synthesize": "direct"}, "--rounds N and --synthesize"),
         ({"own_share": 0.5}, "--own-share is for the questions that --rounds makes"),
         ({"per_image": 2}, "--per-image is for the questions that --rounds makes"),
-        ({"adapter": "a", "init_adapter": "b"}, "give one of them"),
+        ({"adapter": "ADAPTER", "init_adapter": "b"}, "give one of them"),
         ({"init_adapter": "nowhere"}, "--init-adapter nowhere: no PEFT adapter there"),
         ({"rounds": 1, "synthesize": "direct", "own_share": 0.9999999}, "or is 1, not 0.9999999"),
         ({"rounds": 1, "synthesize": "direct", "split": "validation"}, "on their train split only"),
         ({"data": "shapes,geoqa", "split": "test"}, "on their train split only"),
         ({"rounds": 1, "synthesize": "direct", "reward": "supervised"}, "makes questions without gold"),
         ({"rounds": 1, "synthesize": "direct", "data": "q:3"}, "--data q:3: a comma or a number"),
-        ({"rounds": 1, "synthesize": "direct", "adapter": "a"}, "--init-adapter for --adapter"),
+        ({"rounds": 1, "synthesize": "direct", "adapter": "ADAPTER"}, "--init-adapter for --adapter"),
         ({"rounds": 1, "synthesize": "direct", "own_share": 0.0}, "goes from 0.001 to 0.999, or is 1, not 0.0"),
         ({"rounds": 1, "synthesize": "direct", "data": "shapes:1,geoqa:1"}, "neither weights nor --own-share"),
         ({"rounds": 1, "synthesize": "direct", "data": "shapes,geoqa", "own_share": 0.5}, "neither weights nor"),
@@ -243,7 +244,9 @@ def test_an_adapter_that_has_changed_is_noticed(tiny, evolved, tmp_path):
         ({"rounds": 1, "synthesize": "direct", "filters": "new"}, "'new' is no filter"),
     ],
 )
-def test_what_rounds_cannot_be_is_refused(tiny, settings, message):
+def test_what_rounds_cannot_be_is_refused(tiny, tmp_path, settings, message):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    settings = {name: str(tmp_path) if value == "ADAPTER" else value for name, value in settings.items()}
     with pytest.raises(ValueError, match=message):
         Config(model=tiny, **settings).resolve()
 
