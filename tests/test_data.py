@@ -783,3 +783,18 @@ def test_gated_or_missing_on_the_hub(monkeypatch):
             DataError, match=f"{repo} is not in the cache.*'{repo}' is a gated dataset on the Hub. Fetch"
         ):
             load(repo)
+
+
+def test_a_description_counts_the_questions_that_have_a_picture(tmp_path):
+    for name in ("own", "text"):
+        jsonl(tmp_path / name / "train.jsonl", plain(2))
+    Image.new("RGB", (8, 8)).save(tmp_path / "own/x.png")
+    cells = [{"image": "x.png"}, {"image": None}, {}, {"images": []}, {"images": ["x.png"]}, {"image": ""}]
+    jsonl(tmp_path / "own/test.jsonl", [{"question": f"q{i}"} | cell for i, cell in enumerate(cells)])
+    assert load(tmp_path / "own", "test").describe().startswith("own/test: 6 questions, 2 with a picture")
+    for split, count in (("train", 3), ("test", 4)):
+        rows = [{"problem": f"q{i}", "images": [{"bytes": picture(), "path": None}] * (i % 2)} for i in range(count)]
+        parquet(tmp_path / f"hub/{split}.parquet", rows)
+    assert load(tmp_path / "hub", "test").pictures == 2 and load(tmp_path / "hub", limit=1).pictures == 0
+    assert "3 questions, all with a picture" in load("shapes", limit=3).describe()
+    assert "1 questions, none with a picture" in load(tmp_path / "text", "test").describe()

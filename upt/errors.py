@@ -1,5 +1,6 @@
 """Errors that a user can mend. A script prints them in one line and exits with 2; a notebook sees them raised."""
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -45,6 +46,6 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def suggest_path(path: Path | str) -> str:
     """The same for a path, among what lies beside it."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     beside = {str(path.with_name(p.name)) for p in path.parent.iterdir()} if path.parent.is_dir() else set()
     return suggest(str(path), {p for p in beside if not Path(p).name.startswith(".")})

@@ -31,10 +31,16 @@ class Question:
 
 
 class Questions:
-    """The questions of one split. `read(i)` gives what question i is made of, or raises `BadRow`; `note` goes along."""
+    """The questions of one split. `read(i)` gives what question i is made of, or raises `BadRow`; `note` goes along.
 
-    def __init__(self, name: str, split: str, uids: list[str], read: Callable, has_gold: bool, note: str):
+    `pictures` is how many of the rows hold a picture, or what is to be one.
+    """
+
+    def __init__(
+        self, name: str, split: str, uids: list[str], read: Callable, has_gold: bool, note: str, pictures: int
+    ):
         self.name, self.split, self.uids, self.has_gold, self.note = name, split, uids, has_gold, note
+        self.pictures = pictures
         self.bad: dict[str, str] = {}  # uid → reason, of the rows met so far
         self.weights: list[tuple[int, float]] | None = None  # (rows, weight) of sets that are drawn by weight
         self._read, self._blind, self._labelled = read, False, False
@@ -77,8 +83,10 @@ class Questions:
 
     def describe(self) -> str:
         """One line for the start of a run: how many questions, which rows of the set, whether there is gold."""
+        seen = "all" if self.pictures == len(self) else str(self.pictures) if self.pictures else "none"
         no_gold = "" if self.has_gold else "no gold answers: label-free metrics only"
-        return "; ".join(filter(None, (f"{self.name}/{self.split}: {len(self)} questions", self.note, no_gold)))
+        much = f"{self.name}/{self.split}: {len(self)} questions, {seen} with a picture"
+        return "; ".join(filter(None, (much, self.note, no_gold)))
 
     def report_bad(self, show: int = 3) -> str | None:
         """One line on the bad rows met so far, the first few by uid and reason; None if there are none."""

@@ -20,12 +20,14 @@ from hashlib import blake2b
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from huggingface_hub import snapshot_download
 
 from upt.data.names import ALIASES, NAMED, SHAPES, SPLITS
 from upt.data.questions import Question, Questions
-from upt.data.rows import ANSWER, BROKEN, CHOICES, FOLDER, QUESTION, UID, first_line, gold_of, pick, question_of
+from upt.data.rows import ANSWER, BROKEN, CHOICES, FOLDER, IMAGE, QUESTION, UID, first_line, gold_of, pick, question_of
 from upt.errors import DataError, suggest, suggest_path
 
 HELD_OUT = 0.05  # share of the rows, in a set that has but one split
@@ -52,7 +54,9 @@ def load_set(name: str, split: str, limit: int | None) -> Questions:
 
     answers = _column(table, columns[1])
     has_gold = any(gold_of(answers[i]) is not None for i in chosen)
-    questions = Questions(label, split, [uids[i] for i in chosen], read, has_gold, note)
+    pictured = _pictured(table)
+    pictures = sum(pictured[i] for i in chosen)
+    questions = Questions(label, split, [uids[i] for i in chosen], read, has_gold, note, pictures)
     if next(iter(questions), None) is None:
         kinds = Counter(reason.split(":")[0] for reason in questions.bad.values()).most_common()
         counts = ", ".join(f"{count} × {kind}" for kind, count in kinds) or "two rows are needed to hold one out"
@@ -169,6 +173,28 @@ def _column(table: datasets.Dataset, name: str | None) -> list:
         return [None] * len(table)
     columns = [column for column in (name, FOLDER) if column in table.column_names]
     return [row.get(name) for row in _dicts(table.select_columns(columns).with_format("arrow")[:])]
+
+
+def _pictured(table: datasets.Dataset) -> list[bool]:
+    """Which rows have something in one of the columns of pictures; none is read, let alone decoded."""
+    found = np.zeros(len(table), dtype=bool)
+    for column in table.column_names:
+        if column.lower() in IMAGE:
+            parts = [_filled(chunk) for chunk in table.data.column(column).chunks]
+            found |= np.concatenate(parts) if parts else found
+    return found.tolist()
+
+
+def _filled(cells: pa.Array) -> np.ndarray:
+    """Which cells hold anything: null, "", an empty list and, in our JSON, their like hold nothing."""
+    if pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type):
+        filled = pc.greater(pc.list_value_length(cells), 0)
+    elif pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+        nothing = pa.array(["", "null", '""', "[]", None], cells.type)
+        filled = pc.invert(pc.is_in(cells, value_set=nothing))
+    else:
+        filled = pc.is_valid(cells)
+    return np.asarray(pc.fill_null(filled, False))
 
 
 # ---- which rows are asked for
