@@ -160,7 +160,7 @@ def table(columns: dict[str, dict]) -> str:
     rows, few = [["", "n", *columns, *(["difference"] if len(columns) > 1 else [])]], False
     for prefix, of in groups.items():
         kind = prefix.strip() or None
-        for name in NAMES if kind is None else (*GOLD_METRICS[:2], "length"):
+        for name in NAMES if kind is None else GOLD_METRICS[:2]:
             if name not in of:
                 continue
             n = of["graded"] if kind is None and name in GOLD_METRICS else of["questions"]
@@ -192,7 +192,9 @@ def difference(first: dict, last: dict, name: str, kind: str | None = None) -> d
 def cell(score: dict[str, float], name: str, sign: str = "") -> str:
     """A value with its interval, to the digits that it needs."""
     scale, digits = {"entropy": (1, 3), "length": (1, 1)}.get(name, (100, 1))
-    value, *ends = (f"{scale * score[part]:{sign}.{digits}f}" for part in ("value", "low", "high") if part in score)
+    # Rounded first, and + 0.0 makes -0.0 plain zero: a sign is shown where the digits have one.
+    shown = [round(scale * score[part], digits) + 0.0 for part in ("value", "low", "high") if part in score]
+    value, *ends = (f"{number:{sign if number else ''}.{digits}f}" for number in shown)
     return f"{value} [{', '.join(ends)}]" if ends else value
 
 

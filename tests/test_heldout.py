@@ -29,7 +29,7 @@ def test_differences_are_paired_by_question():
     assert gain["value"] == pytest.approx(1 / 40)
     assert gain["low"] == 0.0 and gain["high"] <= 0.1  # unpaired, it would reach from -0.16 to 0.21
     row = lines(heldout.table({"before": before, "after": after}))["greedy"]
-    assert row.split()[:2] == ["greedy", "40"] and "75.0 [" in row and "77.5 [" in row and "+2.5 [+0.0, " in row
+    assert row.split()[:2] == ["greedy", "40"] and "75.0 [" in row and "77.5 [" in row and "+2.5 [0.0, " in row
 
 
 def test_a_question_that_only_one_side_has_stays_out():
@@ -39,6 +39,7 @@ def test_a_question_that_only_one_side_has_stays_out():
 
 def test_entropy_has_digits_enough():
     table = heldout.table({"before": scores([1.0] * 40, 0.0441), "after": scores([1.0] * 40, 0.0382)})
+    assert heldout.cell({"value": -0.00002, "low": -0.0006, "high": 0.00001}, "entropy", "+") == "0.000 [-0.001, 0.000]"
     assert "0.044 [0.044, 0.044]" in table and "-0.006 [-0.006, -0.006]" in table and "-0.0 " not in table
 
 

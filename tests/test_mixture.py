@@ -91,7 +91,8 @@ def test_all_questions_of_both_in_order(sets):
     assert both.without_gold()[0].gold is None
     assert len(data.load(f"{sets[0]},{sets[1]}", limit=3)) == 6
     assert both.describe() == (
-        "a,b/train: 26 questions, none with a picture; 19 of a (without 1 rows held out by uid hash) + 7 of b (without 1 rows held out by "
+        "a,b/train: 26 questions, none with a picture; "
+        "19 of a (without 1 rows held out by uid hash) + 7 of b (without 1 rows held out by "
         "uid hash)"
     )
 

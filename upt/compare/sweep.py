@@ -23,15 +23,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from upt.errors import RunsFailed, SettingError
 from upt.files import write_whole
 from upt.groups.stats import markdown, t_interval, write_csv
 from upt.run import progress
 from upt.run.stopping import stop_on_signal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TRAIN = Path(__file__).parents[2] / "train_upt.py"
 POLL = 0.5  # seconds between looks at the runs
@@ -254,8 +257,10 @@ def over_seeds(runs: list[list[dict]], name: str) -> tuple[list[int], np.ndarray
     return steps, np.array([[np.mean(at[s]), min(at[s]), max(at[s])] for s in steps]).reshape(-1, 3).T
 
 
-def figure(metrics: dict[str, list[list[dict]]]) -> Figure:
+def figure(metrics: dict[str, list[list[dict]]]) -> "Figure":
     """Training curves of each variant: the mean over its runs, and their range as a band."""
+    from matplotlib.figure import Figure
+
     page = Figure(figsize=(10, 7), layout="constrained")
     axes = page.subplots(2, 2, sharex=True).ravel()
     for i, (label, runs) in enumerate(metrics.items()):
@@ -300,10 +305,10 @@ def main(config, variants, settings_of: Callable) -> dict[str, dict]:
     `settings_of(flags)` are the settings in full of a run with these flags. It raises if they are wrong, or not those
     of the run in its folder.
     """
-    import torch
-
     runs = plan(config, variants)
     settings = [settings_of(run.flags) for run in runs][0]
+    import torch  # not before the settings are known to be right
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = min(config.jobs or (1 if torch.cuda.is_available() else cores), len(runs))
     threads = max(1, cores // jobs)

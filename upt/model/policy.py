@@ -11,6 +11,8 @@ encoded once and its features are shared by sampling and by every later pass ove
         logprob, entropy = policy.logprobs(batch)
 """
 
+import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import logging
 
 from kernels import linear_logprob
 from upt.errors import PolicyError, suggest_path
@@ -69,9 +72,10 @@ class Policy:
         if dtype not in dtypes:
             raise PolicyError(f"dtype must be one of {', '.join(dtypes)}, not {dtype!r}")
         config = model_config(name)
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, config=config, dtype=dtypes[dtype], attn_implementation=attention
-        ).to(device)
+        with calm():
+            model = AutoModelForImageTextToText.from_pretrained(
+                name, config=config, dtype=dtypes[dtype], attn_implementation=attention
+            ).to(device)
         if adapter is not None:
             model = _open_adapter(model, adapter).merge_and_unload()
         if on_gpu if gradient_checkpointing is None else gradient_checkpointing:
@@ -97,7 +101,7 @@ class Policy:
         """Put a fresh, trainable LoRA adapter on the language model's linear layers named in `targets`."""
         pattern = rf"{self.family.adapter_layers}\.({'|'.join(targets)})"
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, task_type="CAUSAL_LM")
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), calm():
             torch.manual_seed(seed)
             self.model = get_peft_model(self.model, config)
 
@@ -277,6 +281,19 @@ def model_config(name: str):
     return config
 
 
+@contextmanager
+def calm() -> Iterator[None]:
+    """Without the warnings of libraries about each other and, where it can't redraw itself, without a progress bar."""
+    bars = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+    if bars:
+        logging.enable_progress_bar()
+
+
 def checked_device(name: str) -> torch.device:
     """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`. Raises PolicyError for one that is not there."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -297,4 +314,5 @@ def checked_device(name: str) -> torch.device:
 def _open_adapter(model, folder: str | Path, **options):
     if not (Path(folder) / "adapter_config.json").is_file():
         raise PolicyError(f"{folder} holds no PEFT adapter (adapter_config.json is missing){suggest_path(folder)}")
-    return PeftModel.from_pretrained(model, str(folder), **options)
+    with calm():
+        return PeftModel.from_pretrained(model, str(folder), **options)

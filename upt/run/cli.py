@@ -170,8 +170,9 @@ def documented(config_class: type) -> dict[str, str]:
 
 def check_names(config_class: type, arguments: Sequence[str]) -> None:
     """Raise UserError for the first flag that is none, with the nearest one that is."""
-    known = {f"--{f.name.replace('_', '-')}" for f in fields(config_class) if not f.metadata.get("hidden")}
-    known |= {f"--no-{flag[2:]}" for flag in known} | {"--help", "-h"}
+    shown = [f for f in fields(config_class) if not f.metadata.get("hidden")]
+    known = {f"--{f.name.replace('_', '-')}" for f in shown} | {"--help", "-h"}
+    known |= {f"--no-{f.name.replace('_', '-')}" for f in shown if isinstance(f.default, bool)}
     for word in arguments:
         name = word.split("=")[0].replace("_", "-")
         if re.match(r"--[a-zA-Z]", word) and name not in known:

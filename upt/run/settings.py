@@ -28,7 +28,7 @@ class Paths:
     def __post_init__(self):
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name, None)
-            if isinstance(value, str) and {hint, *get_args(hint)} - {NoneType} == {Path}:
+            if isinstance(value, str) and {*(get_args(hint) or [hint])} - {NoneType} == {Path}:
                 setattr(self, name, Path(value).expanduser())
 
 

@@ -1,0 +1,258 @@
+"""What a user sees at a shell and in a notebook: one line for a mistake, its exit status, the settings in groups."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import ablate
+from upt.errors import RunsFailed, SettingError, Stopped, UserError, suggest, suggest_path
+from upt.run import cli, presets
+from upt.run.settings import Data, Paths, hidden
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "transformers", "peft", "datasets", "pyarrow", "scipy", "matplotlib"}
+SCRIPTS = [*(f"{name}.py" for name in "train_upt rollout judge rewards synthesize warmup ablate".split())]
+SCRIPTS += [f"eval/{name}.py" for name in "run score compare heldout synthetic".split()]
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """A command in an empty folder."""
+
+    def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
+        words = [str(ROOT / word) if word in SCRIPTS else word for word in words]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+        return subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, env=environment)
+
+    return run
+
+
+MISTAKES = [  # command, what its one line says
+    ("train_upt.py --reward majorty", "no reward is called 'majorty'; did you mean 'majority'?"),
+    ("train_upt.py --reward judged(lam_pso=1)", "no setting 'lam_pso'; did you mean 'lam_pos'?"),
+    ("train_upt.py --reward nothing.py:mine", "nothing.py: no such file"),
+    ("train_upt.py --advantage group-nrm", "did you mean 'group-norm'?"),
+    ("train_upt.py --stpes 4", "--stpes is no setting; did you mean '--steps'?"),
+    ("train_upt.py --steps four", "--steps four: expected a whole number"),
+    ("train_upt.py --steps", "--steps needs a value: a whole number"),
+    ("train_upt.py --temperature=warm", "--temperature warm: expected a number"),
+    ("train_upt.py --preset mmupt", "expected one of mm-upt, self-judge, self-judge-code; did you mean 'mm-upt'?"),
+    ("train_upt.py four", "four: settings are written --name value"),
+    ("train_upt.py --steps 0", "--steps must be at least 1, not 0"),
+    ("train_upt.py --split trian", "did you mean 'train'?"),
+    ("train_upt.py --data geoqua", "did you mean 'geoqa'?"),
+    ("train_upt.py --data ./nothing.jsonl", "'./nothing.jsonl' is neither shapes"),
+    ("train_upt.py --model models/nothing", "there is no model folder models/nothing"),
+    ("train_upt.py --adapter nothing", "--adapter nothing: no PEFT adapter there"),
+    ("train_upt.py --init-adapter nothing", "--init-adapter nothing: no PEFT adapter there"),
+    ("train_upt.py --prompt think-boxd", "did you mean 'think-boxed'?"),
+    ("train_upt.py --from-shards nothing", "nothing/manifest.json: no such file"),
+    ("train_upt.py --eval mathvison=x --eval-every 1", "did you mean 'mathvision'?"),
+    ("rollout.py --group-size 0", "--group-size must be at least 1, not 0"),
+    ("judge.py --judge-mode tekst", "did you mean 'text'?"),
+    ("judge.py --rollouts nothing", "nothing/manifest.json: no such file"),
+    ("rewards.py --out x", "--rollouts is missing"),
+    ("rewards.py --rollouts nothing --out x", "nothing: no shards"),
+    ("synthesize.py --filters agrement", "did you mean 'agreement'?"),
+    ("synthesize.py --mode indirect", "--mode indirect: expected one of in-context, direct; did you mean 'direct'?"),
+    ("warmup.py --batch 0", "at least 1"),
+    ("ablate.py --rewards majorty", "did you mean 'majority'?"),
+    ("ablate.py --learnig-rate 3", "--learnig-rate is no setting; did you mean '--learning-rate'?"),
+    ("ablate.py --rollouts nothing", "nothing: no shards"),
+    ("-m eval.run --benchmark mathvison --data x", "did you mean 'mathvision'?"),
+    ("-m eval.run --benchmark mathvision --data nothing", "there is no folder nothing"),
+    ("-m eval.score --benchmark mathvision --data nothing --responses x --out y", "there is no folder nothing"),
+    ("-m eval.compare nothing nothing", "nothing: expected a score file"),
+    ("-m eval.heldout --eval-samples 0", "--eval-samples must be at least 1, not 0"),
+    ("-m eval.synthetic --questions nothing", "nothing/manifest.json: no such file"),
+]
+
+
+@pytest.mark.parametrize("command, said", MISTAKES, ids=[command for command, _ in MISTAKES])
+def test_a_mistake_is_one_line_and_status_2(shell, command, said):
+    done = shell(*command.split(" "), HF_HUB_OFFLINE="1")
+    *before, last = done.stderr.strip().split("\n")
+    assert done.returncode == 2 and last.startswith("error: ") and said in last, done.stderr
+    assert not any(line.startswith(("error", "Traceback")) for line in before)
+
+
+def test_a_device_that_is_not_there(shell, tiny, tmp_path):
+    for device, said in (("cuda:99", "--device cuda:99"), ("gpu", "no such kind of device; give auto, cpu, cuda")):
+        done = shell("train_upt.py", "--model", tiny, "--device", device, "--out", "unused")
+        assert done.returncode == 2 and said in done.stderr.split("\n")[-2] and "error: " in done.stderr
+    assert not (tmp_path / "unused").exists()
+
+
+def test_debug_shows_the_traceback_and_a_notebook_the_error(shell):
+    done = shell("train_upt.py", "--reward", "majorty", "--debug")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "SettingError: no reward is called" in done.stderr
+    with pytest.raises(SettingError, match="did you mean 'majority'"):
+        ablate.main(ablate.Config(rewards="majorty"))
+
+
+def test_a_file_that_cannot_be_written_is_one_line(shell, tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = shell("rollout.py", "--model", tiny, "--steps", "1", "--out", str(tmp_path / "file" / "below"))
+    assert done.returncode == 2 and done.stderr.strip().split("\n")[-1].startswith(f"error: {tmp_path}/file")
+
+
+def test_ends_that_are_no_mistake():
+    def ends(error):
+        def main(config):
+            raise error
+
+        with pytest.raises(SystemExit) as end:
+            cli.launch(main, Plain, [])
+        return end.value.code
+
+    assert ends(Stopped(15, "SIGTERM")) == 143 and ends(KeyboardInterrupt()) == 130
+    assert ends(RunsFailed("1 of 2 runs failed")) == 1 and ends(UserError("x")) == 2
+    with pytest.raises(ZeroDivisionError):  # a defect of ours is not dressed up
+        cli.launch(lambda config: 1 / 0, Plain, [])
+    assert issubclass(Stopped, KeyboardInterrupt)  # what a notebook knows how to show
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flag", ["--help", "--nonsense"])
+def test_help_and_refusals_wait_for_nothing_heavy(shell, script, flag):
+    code = f"""
+import runpy, sys
+sys.argv = [{script!r}, {flag!r}]
+try:
+    runpy.run_module({script.removesuffix(".py").replace("/", ".")!r}, run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    print("ended", end.code, sorted({HEAVY!r} & sys.modules.keys()))
+"""
+    done = shell("-c", code)
+    assert done.stdout.split("\n")[-2] == f"ended {2 * (flag == '--nonsense')} []", done.stdout + done.stderr
+
+
+def test_a_wrong_reward_waits_for_nothing_heavy(shell):
+    code = f"""
+import sys, train_upt
+try:
+    train_upt.main(train_upt.Config(reward="majorty"))
+except ValueError:
+    print(sorted({HEAVY!r} & sys.modules.keys()))
+"""
+    assert shell("-c", code).stdout == "[]\n"
+
+
+def test_help_is_in_groups_with_the_defaults_that_hold(shell):
+    text = shell("train_upt.py", "--help", COLUMNS="100", NO_COLOR="1").stdout
+    titles = re.findall(r"─ ([\w-]+) options ─", text)
+    assert titles == ["data", "model", "sampling", "reward", "judge", "asking", "rounds", "update", "evaluation", "run"]
+    flat = " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+    assert f"{presets.TINY['steps']} with the tiny model, {presets.REAL['steps']} with others" in flat
+    assert "the k likeliest tokens; 0 keeps all (default: 0)" in flat and "--round " not in flat
+    assert "responses to each question, G (default: 8)" in flat  # the same for both, so said once
+    assert "the snapshot's own with the tiny model, 262144 with others" in flat
+
+
+@dataclass
+class Plain(Data, Paths):
+    """A Config of a few fields."""
+
+    out: Path | None = None
+    """where to"""
+    kind: Literal["one", "two"] = "one"
+    """which"""
+    names: tuple[str, ...] = ()
+    """several"""
+    secret: int = hidden(7)
+
+
+def test_flags_become_a_config_and_strings_paths(tmp_path):
+    config = cli.parse(Plain, ["--data", "a,b", "--out", str(tmp_path), "--kind", "two", "--names", "x", "y"])
+    assert config == Plain(data="a,b", out=tmp_path, kind="two", names=("x", "y")) and config.secret == 7
+    assert Plain(out="a/b").out == Path("a/b") and Plain(out="~/x").out == Path("~/x").expanduser()
+    assert cli.parse(Plain, []) == Plain()
+    with pytest.raises(UserError, match="--secret is no setting"):
+        cli.parse(Plain, ["--secret", "3"])
+
+
+def test_every_config_takes_strings_for_paths():
+    import importlib
+
+    for script in SCRIPTS:
+        config = importlib.import_module(script.removesuffix(".py").replace("/", ".")).Config
+        assert issubclass(config, Paths), script
+
+
+def test_near_names():
+    assert suggest("Majority", ["majority"]) == "; did you mean 'majority'?" and suggest("xyz", ["majority"]) == ""
+
+
+def test_near_paths(tmp_path):
+    (tmp_path / "train").mkdir()
+    assert suggest_path(tmp_path / "trian") == f"; did you mean {str(tmp_path / 'train')!r}?"
+    assert suggest_path(tmp_path / "no" / "x") == suggest_path("~nobody-here/x") == ""
+
+
+@pytest.mark.parametrize(
+    "given, passed",
+    [
+        (["--train", "--top-k 8"], ["--train=--top-k 8"]),
+        (["--train=--top-k 8"], ["--train=--top-k 8"]),
+        (["--seeds", "2", "--top-k", "8", "--data", "x"], ["--seeds", "2", "--data", "x", "--train=--top-k 8"]),
+        (["--top-k=8", "--train", "--prompt 'a b'"], ["--train=--top-k=8 --prompt 'a b'"]),
+        (["--rewards", "a b", "--", "--top-k", "8"], ["--rewards", "a b", "--train=--top-k 8"]),
+    ],
+)
+def test_what_ablate_does_not_know_is_for_training(given, passed):
+    assert ablate.sorted_out(given) == passed
+    assert cli.parse(ablate.Config, passed).train == passed[-1].removeprefix("--train=")
+
+
+def test_a_finished_run_says_how_to_go_on(tiny, tmp_path):
+    import train_upt
+
+    small = dict(questions_per_step=2, group_size=2, max_new_tokens=4, lora_rank=2, eval_questions=0, reward="random")
+    out = tmp_path / "run"
+    train_upt.main(train_upt.Config(model=tiny, steps=1, out=str(out), **small))
+    with pytest.raises(
+        SettingError, match=rf"a finished run with 1 steps.*--init-adapter {out}/adapter --steps 2 --out"
+    ):
+        train_upt.main(train_upt.Config(model=tiny, steps=3, out=out, **small))
+    # As it says: the adapter that was trained goes on, in a run of its own.
+    further = train_upt.Config(model=tiny, steps=1, out=tmp_path / "more", init_adapter=str(out / "adapter"), **small)
+    assert train_upt.main(further)["end"]["steps"] == 1
+
+
+def test_a_run_stands_for_its_rollouts_and_says_what_it_does(tiny, tmp_path, capsys):
+    import rewards
+    import train_upt
+
+    small = dict(questions_per_step=2, group_size=2, max_new_tokens=4, lora_rank=2, eval_questions=0)
+    train_upt.main(train_upt.Config(model=tiny, steps=1, out=tmp_path / "run", reward="random", **small))
+    said = [line for line in capsys.readouterr().out.split("\n") if line.startswith("training ")]
+    assert said == [
+        f"training {tiny} on shapes/train: 4096 questions, all with a picture; seed 0: reward random, advantage "
+        f"group-norm, 1 steps of 2 questions x 2 responses, into {tmp_path}/run"
+    ]
+    rewards.main(rewards.Config(rollouts=tmp_path / "run", out=tmp_path / "scored"))
+    assert f"its shards are in {tmp_path}/run/rollouts" in capsys.readouterr().err
+    train_upt.main(train_upt.Config(from_shards=tmp_path / "run", out=tmp_path / "again", **small))
+    assert json.loads((tmp_path / "again/summary.json").read_text())["config"]["from_shards"].endswith("run/rollouts")
+
+
+def test_a_notebook_elsewhere_on_disk(tiny, tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from train_upt import Config, main
+main(Config(model={tiny!r}, steps=1, questions_per_step=2, group_size=2, max_new_tokens=4, lora_rank=2,
+            eval_questions=2, eval_samples=2, reward="random", out="run"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+    lines = done.stdout.strip().split("\n")  # no bar: a line for what it does, the step, and each evaluation
+    assert sum(line.startswith("step ") for line in lines) == 1 and "\r" not in done.stdout
