@@ -9,12 +9,16 @@
     grpo_loss, sft_loss, response_weights, kl_divergence
 
 CUDA tensors take Triton, others the reference; UPT_KERNELS forces either (see dispatch.py). Names are imported when
-they are first used: rewards.py takes its advantages from here and must not wait for torch.
+they are first used: rewards.py takes its advantages from here and must not wait for torch. All other names, get_kernel
+for one, are those of Hugging Face's package `kernels`, if it is installed (see namesake.py).
 """
 
 import os
 import sys
 from importlib import import_module
+from types import ModuleType
+
+from kernels.namesake import Namesake
 
 MODULES = {
     "selective_log_softmax": "logprob",
@@ -28,6 +32,9 @@ MODULES = {
     "row_id": "sampling",
 }
 __all__ = list(MODULES)
+OURS = list(__path__)
+NAMESAKE = Namesake(__name__)
+__path__[:] = OURS + NAMESAKE.folders
 
 # Triton reads TRITON_INTERPRET while it is imported, which transformers and PEFT do: this is the last moment to set it.
 if os.environ.get("UPT_KERNELS") == "triton" and "triton" not in sys.modules:
@@ -42,6 +49,12 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str):
-    if name not in MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
+    if name in MODULES:
+        return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
+    return NAMESAKE.attribute(name)
+
+
+def stand_for(theirs: ModuleType) -> None:
+    """Look for what is not ours in `theirs`, a package of this name that was imported before."""
+    NAMESAKE.adopt(theirs)
+    __path__[:] = OURS + NAMESAKE.folders

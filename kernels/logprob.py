@@ -16,11 +16,11 @@ than `chunk` x V logits exists at any time, and no gradient of the head is ever 
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from kernels.common import Rows
 from kernels.dispatch import use_triton
 
 # Logits held at once by default: so many rows that reading the head again for every chunk costs little beside the
@@ -29,18 +29,6 @@ CPU_ELEMENTS = 2**21
 GPU_ELEMENTS = 80 * 2**20
 CACHED_ELEMENTS = 2**19  # what eager PyTorch goes over several times at once, so that it stays in a CPU's cache
 CONVERTED_ROWS = 2048  # rows of a bf16 or fp16 head that are there in float32 at once, on a CPU
-
-
-class Rows(NamedTuple):
-    """What one pass over logits (n, V) leaves of each row: (n,) in float32, or in float64 if the logits are."""
-
-    logprob: torch.Tensor
-    entropy: torch.Tensor
-    top: torch.Tensor  # max z
-    log_sum: torch.Tensor  # log S
-    others: torch.Tensor  # 1 - p(y)
-    mean: torch.Tensor  # mean over v of z / T
-    factor: torch.Tensor  # of what replaces the logits, see _rows
 
 
 def selective_log_softmax(

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.common import Rows
 from kernels.dispatch import on
-from kernels.logprob import Rows
 
 BLOCK = 4096  # logits a program holds at once: 16 a thread
 WARPS = 8

@@ -5,11 +5,10 @@ Responses come packed, tokens (N,) in the order of `lengths` (R,), or padded, (R
 
 import torch
 
+from kernels.common import ESTIMATORS, LARGEST
 from kernels.dispatch import use_triton
 
 AGGREGATIONS = ("token", "sequence", "dr-grpo")
-ESTIMATORS = ("k1", "k2", "k3")
-LARGEST = 80.0  # a log-ratio above it counts as it: exp stays finite, and so do gradients of what is clipped
 
 
 def response_weights(lengths: torch.Tensor, aggregation: str = "token", max_length: int | None = None) -> torch.Tensor:

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from kernels.common import ESTIMATORS, LARGEST
 from kernels.dispatch import on
-from kernels.loss import ESTIMATORS, LARGEST
 
 BLOCK = 512  # tokens at once
 SUMS = ("loss", "clip_low", "clip_high", "dual_clip", "ratio", "kl", "tokens", "used")

@@ -79,7 +79,7 @@ def sample(
     if temperature == 0:
         token = allowed.argmax(-1)
     else:
-        allowed = allowed.masked_fill(allowed < _floor(allowed, top_p, top_k), float("-inf"))
+        allowed = allowed.masked_fill(allowed < smallest_kept(allowed, top_p, top_k), float("-inf"))
         token = (allowed + gumbel(row_ids, position, allowed.shape[-1], seed)).argmax(-1)
     logp = scores.log_softmax(-1)
     logprob = logp.gather(1, token[:, None])[:, 0]
@@ -89,7 +89,7 @@ def sample(
     return token, logprob, entropy, -logp.mean(-1)
 
 
-def _floor(scores: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
+def smallest_kept(scores: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
     """The smallest score (R, 1) that top-k and top-p keep."""
     floor = scores.new_full((len(scores), 1), float("-inf"))
     if 0 < top_k < scores.shape[-1]:

@@ -23,6 +23,7 @@ from kernels import (
     grpo_loss,
     linear_logprob,
     logprob_triton,
+    loss_triton,
     row_id,
     sample,
     sampling_triton,
@@ -299,13 +300,11 @@ def test_linear_logprob(device, guarded, rows, width, size, seed, dtype, tempera
 
 def test_lengths_that_do_not_fit_touch_nothing_else(device, guarded):
     # On a GPU their sum is not looked at. Here the check is passed by, to see what the kernel does with them.
-    from kernels.loss_triton import _GrpoLoss
-
     x, advantage = torch.zeros(6, device=device).requires_grad_(), torch.ones(2, device=device)
     settings_ = ("token", None, 0.2, 0.2, 0.0, "token", 0.0, "k3")
     for lengths in ([2, 1], [7, -1], [-3, 9], [4, 9]):
         given_ = torch.tensor(lengths, device=device)
-        loss, _ = _GrpoLoss.apply(x, x.detach(), advantage, None, None, given_, None, settings_)
+        loss, _ = loss_triton.grpo_loss(x, x.detach(), advantage, None, None, given_, None, *settings_)
         (gradient,) = torch.autograd.grad(loss, x)
         assert gradient.isfinite().all() and loss.isfinite()
     guarded.check()
@@ -490,7 +489,7 @@ def test_sample(device, guarded, case, top_p, top_k, cold, seed, position, banne
     allowed = z.index_fill(1, torch.tensor(banned, dtype=torch.long), float("-inf"))
     scores = allowed
     if temperature > 0:
-        floor = reference_sampling._floor(allowed, top_p, top_k)
+        floor = reference_sampling.smallest_kept(allowed, top_p, top_k)
         scores = allowed.masked_fill(allowed < floor, float("-inf"))
         scores = scores + reference_sampling.gumbel(rows, position, z.shape[1], seed).double()
     if not torch.isneginf(allowed).all(1).any():
@@ -501,7 +500,7 @@ def test_sample(device, guarded, case, top_p, top_k, cold, seed, position, banne
         tied = (best - chosen) <= 1e-5 * (1 + best.abs())
         p = allowed.softmax(-1)
         above = torch.where(allowed > allowed.gather(1, token), p, 0.0).sum(1)
-        kept = torch.where(allowed >= reference_sampling._floor(allowed, 1.0, top_k), p, 0.0).sum(1)
+        kept = torch.where(allowed >= reference_sampling.smallest_kept(allowed, 1.0, top_k), p, 0.0).sum(1)
         edge = (above / kept - top_p).abs() < 1e-5
         assert (tied | edge).all()
     exact = in_float64(logits.double(), found[0], temperature or 1.0)
@@ -518,7 +517,7 @@ def test_the_smallest_logit_kept(device, dtype, top_p, top_k):
     bits = sampling_triton.floors(logits.to(device), 0.7, top_p, top_k, banned).cpu()
     order = logits.float().view(torch.int32) ^ ((logits.float().view(torch.int32) >> 31) & 0x7FFFFFFF)
     allowed = logits.float().index_fill(1, torch.tensor(banned), float("-inf"))
-    expected = allowed >= 0.7 * reference_sampling._floor(allowed / 0.7, top_p, top_k) - 1e-5
+    expected = allowed >= 0.7 * reference_sampling.smallest_kept(allowed / 0.7, top_p, top_k) - 1e-5
     assert torch.equal((order >= bits[:, None]) & allowed.isfinite(), expected & allowed.isfinite())
 
 
