@@ -13,7 +13,11 @@ Importing it loads none of torch, transformers and datasets: modules that need t
 
 import os
 
+from upt import kernel_names
+
 # Idle OpenMP threads spin, and on a shared machine they spin where others would compute (docs/speed.md). This is read
 # when torch is loaded; a setting of the user's own wins.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
+
+kernel_names.claim()
