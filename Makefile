@@ -15,6 +15,9 @@ ARGS   ?=
 TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 
+# Has the name of our folder kernels/. The tests make sure that both work together; nothing else needs it.
+NAMESAKE := 'kernels>=0.16,<0.19'
+
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready-$(subst /,-,$(subst =,-,$(TORCH)))
@@ -63,6 +66,7 @@ $(READY): requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/beside $(NAMESAKE)
 	rm -f $(VENV)/.ready-*
 	touch $@
 

@@ -3,8 +3,6 @@
 Each test is a fresh Python, which asserts; what it needs of the package is what transformers and bitsandbytes do.
 """
 
-import importlib.metadata
-import importlib.util
 import os
 import pkgutil
 import re
@@ -16,7 +14,9 @@ import pytest
 from transformers.dependency_versions_table import deps
 
 ROOT = Path(__file__).resolve().parents[1]
-HOME = Path(importlib.metadata.distribution("kernels").locate_file("kernels")).resolve()
+BESIDE = Path(os.environ.get("UPT_BESIDE", ROOT / ".venv" / "beside"))  # where `make setup` puts theirs
+HOME = (BESIDE / "kernels").resolve()
+pytestmark = pytest.mark.skipif(not HOME.is_dir(), reason=f"Hugging Face's kernels is not in {BESIDE}: make setup")
 START = f"""
 import importlib.metadata, importlib.util, sys
 from pathlib import Path
@@ -68,33 +68,18 @@ assert kernels.__all__ == list(kernels.MODULES)
 """
 
 
-def run(code: str, folder: Path, path: str = "", options: tuple[str, ...] = ()) -> str:
-    """What Python says to `code` after START, run in `folder`, which is the first place where it looks for modules."""
+def run(code: str, folder: Path, *path: Path | str) -> str:
+    """What Python says to `code` after START, run in `folder`, where it looks for modules first, then in `path`."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "UPT_KERNELS", "TRITON_INTERPRET")}
     done = subprocess.run(
-        [sys.executable, *options, "-c", START + code],
+        [sys.executable, "-c", START + code],
         cwd=folder,
-        env=kept | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        env=kept | {"PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
-
-
-@pytest.fixture
-def without_theirs(tmp_path) -> str:
-    """A sys.path, to be used with -S, on which everything that is installed can be found, but theirs can't."""
-    places = []
-    for number, place in enumerate(map(Path, sys.path)):
-        if place.name in ("site-packages", "dist-packages") and place.is_dir():
-            links = tmp_path / f"packages{number}"
-            links.mkdir()
-            for entry in place.iterdir():
-                if not re.fullmatch(r"kernels(-.*\.dist-info)?", entry.name):
-                    (links / entry.name).symlink_to(entry)
-            places.append(str(links))
-    return os.pathsep.join(places)
 
 
 def test_no_name_is_claimed_by_both():
@@ -113,21 +98,26 @@ names = {{name for name in names if not name.startswith("__")}} & set(kernels.NA
 assert not names, names
 """,
         ROOT,
+        BESIDE,
     )
 
 
 def test_ours_first():
-    run(BOTH, ROOT)
-    run("import kernels\nassert kernels.layer is sys.modules['kernels.layer'] and home(kernels.layer.mode)", ROOT)
+    run(BOTH, ROOT, BESIDE)
+    run(
+        "import kernels\nassert kernels.layer is sys.modules['kernels.layer'] and home(kernels.layer.mode)",
+        ROOT,
+        BESIDE,
+    )
 
 
 @pytest.mark.parametrize("first", ["import kernels\n", "", "from kernels import loss\n"])
 def test_ours_first_and_then_transformers(first):
-    run(first + TRANSFORMERS + BOTH, ROOT)
+    run(first + TRANSFORMERS + BOTH, ROOT, BESIDE)
 
 
 def test_importing_ours_is_cheap():
-    run("import kernels\nassert {'torch', 'huggingface_hub', 'kernels.layer'}.isdisjoint(sys.modules)", ROOT)
+    run("import kernels\nassert {'torch', 'huggingface_hub', 'kernels.layer'}.isdisjoint(sys.modules)", ROOT, BESIDE)
 
 
 def test_only_their_names_run_theirs():
@@ -154,6 +144,7 @@ assert hasattr(kernels, "get_kernel") and kernels.NAMESAKE.module is not None an
 assert not hasattr(kernels, "nonsense")
 """,
         ROOT,
+        BESIDE,
     )
 
 
@@ -174,6 +165,7 @@ del sys.modules["huggingface_hub"]
 """
         + BOTH,
         ROOT,
+        BESIDE,
     )
 
 
@@ -187,26 +179,34 @@ ours = kernels
 claim()
 assert sys.modules["kernels"] is ours
 """
-    run(THEIRS + "held = get_kernel\n" + LATE + BOTH + same, tmp_path)
+    run(THEIRS + "held = get_kernel\n" + LATE + BOTH + same, tmp_path, BESIDE)
 
 
 def test_theirs_first_by_transformers(tmp_path):
-    run(TRANSFORMERS + THEIRS + LATE + BOTH + TRANSFORMERS, tmp_path)
+    run(TRANSFORMERS + THEIRS + LATE + BOTH + TRANSFORMERS, tmp_path, BESIDE)
 
 
 def test_theirs_would_be_found_first(tmp_path):
     """The root at the end of sys.path: theirs is not imported yet, but would be."""
-    run("sys.path.append(str(ROOT))\nfrom upt.kernel_names import claim\nclaim()\n" + BOTH, tmp_path)
+    run("sys.path.append(str(ROOT))\nfrom upt.kernel_names import claim\nclaim()\n" + BOTH, tmp_path, BESIDE)
 
 
 def test_claiming_what_is_ours_changes_nothing():
-    run("from upt.kernel_names import claim\nclaim()\nassert not [n for n in sys.modules if n[:7] == 'kernels']", ROOT)
-    run("import kernels\nfrom upt.kernel_names import claim\nclaim()\nassert sys.modules['kernels'] is kernels", ROOT)
+    run(
+        "from upt.kernel_names import claim\nclaim()\nassert not [n for n in sys.modules if n[:7] == 'kernels']",
+        ROOT,
+        BESIDE,
+    )
+    run(
+        "import kernels\nfrom upt.kernel_names import claim\nclaim()\nassert sys.modules['kernels'] is kernels",
+        ROOT,
+        BESIDE,
+    )
 
 
 def test_another_checkout_is_not_theirs(tmp_path):
     (tmp_path / "kernels").symlink_to(ROOT / "kernels")
-    run(BOTH, ROOT, path=str(tmp_path))
+    run(BOTH, ROOT, tmp_path, BESIDE)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -227,11 +227,11 @@ from kernels import get_kernel, linear_logprob
 get_kernel("one more")
 assert [len(names) for names in asked] == [1] * (1 + has_avx512bf16()), asked
 """
-    said = run(before + LATE + after, tmp_path) if late else run(before + after, ROOT)
+    said = run(before + LATE + after, tmp_path, BESIDE) if late else run(before + after, ROOT, BESIDE)
     assert "cannot import name" not in said
 
 
-def test_without_theirs(without_theirs):
+def test_without_theirs():
     run(
         """
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -253,15 +253,12 @@ else:
     raise AssertionError("there is one")
 """,
         ROOT,
-        path=without_theirs,
-        options=("-S",),
     )
 
 
 def test_pytest_finds_ours():
     """In this very process, which is `python -m pytest` from the root."""
     import kernels
-    from kernels import layer, linear_logprob
+    from kernels import linear_logprob
 
     assert Path(kernels.__file__).parent == ROOT / "kernels" and linear_logprob.__module__ == "kernels.logprob"
-    assert HOME in Path(layer.__file__).resolve().parents
