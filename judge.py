@@ -20,20 +20,19 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import rollout
 from upt import model, prompts, stages
 from upt.errors import SettingError
 from upt.groups import manifests, shards
 from upt.run import cli, presets, progress
-from upt.run.settings import Judge, Paths
+from upt.run.settings import Judge, Model, Paths
 
 FREE = ("rollouts", "out", "device", "judge_tokens")  # settings that may change when judging goes on
 
 
 @dataclass
-class Config(Judge, Paths):
+class Config(Judge, Model, Paths):
     """Flags of the stage. The settings of the judge's model are those of the rollouts where they are left at None."""
 
     rollouts: Path = Path("runs/rollouts")
@@ -48,14 +47,6 @@ class Config(Judge, Paths):
     """noise of written judgements"""
     prompt: str | None = None
     """prompt style whose format the responses must keep: think-boxed, or any other for a box alone"""
-    min_pixels: int | None = None
-    """smallest image area after resizing, in pixels"""
-    max_pixels: int | None = None
-    """largest image area after resizing, in pixels"""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU"""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N"""
 
 
 def resolve(config: Config) -> tuple[Config, dict]:
@@ -86,8 +77,7 @@ def main(config: Config) -> dict[str, float]:
     settings = json.loads(json.dumps(asdict(config), default=str))
     settings |= {"judge_prompt_file": prompts.judge_digest(config.judge_prompt), "rollouts_manifest": origin}
     fresh = manifests.check(config.out, settings, ignore=FREE) is None
-    options = {name: getattr(config, name) for name in ("adapter", "dtype", "device", "min_pixels", "max_pixels")}
-    policy = model.Policy.load(config.model, **options)
+    policy = model.Policy.load(config.model, **config.loading())
     if fresh:
         identity = {"model": config.model, "adapter": config.adapter}
         manifests.write(config.out, stage="judge", config=settings, seed=config.seed, **identity)

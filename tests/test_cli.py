@@ -156,6 +156,17 @@ def test_help_is_in_groups_with_the_defaults_that_hold(shell):
     assert "the snapshot's own with the tiny model, 262144 with others" in flat
 
 
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_waiting_threads_give_way_unless_the_user_says_otherwise(shell, own):
+    code = "import os, upt; print({n: os.environ.get(n) for n in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')})"
+    kept = {"GOMP_SPINCOUNT": None, "OMP_WAIT_POLICY": None} | ({"GOMP_SPINCOUNT": "1000"} if not own else own)
+    removed = "import os; [os.environ.pop(n, 0) for n in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')]; "
+    given = f"os.environ.update({own!r}); "
+    assert shell("-c", removed + given + code).stdout == f"{kept}\n"
+    # In time: it is read when torch is loaded, which a script does later.
+    assert shell("-c", "import train_upt, sys; print('torch' in sys.modules)").stdout == "False\n"
+
+
 @dataclass
 class Plain(Data, Paths):
     """A Config of a few fields."""

@@ -13,7 +13,7 @@ from upt.run import cli
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPT = re.compile(r"(?:^|\s)python (?:-m )?([\w./]+)((?: [^#`\n]*)?)")
-NAMES = [*(path.stem for path in ROOT.glob("*.py") if path.stem not in ("conftest", "mine"))]
+NAMES = "train_upt rollout judge rewards synthesize warmup ablate".split()
 NAMES += [f"eval.{name}" for name in ("run", "score", "compare", "heldout", "synthetic")]
 NAMES += [f"bench.{name}" for name in ("questions", "front_page", "judging", "kernels", "loop", "fullsize", "threads")]
 CONFIGS = {name: importlib.import_module(name).Config for name in NAMES}

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
-from tqdm import tqdm
 
 from upt.data.questions import Question, Questions
 from upt.data.rows import PLACEHOLDER
@@ -19,6 +18,7 @@ from upt.groups.votes import abstentions, majority_share
 from upt.model.policy import Policy
 from upt.prompts import asking as text_that_asks
 from upt.prompts import template
+from upt.run import progress
 from upt.run.settings import Rollout
 from upt.stages import sampling
 
@@ -36,7 +36,7 @@ def sample_shards(policy, folder: Path, wanted: list[dict], read, config: Rollou
     their prompts. A shard that is there already and is about its questions is read instead.
     """
     found, per_shard = [], config.questions_per_step
-    with tqdm(total=len(wanted) * config.group_size, desc=title, unit="response") as bar:
+    with progress.bar(total=len(wanted) * config.group_size, desc=title, unit="response") as bar:
 
         def tick(responses: int) -> None:
             bar.update(responses)
