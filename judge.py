@@ -18,6 +18,7 @@ judge sees the image, the question and the candidate, never `gold`.
 
 import json
 import math
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -77,6 +78,10 @@ def main(config: Config) -> dict[str, float]:
     settings = json.loads(json.dumps(asdict(config), default=str))
     settings |= {"judge_prompt_file": prompts.judge_digest(config.judge_prompt), "rollouts_manifest": origin}
     fresh = manifests.check(config.out, settings, ignore=FREE) is None
+    how = f"{config.judge_mode} mode, prompt {config.judge_prompt}"
+    print(
+        f"judging {len(paths)} shards of {config.rollouts} by {config.model}: {how}, into {config.out}", file=sys.stderr
+    )
     policy = model.Policy.load(config.model, **config.loading())
     if fresh:
         identity = {"model": config.model, "adapter": config.adapter}

@@ -39,7 +39,8 @@ def main(config: Config) -> None:
     folder = Path(config.out)
     model.model_config(config.model)
     manifests.check(folder, asdict(config), ignore=FREE)
-    print(questions.describe(), file=sys.stderr)
+    much = f"{config.steps} steps of {min(config.questions_per_step, len(questions))} x {config.group_size} responses"
+    print(f"sampling {config.model} on {questions.describe()}: {much}, into {folder}", file=sys.stderr)
     if questions.weights:
         print(data.shares(questions, config.questions_per_step), file=sys.stderr)
     policy = model.Policy.load(config.model, **config.loading())

@@ -56,7 +56,8 @@ def main(config: Config) -> dict:
     """Ask, filter, answer, write; returns the counts."""
     config, asking = replace(config).resolve(), stages.asking
     questions = data.load(config.data, config.split, config.seed, config.limit)
-    print(questions.describe(), file=sys.stderr)
+    how = f"{config.mode}, {config.per_image} each, filters {config.filters}"
+    print(f"asking {config.model} about {questions.describe()}: {how}, into {config.out}", file=sys.stderr)
     questions = questions.without_gold()
     if questions.weights:
         raise SettingError(f"--data {config.data}: weights are for training; leave them out")

@@ -340,7 +340,8 @@ def starting_policy(config: Config) -> "Policy":
 def plan(config: Config, questions) -> str:
     """One line on what the run will do."""
     source = f"the shards of {config.from_shards}" if questions is None else questions.describe()
-    much = f"{config.steps} steps of {config.questions_per_step} questions x {config.group_size} responses"
+    count = config.questions_per_step if questions is None else min(config.questions_per_step, len(questions))
+    much = f"{config.steps} steps of {count} questions x {config.group_size} responses"
     rounds = f"{config.rounds} rounds of " if config.rounds else ""
     how = (
         f"reward {config.reward}, advantage {config.advantage}"

@@ -206,9 +206,10 @@ def without_rows(scores: dict) -> dict:
 def main(config: Config) -> dict:
     config = replace(config).resolve()
     questions = data.load(config.data, config.split, config.seed, limit=config.limit)
+    count, much = min(config.eval_questions, len(questions)), f"greedy and {config.eval_samples} samples each"
+    what = f"{config.model}{f' with {config.adapter}' if config.adapter else ''}"
+    print(f"evaluating {what} on {count} of {questions.describe()}: {much}", file=sys.stderr)
     policy = model.Policy.load(config.model, **config.loading())
-    print(questions.describe(), file=sys.stderr)
-    count = min(config.eval_questions, len(questions))
     with progress.bar(total=count * (1 + config.eval_samples), desc="evaluating", unit="response") as bar:
         scores = evaluate(policy, questions, config, count, config.eval_samples, bar.update)
     print(table({config.adapter or config.model: scores}))
