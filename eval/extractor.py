@@ -33,7 +33,8 @@ def read(policy: Policy, unread: Sequence[tuple[dict, Question, str]]) -> list[s
             options = (f"\n{letter}. {text}" for letter, text in zip(LETTERS, question.choices, strict=False))
             asked = policy.plain(question.text + "".join(options))
             text = head.replace("{question}", asked) + policy.plain(response[-END:]) + tail
-            prompts.append(policy.place(question.id, policy.tokens(policy.chat([("user", text)], False)), None))
+            ids = policy.tokens(policy.chat([("user", text)], False), opens=True)
+            prompts.append(policy.place(question.id, ids, None))
         sampled = decoding.generate(policy, prompts, [0] * len(prompts), SETTINGS)
         texts = policy.tokenizer.batch_decode([r.ids for r in sampled], skip_special_tokens=True)
         answers = [extract_answer(text) for text in texts]

@@ -74,8 +74,9 @@ def group_advantage(
     """Advantages of many groups at once, of the shape of `rewards`; float32, or float64 for float64 rewards.
 
     rewards (B, G), a group a row; or (N,) with group_ids (N,) int64, equal for the members of a group, which may be of
-    any sizes and in any order. `estimator` is a name of ADVANTAGES, `settings` are its own (eps, beta). One launch on a
-    GPU, in float64 inside. Raises ValueError for what it does not know and for shapes that disagree; rewards that are
+    any sizes and in any order. `estimator` is a name of ADVANTAGES, `settings` are its own (eps, beta). In float64
+    inside: one launch on a GPU for the names in advantage_triton.ESTIMATORS, for others the table's function, group by
+    group on the CPU. Raises ValueError for what it does not know and for shapes that disagree; rewards that are
     not finite give nan in their group.
     """
     import torch  # rewards.py uses this module without it
@@ -85,7 +86,7 @@ def group_advantage(
     if estimator not in ADVANTAGES:
         raise ValueError(f"no advantage is called {estimator!r}; there are: {', '.join(ADVANTAGES)}")
     function = ADVANTAGES[estimator]
-    known = [*inspect.signature(function).parameters][1:]
+    known = {name: p.default for name, p in [*inspect.signature(function).parameters.items()][1:]}
     if unknown := [name for name in settings if name not in known]:
         raise ValueError(f"advantage {estimator!r} has no setting {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
     if rewards.dim() != (2 if group_ids is None else 1) or (group_ids is not None and group_ids.shape != rewards.shape):
@@ -101,7 +102,8 @@ def group_advantage(
     if use_triton(rewards):
         from kernels import advantage_triton
 
-        return advantage_triton.advantage(rewards, estimator, group_ids, **settings)
+        if estimator in advantage_triton.ESTIMATORS:
+            return advantage_triton.advantage(rewards, estimator, group_ids, **known | settings)
     flat = rewards.flatten().tolist()
     size = rewards.shape[-1]
     names = [i // size for i in range(len(flat))] if group_ids is None else group_ids.tolist()

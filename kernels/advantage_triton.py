@@ -1,4 +1,4 @@
-"""Group advantages in Triton: one launch for any estimator, dense or ragged groups."""
+"""Group advantages in Triton: one launch for any of ESTIMATORS, dense or ragged groups."""
 
 import torch
 import triton
@@ -6,6 +6,7 @@ import triton.language as tl
 
 from kernels.dispatch import on
 
+ESTIMATORS = ("group-norm", "mean", "rloo", "energy", "energy-centred")  # names of ADVANTAGES that the kernel knows
 ROWS, COLUMNS = 16, 64  # responses a program answers for, and others it looks at at once
 
 

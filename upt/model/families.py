@@ -3,6 +3,7 @@
 `Family` says what the rest of the code asks of a family; `Qwen` answers for Qwen2-VL, Qwen2.5-VL and Qwen3-VL. Another
 family is one more class and its row in FAMILIES. A family is expected to be a transformers model with
 `model.language_model` and `lm_head`, whose images become embeddings in place of one placeholder token, repeated.
+What `Family` answers itself holds for a plain language model, which counts its tokens on one axis.
 """
 
 from abc import ABC, abstractmethod
@@ -32,9 +33,10 @@ class Family(ABC):
     adapter_layers = r".*language_model\.layers\..*"  # modules that may get an adapter, before the target's name
 
     @staticmethod
-    @abstractmethod
     def check(config, name: str) -> None:
         """Raise PolicyError for a configuration that the packed forward pass does not serve."""
+        if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
+            raise PolicyError(f"{name} uses sliding-window attention, which packed rows do not support")
 
     @abstractmethod
     def __init__(self, name: str, min_pixels: int | None, max_pixels: int | None):
@@ -44,13 +46,13 @@ class Family(ABC):
     def area_limits(self) -> dict[str, int]:
         """`min_pixels` and `max_pixels`, between which an image's area lies after resizing."""
 
-    @abstractmethod
     def image_token(self, config) -> int:
         """The id of the placeholder token."""
+        return config.image_token_id
 
-    @abstractmethod
     def never_sampled(self, config) -> list[int]:
         """Ids of tokens that announce or hold an image; a response can't contain them."""
+        return [self.image_token(config)]
 
     @abstractmethod
     def look(self, image: Image.Image) -> tuple[Features, torch.Tensor]:
@@ -60,28 +62,39 @@ class Family(ABC):
     def encode(self, model, pixels: Sequence[torch.Tensor], features: Sequence[Features]) -> None:
         """Run the vision tower over several images and fill in their embeddings, on the model's device."""
 
-    @abstractmethod
     def positions(self, model, length: int, at: int, features: Features | None) -> torch.Tensor:
         """Positions (axes, length) of a prompt whose image, if any, starts at token `at`; they depend on nothing else.
 
         A response goes on from the largest position, the same on every axis.
         """
+        return torch.arange(length)[None]
 
-    @abstractmethod
-    def hidden(self, model, ids, positions, mask, features: Sequence[Features], cache) -> torch.Tensor:
+    def embeds(self, model, ids, features: Sequence[Features]) -> torch.Tensor:
+        """Embeddings (B, L, D) of ids (B, L), `features` in place of the placeholders, in order of the rows."""
+        embeds = model.get_input_embeddings()(ids)
+        if features:
+            where = ids == self.image_token(model.config)  # (B, L)
+            embeds = embeds.masked_scatter(where[..., None], torch.cat([f.embeds for f in features]).to(embeds))
+        return embeds
+
+    def hidden(self, model, ids, positions, mask, features: Sequence[Features], cache, **extra) -> torch.Tensor:
         """Last hidden states (B, L, D) of ids (B, L) at positions (axes, B, L); mask (B, 1, L, K) is true where seen.
 
-        `features`, in order of the rows, replace the placeholders in `ids`; empty where there are none.
+        `features`, in order of the rows, replace the placeholders in `ids`; empty where there are none. `extra` is what
+        a family's language model takes besides.
         """
+        return model.model.language_model(
+            inputs_embeds=self.embeds(model, ids, features),
+            attention_mask=mask,
+            position_ids=positions if len(positions) > 1 else positions[0],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **extra,
+        ).last_hidden_state
 
 
 class Qwen(Family):
     """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: positions on three axes (M-RoPE), and deepstack layers in the last."""
-
-    @staticmethod
-    def check(config, name: str) -> None:
-        if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
-            raise PolicyError(f"{name} uses sliding-window attention, which packed rows do not support")
 
     def __init__(self, name: str, min_pixels: int | None = None, max_pixels: int | None = None):
         # The families share this processor. Its PIL form is there with and without torchvision and gives the same
@@ -93,9 +106,6 @@ class Qwen(Family):
     def area_limits(self) -> dict[str, int]:
         size = self.image_processor.size  # of areas, though the names speak of edges
         return {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]} | self.pixel_limits
-
-    def image_token(self, config) -> int:
-        return config.image_token_id
 
     def never_sampled(self, config) -> list[int]:
         names = ("image", "video", "vision_start", "vision_end")
@@ -129,22 +139,12 @@ class Qwen(Family):
         return positions[:, 0]
 
     def hidden(self, model, ids, positions, mask, features: Sequence[Features], cache) -> torch.Tensor:
-        embeds, extra = model.get_input_embeddings()(ids), {}
-        if features:
-            where = ids == self.image_token(model.config)  # (B, L)
-            embeds = embeds.masked_scatter(where[..., None], torch.cat([f.embeds for f in features]).to(embeds))
-            if features[0].deepstack:
-                layers = zip(*(f.deepstack for f in features), strict=True)
-                deepstack = [torch.cat(layer).to(embeds) for layer in layers]
-                extra = {"visual_pos_masks": where, "deepstack_visual_embeds": deepstack}
-        return model.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **extra,
-        ).last_hidden_state
+        extra = {}
+        if features and features[0].deepstack:
+            layers = zip(*(f.deepstack for f in features), strict=True)
+            deepstack = [torch.cat(layer).to(model.get_input_embeddings().weight) for layer in layers]
+            extra = {"visual_pos_masks": ids == self.image_token(model.config), "deepstack_visual_embeds": deepstack}
+        return super().hidden(model, ids, positions, mask, features, cache, **extra)
 
 
 FAMILIES: dict[str, type[Family]] = {"qwen2_vl": Qwen, "qwen2_5_vl": Qwen, "qwen3_vl": Qwen}  # by model_type

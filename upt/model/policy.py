@@ -11,6 +11,7 @@ encoded once and its features are shared by sampling and by every later pass ove
         logprob, entropy = policy.logprobs(batch)
 """
 
+import json
 import sys
 import warnings
 from collections import OrderedDict
@@ -24,7 +25,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
-from transformers.utils import logging
+from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE as CHAT_TEMPLATE
+from transformers.utils import cached_file, logging
 
 from kernels import linear_logprob
 from upt.errors import PolicyError, suggest_path
@@ -57,7 +59,7 @@ class Policy:
         max_pixels: int | None = None,
         feature_cache_gib: float = 0,
     ) -> "Policy":
-        """Load a Qwen2-VL, Qwen2.5-VL or Qwen3-VL snapshot folder or hub id.
+        """Load a snapshot folder or hub id of one of FAMILIES (families.py): Qwen2-VL, Qwen2.5-VL, Qwen3-VL.
 
         adapter: a PEFT adapter that is merged into the weights, so that it is part of the starting model.
         dtype: `bf16`, `fp32` or `auto` (bf16 on a GPU, fp32 on a CPU). gradient_checkpointing: None turns it on on a
@@ -81,6 +83,8 @@ class Policy:
         if on_gpu if gradient_checkpointing is None else gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         tokenizer = AutoTokenizer.from_pretrained(name)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = _processors_template(name)
         if tokenizer.chat_template is None:
             raise PolicyError(f"{name} has no chat template: use an instruction-tuned model")
         family = FAMILIES[config.model_type](name, min_pixels, max_pixels)
@@ -165,10 +169,11 @@ class Policy:
 
     def plain(self, text: str) -> str:
         """Text that cannot open a turn or announce an image: without special tokens, even within one another."""
-        found = None
+        images = self.tokenizer.convert_ids_to_tokens(self.family.never_sampled(self.base.config))
+        special, found = dict.fromkeys([*self.tokenizer.all_special_tokens, *filter(None, images)]), None
         while found != text:
             found = text
-            for token in self.tokenizer.all_special_tokens:
+            for token in special:
                 text = text.replace(token, "")
         return text
 
@@ -188,13 +193,16 @@ class Policy:
         chat = [{"role": role, "content": parts} for (role, _), parts in zip(turns, content, strict=True)]
         return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
-    def tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def tokens(self, text: str, opens: bool = False) -> list[int]:
+        """The token ids of a text; of one that opens a prompt with the BOS token, where the tokenizer has it there."""
+        bos = self.tokenizer.bos_token
+        written = bos is not None and text.startswith(bos)  # by the chat template
+        return self.tokenizer(text, add_special_tokens=opens and not written)["input_ids"]
 
     def tokenize(self, question, template: str) -> list[int]:
         """The token ids of a question's prompt, with one placeholder for its image."""
         text = template.replace("{question}", self.ask(question))
-        return self.tokens(self.chat([("user", text)], question.image is not None))
+        return self.tokens(self.chat([("user", text)], question.image is not None), opens=True)
 
     def encode_one(self, question, template: str) -> tuple[Prompt, torch.Tensor | None, bytes | None]:
         """One prompt, its preprocessed pixels (None: no image, or its features are kept) and the image's cache key.
@@ -272,7 +280,7 @@ def model_config(name: str):
     except (OSError, ValueError) as error:
         raise PolicyError(
             f"cannot read the model {name!r}: {error}\n"
-            "Give a snapshot folder or a hub id of the Qwen2-VL, Qwen2.5-VL or Qwen3-VL family; without a network, "
+            f"Give a snapshot folder or a hub id of one of {', '.join(FAMILIES)}; without a network, "
             f"fetch it elsewhere (`hf download {name} --local-dir DIR`) and give the folder."
         ) from error
     if config.model_type not in FAMILIES:
@@ -292,6 +300,12 @@ def calm() -> Iterator[None]:
         yield
     if bars:
         logging.enable_progress_bar()
+
+
+def _processors_template(name: str) -> str | None:
+    """The chat template that some snapshots keep with their processor and not with their tokenizer."""
+    file = cached_file(name, CHAT_TEMPLATE, _raise_exceptions_for_missing_entries=False)
+    return file and json.loads(Path(file).read_text("utf-8"))["chat_template"]
 
 
 def checked_device(name: str) -> torch.device:

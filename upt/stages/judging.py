@@ -28,7 +28,7 @@ def frame(policy: Policy, turns: Sequence[tuple[str, str]], question, with_image
     """The token ids that all candidates of a question share, and the text that follows each of them."""
     before, after = policy.chat(turns, with_image).split("{response}")
     asked = policy.ask(question)
-    return policy.tokens(before.replace("{question}", asked)), after.replace("{question}", asked)
+    return policy.tokens(before.replace("{question}", asked), opens=True), after.replace("{question}", asked)
 
 
 # ---------------------------------------------------------------------------------------------------- the scores
