@@ -31,7 +31,7 @@ MODEL_READY = $(if $(NEEDS_TINY),$(TINY)/warmup.json)
 SAMPLING = --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,seed,$(SEED))
 
 SCRIPTS := train_upt.py rollout.py judge.py rewards.py synthesize.py warmup.py ablate.py
-CODE    := $(SCRIPTS) conftest.py upt kernels eval bench tests
+CODE    := $(SCRIPTS) upt kernels eval bench tests
 
 # The variables that each target uses. Another one on the command line is a mistake, which make itself would pass over.
 USES_train   := DATA MODEL REWARD ADVANTAGE STEPS SEED OUT GPUS ARGS
