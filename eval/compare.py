@@ -38,7 +38,7 @@ import tyro
 from eval.score import figures
 from upt.errors import DataError
 from upt.files import write_whole
-from upt.groups.stats import markdown
+from upt.groups.stats import FEW_NOTE, counted, markdown
 from upt.run import cli
 from upt.run.settings import Paths
 
@@ -301,10 +301,11 @@ def report(found: dict) -> str:
     """The tables and the verdict of one comparison."""
     samples = f"samples for each: A {found['samples_a']}, B {found['samples_b']}"
     alone = f"left out: {found['only_a']} that only A has, {found['only_b']} that only B has"
-    table = [("", "", "questions", "A", "B", "B - A, 95 %"), ("all", "", str(found["questions"]), *_cells(found))]
+    table = [("", "", "questions", "A", "B", "B - A, 95 %"), ("all", "", counted(found["questions"]), *_cells(found))]
     for name, values in found["categories"].items():
-        table += [(name, value, str(scores["questions"]), *_cells(scores)) for value, scores in values.items()]
+        table += [(name, value, counted(scores["questions"]), *_cells(scores)) for value, scores in values.items()]
     parts = [f"{found['questions']} questions; {samples}; {alone}", markdown(table)]
+    parts += [FEW_NOTE] * any(row[2].endswith("*") for row in table)
     if found["figures"]:  # of all questions of each side, as its owners give them
         own_a, own_b = (dict(figures(found["figures"][side])) for side in "ab")
         lines = [(name, own_a[name], own_b[name]) for name in own_a if name in own_b]

@@ -26,6 +26,7 @@ from upt import data, model, prompts, stages
 from upt.answers import grade, vote_key
 from upt.errors import DataError
 from upt.files import write_whole
+from upt.groups.stats import FEW, FEW_NOTE, counted
 from upt.run import cli, progress
 from upt.run.settings import Rollout, at_least
 
@@ -36,7 +37,6 @@ STEP = -1  # the step that keys the sampling noise of evaluation
 QUESTIONS_AT_ONCE = 128
 GOLD_METRICS = ("greedy", "mean", "maj", "pass")
 NAMES = (*GOLD_METRICS, "length", "entropy", "majority_share", "abstentions")
-FEW = 30  # questions below which a row of the table is marked
 
 
 @dataclass
@@ -169,11 +169,10 @@ def table(columns: dict[str, dict]) -> str:
             cells = [cell(found[name], name) for found in scores]
             if len(columns) > 1:
                 cells.append(cell(difference(first, last, name, kind), name, "+"))
-            rows.append([prefix + name, f"{n}{'*' * (n < FEW)}", *cells])
+            rows.append([prefix + name, counted(n), *cells])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(width) for c, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    note = [f"* fewer than {FEW} questions: the interval says little"] if few else []
-    return "\n".join(lines + note)
+    return "\n".join([*lines, FEW_NOTE] if few else lines)
 
 
 def difference(first: dict, last: dict, name: str, kind: str | None = None) -> dict[str, float]:

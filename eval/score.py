@@ -28,7 +28,7 @@ from upt.answers import answer_key, vote_key
 from upt.errors import DataError
 from upt.files import write_whole
 from upt.groups import manifests
-from upt.groups.stats import markdown
+from upt.groups.stats import FEW_NOTE, counted, markdown
 from upt.run import cli
 from upt.run.settings import Paths
 
@@ -200,10 +200,11 @@ def score(config: Config, policy=None, asked: dict | None = None) -> dict:
 def report(summary: dict) -> str:
     """The figures of a summary as Markdown, shares in per cent."""
     title = benchmark(summary["benchmark"]).title
-    found = [("", "", "responses", "accuracy"), ("all", "", str(summary["n"]), f"{100 * summary['accuracy']:.2f}")]
+    found = [("", "", "responses", "accuracy"), ("all", "", counted(summary["n"]), f"{100 * summary['accuracy']:.2f}")]
     for category, values in summary["categories"].items():
-        found += [(category, value, str(of["n"]), f"{100 * of['accuracy']:.2f}") for value, of in values.items()]
+        found += [(category, value, counted(of["n"]), f"{100 * of['accuracy']:.2f}") for value, of in values.items()]
     parts = [f"{title}, {summary['protocol']} protocol; {summary['extraction']}", markdown(found)]
+    parts += [FEW_NOTE] * any(row[2].endswith("*") for row in found)
     if summary["metrics"]:
         parts.append(markdown([("figure", "value"), *figures(summary["metrics"])]))
     both = ", ".join(f"{name} {100 * value:.2f}" for name, value in summary["accuracies"].items())

@@ -485,6 +485,15 @@ def test_settings_of_a_sweep_are_checked_before_it_starts(stand_in, settings, me
     assert not stand_in["out"].exists()
 
 
+def test_curves_that_coincide_are_all_to_be_seen():
+    run = [{"step": step, "accuracy": 0.5, "entropy": 0.1, "length": 3, "majority_share": 0.6} for step in range(4)]
+    axis = sweep.figure({name: [run] for name in ("majority", "frequency", "judged")}).axes[0]
+    widths = [line.get_linewidth() for line in axis.get_lines()]
+    dashes = [line.get_linestyle() for line in axis.get_lines()]
+    assert len(widths) == 3 and widths == sorted(widths, reverse=True) and len({*widths}) == 3  # the first lies below
+    assert dashes[0] == "-" and "-" not in dashes[1:]
+
+
 def test_curves_are_means_and_ranges_over_seeds():
     runs = [[{"step": 0, "length": 1.0}, {"step": 1, "length": 4.0}], [{"step": 0, "length": 3.0, "accuracy": None}]]
     steps, values = sweep.over_seeds(runs, "length")

@@ -46,7 +46,7 @@ def test_entropy_has_digits_enough():
 def test_rows_say_their_n_and_warn_below_thirty():
     table = heldout.table({"x": scores([1.0] * 59, 0.1, "a" * 30 + "b" * 29)})
     assert lines(table)["a greedy"].split()[2] == "30" and lines(table)["b greedy"].split()[2] == "29*"
-    assert table.splitlines()[-1].startswith("* fewer than 30 questions")
+    assert table.splitlines()[-1].startswith("* fewer than 30")
     assert "fewer" not in heldout.table({"x": scores([1.0] * 30, 0.1)})
 
 

@@ -77,6 +77,38 @@ def test_variables_are_flags():
     assert "warmup.py" in commands("ablate", "-B") and "warmup.py" not in commands("ablate", "-B", "ARGS=--rollouts x")
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            "train REWARDS=frequency",
+            "make train does not use REWARDS; it takes ADVANTAGE ARGS DATA",
+        ),
+        ("train reward=frequency", "make train does not use reward"),
+        ("ablate REWARD=frequency", "make ablate does not use REWARD;"),
+        ("score DATA=geoqa", "make score does not use DATA;"),
+        ("judge STEPS=3 BENCH=all", "does not use"),
+        ("clean OUT=x", "make clean does not use OUT; it takes no variables"),
+        ("SEEDS=3", "make help does not use SEEDS"),
+    ],
+)
+def test_a_variable_that_the_target_does_not_use_is_refused(words, said):
+    done = make("-n", *words.split(" "))
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().split("\n")) == 1
+
+
+def test_variables_of_several_targets_and_of_the_environment_are_no_mistake(monkeypatch):
+    monkeypatch.setenv("REWARDS", "of something else")
+    assert "rewards.py" in commands("rollout", "score", "DATA=shapes", "REWARD=frequency")
+
+
+def test_lint_leaves_files_of_the_users_own_alone():
+    words = commands("lint").split("ruff check ")[1].split()
+    assert "." not in words and "mine.py" not in words and {"train_upt.py", "upt", "tests"} <= {*words}
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert all(path.split("/")[0] in words for path in tracked)
+
+
 def test_more_than_one_gpu_is_refused():
     done = make("train", "GPUS=2", "-o", ".venv/.ready-torch--2.13.0")
     assert done.returncode != 0 and "GPUS=2" in done.stdout + done.stderr

@@ -12,6 +12,8 @@ import numpy as np
 
 from upt.files import write_whole
 
+FEW = 30  # questions below which a row of a table is marked
+FEW_NOTE = f"* fewer than {FEW}: chance decides as much as the model"
 TIE = 1e-12  # means closer than this are equal but for rounding
 
 
@@ -99,6 +101,11 @@ def t_interval(x) -> tuple[float, float | None]:
     if len(x) < 2:
         return float(x.mean()), None
     return float(x.mean()), float(student.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
+
+
+def counted(n: int) -> str:
+    """How many questions a row of a table is of, marked where they are few; FEW_NOTE says what the mark means."""
+    return f"{n}{'*' * (n < FEW)}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
