@@ -317,7 +317,7 @@ def test_end_to_end(pair, tmp_path):
     assert (short["gained"], short["lost"], short["p"]) == (6, 1, 0.125) and "gained_ids" not in short
     assert short.items() <= written["benchmarks"]["scores"].items()
     assert "| all |  | 10* | 40.00 | 90.00 | +50.00 [" in done.stdout
-    assert "| subject | even | 5 | 40.00 | 100.00 | +60.00 [+20.00, +100.00] |" in done.stdout
+    assert "| subject | even | 5* | 40.00 | 100.00 | +60.00 [+20.00, +100.00] |" in done.stdout
     assert "gained: 6 (5, 6, 7, 8, 9, …)" in lines and "lost: 1 (1)" in lines
     assert "not significant" in lines[-3]
 

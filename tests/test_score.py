@@ -232,7 +232,7 @@ def test_rows_tables_and_the_last_line(folder, capsys):
     printed = capsys.readouterr().out
     assert json.loads(printed.splitlines()[-1]) == result
     assert (result["n"], result["correct"], result["accuracy"]) == (4, 2, 0.5)
-    assert "| subject | algebra | 2* | 50.00 |" in printed and "| level | 2 | 2 | 50.00 |" in printed
+    assert "| subject | algebra | 2* | 50.00 |" in printed and "| level | 2 | 2* | 50.00 |" in printed
     # "The answer is (B)." has no box, so it has no vote key.
     assert "official 50.00, ours 25.00; 1 verdicts differ" in printed
     assert "2 of 2 questions have a response; in 1 of 4 responses no answer was found" in printed
