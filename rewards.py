@@ -21,7 +21,6 @@ from a file of your own: --reward my_rewards.py:mine.
     python rewards.py --rollouts runs/a/rollouts --reward majority --advantage group-norm --out runs/a/rewards
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -34,8 +33,8 @@ from typing import Literal
 from kernels.advantage import ADVANTAGES, mean_of
 from upt import answers
 from upt.errors import DataError, SettingError, ShardError
-from upt.groups import manifests, shards, variants
-from upt.groups.variants import COMMON, Positive, band
+from upt.groups import manifests, scoring, shards, variants
+from upt.groups.variants import Positive, band
 from upt.groups.votes import counts, keys_of, majority_key, majority_share
 from upt.run import cli, metrics
 from upt.run.settings import Paths
@@ -236,47 +235,18 @@ def needs_gold(variant: str) -> bool:
     return bool(getattr(variants.find("reward", REWARDS, variant), "needs_gold", False))
 
 
-def bind_reward(variant: str, *, run_seed: int | None = None, **settings) -> Callable[[dict], list[float] | None]:
-    """The function group -> G rewards that `variant` names; name and settings are checked here, once, at start-up.
+def bind_reward(variant: str, **settings) -> Callable[[dict], list[float] | None]:
+    """The function group -> G rewards, or None to skip it, that `variant` names: a row of REWARDS or FILE.py:NAME.
 
-    It returns None for a group that is to be skipped. `run_seed` becomes the setting `seed` of a variant that draws
-    (`random`), unless that is set explicitly.
+    Settings, those in COMMON too, are given inline or as arguments, and checked here; `run_seed` is the run's seed, for
+    variants that draw.
     """
-    function, bound = variants.bind("reward", REWARDS, variant, settings, COMMON)
-    explicit = "seed" in settings or "seed" in variants.parse_variant(variant)[1]
-    if run_seed is not None and "seed" in bound and not explicit:
-        bound["seed"] = run_seed
-    # Applied here, once, for every variant; a variant may declare a default of its own.
-    lam_fmt, clip, min_share, max_share = (bound.pop(name) for name in COMMON)
-    if not 0 <= min_share <= max_share <= 1:
-        raise SettingError(
-            f"reward {variant!r}: min_share is {min_share} and max_share {max_share}, "
-            "expected 0 <= min_share <= max_share <= 1"
-        )
-    function = functools.partial(function, **bound)
-
-    def reward_of(group: dict) -> list[float] | None:
-        if not min_share <= majority_share(group) <= max_share or (r := function(group)) is None:
-            return None
-        r = variants.finite(r, len(group["responses"]), f"reward {variant!r} of {group.get('uid')}")
-        if lam_fmt:
-            r = [r_i - lam_fmt * (not answers.is_well_formed(row["text"])) for r_i, row in zip(r, group["responses"])]
-        return [min(max(r_i, 0.0), 1.0) for r_i in r] if clip else r
-
-    return reward_of
+    return scoring.bind_reward(REWARDS, variant, **settings)
 
 
 def bind_advantage(estimator: str, **settings) -> Callable[[list[float]], list[float]]:
     """The function G rewards -> G advantages that `estimator` names, checked at start-up. G = 1 gives 0 under each."""
-    function, bound = variants.bind("advantage", ADVANTAGES, estimator, settings)
-
-    def advantage_of(rewards: list[float]) -> list[float]:
-        rewards = variants.finite(rewards, len(rewards), f"rewards for {estimator!r}")
-        if len(rewards) < 2:
-            return [0.0] * len(rewards)
-        return variants.finite(function(rewards, **bound), len(rewards), f"advantage {estimator!r}")
-
-    return advantage_of
+    return scoring.bind_advantage(ADVANTAGES, estimator, **settings)
 
 
 def reward(group: dict, variant: str, **settings) -> list[float]:
@@ -294,21 +264,11 @@ def advantage(rewards: list[float], estimator: str, **settings) -> list[float]:
 
 
 def score(groups: Iterable[dict], reward: str, advantage: str, seed: int = 0, **settings) -> list[dict]:
-    """Copies of the groups with `reward` and `advantage` in each response; every other field stays what it was.
+    """Copies of the groups with `reward` and `advantage` in each response; see upt/groups/scoring.py.
 
-    Groups that were scored before get the new values in the copies. `seed` is the run's, for variants that draw;
-    `settings` are the reward's. A skipped group carries `skipped` and zeros, under `energy` too.
+    `seed` is the run's, for variants that draw; `settings` are the reward's.
     """
-    reward_of, advantage_of = bind_reward(reward, run_seed=seed, **settings), bind_advantage(advantage)
-    scored = []
-    for group in groups:
-        r, responses = reward_of(group), group["responses"]
-        zeros = [0.0] * len(responses)
-        rows = zip(responses, zeros if r is None else r, zeros if r is None else advantage_of(r), strict=True)
-        copy = {**group, "responses": [{**row, "reward": r_i, "advantage": A_i} for row, r_i, A_i in rows]}
-        copy.pop("skipped", None)  # of an earlier scoring
-        scored.append(copy | {"skipped": True} if r is None else copy)
-    return scored
+    return scoring.score(groups, bind_reward(reward, run_seed=seed, **settings), bind_advantage(advantage))
 
 
 FREE = ("rollouts", "out", "steps", "device")  # settings of this and earlier stages that may change on resuming

@@ -1,0 +1,79 @@
+"""From groups to rewards and advantages: variants bound by name, and groups scored with them.
+
+A reward is a function group -> G floats or None, an advantage one from G rewards to G floats (rewards.py has the
+tables). What is common to all of them is applied here, once: lam_fmt, clip, the band of majority shares, and that
+everything is finite.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+
+from upt import answers
+from upt.errors import SettingError
+from upt.groups import variants
+from upt.groups.variants import COMMON
+from upt.groups.votes import majority_share
+
+Table = dict[str, Callable]
+
+
+def bind_reward(
+    table: Table, variant: str, *, run_seed: int | None = None, **settings
+) -> Callable[[dict], list[float] | None]:
+    """The function group -> G rewards that `variant` names; name and settings are checked here, once, at start-up.
+
+    It returns None for a group that is to be skipped. `run_seed` becomes the setting `seed` of a variant that draws
+    (`random`), unless that is set explicitly.
+    """
+    function, bound = variants.bind("reward", table, variant, settings, COMMON)
+    explicit = "seed" in settings or "seed" in variants.parse_variant(variant)[1]
+    if run_seed is not None and "seed" in bound and not explicit:
+        bound["seed"] = run_seed
+    # Applied here, once, for every variant; a variant may declare a default of its own.
+    lam_fmt, clip, min_share, max_share = (bound.pop(name) for name in COMMON)
+    if not 0 <= min_share <= max_share <= 1:
+        raise SettingError(
+            f"reward {variant!r}: min_share is {min_share} and max_share {max_share}, "
+            "expected 0 <= min_share <= max_share <= 1"
+        )
+    function = functools.partial(function, **bound)
+
+    def reward_of(group: dict) -> list[float] | None:
+        if not min_share <= majority_share(group) <= max_share or (r := function(group)) is None:
+            return None
+        r = variants.finite(r, len(group["responses"]), f"reward {variant!r} of {group.get('uid')}")
+        if lam_fmt:
+            r = [r_i - lam_fmt * (not answers.is_well_formed(row["text"])) for r_i, row in zip(r, group["responses"])]
+        return [min(max(r_i, 0.0), 1.0) for r_i in r] if clip else r
+
+    return reward_of
+
+
+def bind_advantage(table: Table, estimator: str, **settings) -> Callable[[list[float]], list[float]]:
+    """The function G rewards -> G advantages that `estimator` names, checked at start-up. G = 1 gives 0 under each."""
+    function, bound = variants.bind("advantage", table, estimator, settings)
+
+    def advantage_of(rewards: list[float]) -> list[float]:
+        rewards = variants.finite(rewards, len(rewards), f"rewards for {estimator!r}")
+        if len(rewards) < 2:
+            return [0.0] * len(rewards)
+        return variants.finite(function(rewards, **bound), len(rewards), f"advantage {estimator!r}")
+
+    return advantage_of
+
+
+def score(groups: Iterable[dict], reward_of: Callable, advantage_of: Callable) -> list[dict]:
+    """Copies of the groups with `reward` and `advantage` in each response; every other field stays what it was.
+
+    Groups that were scored before get the new values in the copies. A skipped group carries `skipped` and zeros, under
+    `energy` too.
+    """
+    scored = []
+    for group in groups:
+        r, responses = reward_of(group), group["responses"]
+        zeros = [0.0] * len(responses)
+        rows = zip(responses, zeros if r is None else r, zeros if r is None else advantage_of(r), strict=True)
+        copy = {**group, "responses": [{**row, "reward": r_i, "advantage": A_i} for row, r_i, A_i in rows]}
+        copy.pop("skipped", None)  # of an earlier scoring
+        scored.append(copy | {"skipped": True} if r is None else copy)
+    return scored
