@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import upt  # noqa: F401 - first, so that `kernels` is ours (upt/kernel_names.py)
 from kernels.advantage import ADVANTAGES, mean_of
 from upt import answers
 from upt.errors import DataError, SettingError, ShardError
@@ -277,19 +278,19 @@ FREE = ("rollouts", "out", "steps", "device")  # settings of this and earlier st
 @dataclass
 class Config(Paths):
     rollouts: Path
-    """Folder of rollout shards (judged ones too)."""
+    """folder of rollout shards (judged ones too)"""
     out: Path
-    """Folder for the scored shards; another one than --rollouts."""
+    """folder for the scored shards; another one than --rollouts"""
     reward: str = "majority"
-    """A name of REWARDS, settings inline: 'gated-frequency(threshold=.9)'; or FILE.py:NAME."""
+    """a name of REWARDS, settings inline: 'gated-frequency(threshold=.9)'; or FILE.py:NAME"""
     advantage: str = "group-norm"
-    """A name of ADVANTAGES, settings inline: 'energy(beta=2)'; or FILE.py:NAME."""
+    """a name of ADVANTAGES, settings inline: 'energy(beta=2)'; or FILE.py:NAME"""
     min_share: float = 0
-    """Skip groups whose majority share is below this."""
+    """skip groups whose majority share is below this"""
     max_share: float = 1
-    """Skip groups whose majority share is above this."""
+    """skip groups whose majority share is above this"""
     seed: int | None = None
-    """Seed of variants that draw; default: the seed of the rollouts' manifest."""
+    """seed of variants that draw; default: the seed of the rollouts' manifest"""
 
 
 def _score_shards(config: Config, paths: list[Path], seed: int) -> Iterator[dict]:

@@ -17,7 +17,6 @@ Where a step's shard exists already, it is kept: the same command again goes on.
 
 import sys
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from upt import data, model, stages
 from upt.groups import manifests, shards
@@ -36,8 +35,8 @@ def main(config: Config) -> None:
     """Sample the steps whose shards are not there yet."""
     config = replace(config).resolve()
     questions = data.load(config.data, config.split, config.seed, limit=config.limit)
-    folder = Path(config.out)
-    model.model_config(config.model)
+    folder = config.out
+    model.model_config(config.model)  # raises PolicyError for a model that is not there
     manifests.check(folder, asdict(config), ignore=FREE)
     much = f"{config.steps} steps of {min(config.questions_per_step, len(questions))} x {config.group_size} responses"
     print(f"sampling {config.model} on {questions.describe()}: {much}, into {folder}", file=sys.stderr)

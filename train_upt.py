@@ -346,7 +346,7 @@ def plan(config: Config, questions) -> str:
     how = (
         f"reward {config.reward}, advantage {config.advantage}"
         if config.algorithm == "grpo"
-        else (f"cross-entropy weighted by the reward {config.reward}")
+        else f"cross-entropy weighted by the reward {config.reward}"
     )
     return f"training {config.model} on {source}: {how}, {rounds}{much}, into {config.out}"
 

@@ -103,7 +103,7 @@ def main(config: Config) -> dict:
 
     def asking(n: int):
         item = items[(answered + n) % len(items)]
-        # A picture that has one question only is to get it again: filters.py knows a repetition.
+        # A picture that has one question only is to get it again: upt/groups/filters.py knows a repetition.
         other, second = (shapes.ask_else(item, rng_asking) or item.question for _ in range(2))
         mode, first = ("in-context", other) if n % 2 else ("direct", item.question)
         return lessons.asking_lesson(policy, item, mode, [first, second])

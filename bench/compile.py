@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+import upt  # noqa: F401 - first, so that `kernels` is ours (upt/kernel_names.py)
 from kernels import advantage, advantage_triton, logprob_triton, loss_triton, sampling_triton
 
 TARGETS = (80, 90)

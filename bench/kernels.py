@@ -29,6 +29,7 @@ from time import perf_counter, strftime
 import torch
 import tyro
 
+import upt  # noqa: F401 - first, so that `kernels` is ours (upt/kernel_names.py)
 from bench.loop import hardware
 from kernels import group_advantage, grpo_loss, linear_logprob, row_id, sample, selective_log_softmax
 from upt.files import write_whole

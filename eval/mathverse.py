@@ -4,7 +4,7 @@ The owners let a large model extract the answer and judge whether it means the s
 (github.com/ZrrSkywalker/MathVerse, evaluation/). Here rules do both, so scores come close to published ones without
 being them. Of a question with choices: the choice that `chosen` (eval/extraction.py) finds, by its letter. Of any
 other: the box, else what follows the last "the answer is", else the number that `number` finds; it is right if its vote
-key (answers.py) is that of gold, so that units do not matter. Accuracy is given by problem version, subject and
+key (upt/answers) is that of gold, so that units do not matter. Accuracy is given by problem version, subject and
 subfield.
 
 Folder: `testmini.json`, `testmini_text_only.json`, `images/`; hub: AI4Math/MathVerse. Responses: JSON or JSONL of

@@ -46,7 +46,7 @@ FROM_RUN = ("prompt", "max_new_tokens", "max_prompt_tokens", "min_pixels", "max_
 
 @dataclass
 class Config(Rollout):
-    """Settings left at None are those of --run, else the defaults for the model (see presets.py)."""
+    """Settings left at None are those of --run, else the defaults for the model (see upt/run/presets.py)."""
 
     benchmark: Literal[*NAMES, "all"] = "all"
     """which questions; all: every benchmark that has a folder of its name in --data"""

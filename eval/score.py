@@ -9,7 +9,7 @@ extracted answer, the verdict, the rule that found the answer. Beside it, `<out>
 they came about: extractor, versions and, for responses of eval.run, model, prompt style, pixel limits and sampling.
 Printed are accuracy by category, the benchmark's further figures and, as the last line, one JSON object.
 
-`--protocol ours` asks instead whether vote keys are equal (answers.py); `key` is then the vote key, null for a response
+`--protocol ours` asks whether vote keys are equal (upt/answers); `key` is then the vote key, null for a response
 that names no answer. How often the two disagree is printed in either case.
 
 `--extractor model --model M` has a model read the responses in which no rule finds an answer (prompts/extract.md); what

@@ -1,7 +1,7 @@
 r"""How good are self-written questions to the pictures of `shapes`? Diagnostics only: nothing here is trained on.
 
 The scene of a `shapes` picture is known, so a question that a model wrote to it can be understood and answered by the
-generator (shapes.py). Reported, of all candidates of a folder that synthesize.py wrote and of those that it kept:
+generator (upt/data/shapes.py). Reported, of all candidates of a folder that synthesize.py wrote and of those kept:
 
     valid          share that are questions of `shapes` which their picture answers
     new            share of the valid ones that ask for something else than their source

@@ -67,6 +67,12 @@ def restored():
     for of, known in before:
         for name in of.keys() - known.keys():
             del of[name]
+        of.update(known)
+
+
+def test_paths_on_the_page_exist():
+    named = set(re.findall(r"\b(?:upt|eval|kernels|tests)/[\w/]+\.py", PAGE)) - {"eval/counting.py"}
+    assert len(named) > 8 and all((ROOT / path).is_file() for path in named), named
 
 
 def test_every_block_is_followed():
@@ -89,6 +95,8 @@ def test_a_reward():
     follow(rewards, "rewards.py")
     group = group_of(["7", "7", "5", None, "5", "7", "9"])
     assert rewards.reward(group, "runner-up") == [1, 1, 0.5, 0, 0.5, 1, 0]
+    turned = {**group, "responses": group["responses"][::-1]}  # no reward depends on the order of the responses
+    assert rewards.reward(turned, "runner-up") == rewards.reward(group, "runner-up")[::-1]
     assert rewards.reward(group, "runner-up(credit=.3, lam_fmt=0)") == [1, 1, 0.3, 0, 0.3, 1, 0]
     scored, skipped = rewards.score([group, group_of([None, None])], "runner-up", "mean")
     assert [r["advantage"] for r in scored["responses"]] == pytest.approx(

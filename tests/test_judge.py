@@ -11,8 +11,8 @@ import judge
 import rewards
 import rollout
 import train_upt
-from conftest import FAMILIES
 from kernels import row_id
+from tests.conftest import FAMILIES
 from upt import data
 from upt.errors import PolicyError
 from upt.groups import shards

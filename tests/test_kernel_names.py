@@ -182,6 +182,18 @@ assert sys.modules["kernels"] is ours
     run(THEIRS + "held = get_kernel\n" + LATE + BOTH + same, tmp_path, BESIDE)
 
 
+@pytest.mark.parametrize("module", ["train_upt", "rollout", "rewards", "ablate", "upt"])
+def test_a_script_imported_after_theirs(tmp_path, module):
+    """As in a notebook: transformers has imported theirs, or would find theirs first, and then comes `import rewards`."""
+    ask = f"import {module}\nfrom kernels import advantage, get_kernel, row_id\n"
+    run("import kernels\nsys.path.insert(0, str(ROOT))\n" + ask, tmp_path, BESIDE)
+    run("sys.path.append(str(ROOT))\n" + ask, tmp_path, BESIDE)
+
+
+def test_the_library_that_peft_imports_complains_of_nothing(tmp_path):
+    assert run("sys.path.insert(0, str(ROOT))\nimport rewards\nimport bitsandbytes", tmp_path) == ""
+
+
 def test_theirs_first_by_transformers(tmp_path):
     run(TRANSFORMERS + THEIRS + LATE + BOTH + TRANSFORMERS, tmp_path, BESIDE)
 

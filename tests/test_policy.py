@@ -8,7 +8,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from conftest import FAMILIES
+from tests.conftest import FAMILIES
 from upt.data import Question, shapes
 from upt.errors import PolicyError
 from upt.model.packing import Row, layout, pack, packed_mask

@@ -11,6 +11,7 @@
 Importing it loads none of torch, transformers and datasets: modules that need them are imported at their first use.
 """
 
+import logging
 import os
 
 from upt import kernel_names
@@ -21,3 +22,6 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
 kernel_names.claim()
+
+# PEFT imports bitsandbytes, which then complains of a faster kernel for CPUs that it could not fetch from a hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit" not in record.getMessage())

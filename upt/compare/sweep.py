@@ -110,6 +110,7 @@ def share_base(run: Run, runs: list[Run]) -> bool:
 
 
 def start(run: Run, threads: int) -> subprocess.Popen:
+    """Begin a run, or go on with it, in a process of its own that writes to its log.txt."""
     run.folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10"}
     with open(run.folder / "log.txt", "ab") as log:
@@ -134,6 +135,7 @@ def stop(processes) -> None:
 
 
 def last_lines(path: Path) -> str:
+    """The end of a log, indented."""
     lines = [line.rsplit("\r", 1)[-1] for line in path.read_text(errors="replace").split("\n")]  # a bar's last state
     return "\n".join(f"    {line}" for line in [line for line in lines if line.strip()][-LOG_LINES:])
 

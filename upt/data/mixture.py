@@ -43,7 +43,7 @@ def load(name_or_path: str | Path, split: str = "train", seed: int = 0, limit: i
 
 
 def mix(sets: list[tuple[Questions, float | None]]) -> Questions:
-    """The questions of several sets, one set after the other, with the weights that rollout.py draws them by."""
+    """The questions of several sets, one set after the other, with the weights that sampling draws them by."""
     rows, uids, seen = [], [], set()
     for number, (questions, _) in enumerate(sets, start=1):
         rows += [(questions, i) for i in range(len(questions))]

@@ -27,11 +27,16 @@ FOLDER, BROKEN = "__folder__", "__broken__"  # our columns beside those of JSONL
 
 
 def pick(columns: list[str], names: tuple[str, ...]) -> str | None:
+    """The first of `names` that a set has as a column, as the set spells it; None for none."""
     by_lower = {column.lower(): column for column in columns}
     return next((by_lower[name] for name in names if name in by_lower), None)
 
 
 def question_of(uid: str, row: dict, columns: list[str | None], folder: Path | None) -> Question:
+    """The question of a row, from its columns of question, answer and choices; paths of pictures lie in `folder`.
+
+    Raises BadRow for a row without text, without the picture that it announces, or with one that can't be used.
+    """
     said, gold, choices = (row.get(column) for column in columns)
     text = PLACEHOLDER.sub(" ", said if isinstance(said, str) else "").encode(errors="ignore").decode().strip()
     if row.get(BROKEN) or not text:
@@ -43,6 +48,7 @@ def question_of(uid: str, row: dict, columns: list[str | None], folder: Path | N
 
 
 def gold_of(value) -> str | None:
+    """The answer in a cell, without <answer> tags; None where there is none."""
     text = "" if value is None or value != value else str(value)  # a missing number is NaN, which differs from itself
     tags = re.findall(r"<answer>(.*?)</answer>", text, re.I | re.S)
     return (tags[-1] if tags else text).strip() or None

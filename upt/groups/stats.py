@@ -114,6 +114,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Sequence]) -> None:
+    """Write rows whole, the first being the head."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)  # None becomes an empty field
     write_whole(path, [text.getvalue().encode()])

@@ -1,13 +1,8 @@
 """The policy and what is done with it: packed log-probabilities, decoding, updates of its adapter."""
 
-import logging
-
 import lazy_loader
 
 from upt.errors import PolicyError
-
-# PEFT imports bitsandbytes, which then warns of a faster kernel for CPUs that it would fetch from a hub if it could.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # The linear layers of the language model that get an adapter.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -12,6 +12,7 @@ from upt.data import names
 
 ROOT = Path(__file__).parents[2]
 TINY_MODEL = "models/tiny"  # in the current folder, else beside the scripts
+TINY_WIDTH = 256  # hidden size up to which a model is one of ours
 REAL_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 
 COMMON = {
@@ -114,9 +115,6 @@ NOT_WITH_TINY = {
     "max_pixels",
     "learning_rate",
 }
-
-
-TINY_WIDTH = 256  # hidden size up to which a model is one of ours
 
 
 def tiny_model() -> str:

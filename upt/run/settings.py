@@ -123,7 +123,7 @@ class Run:
 
 @dataclass
 class Rollout(Run, Sampling, Model, Data, Paths):
-    """How responses are sampled: what every script that samples has."""
+    """What every script has that samples responses."""
 
     def resolve(self) -> "Rollout":
         """Fill in what was left open and check what can be checked. Raises SettingError with what to change."""
