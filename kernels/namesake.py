@@ -45,8 +45,9 @@ class Namesake:
 
     def mentions(self, name: str) -> bool:
         """Whether their __init__.py could have `name`: pickle, inspect and hasattr ask any module for anything."""
-        names = self.spec.loader.get_code(self.name).co_names
-        return not {name, f"{self.name}.{name}", "__getattr__"}.isdisjoint(names)
+        code = self.spec.loader.get_code(self.name)
+        anything = "__getattr__" in code.co_names or ("*",) in code.co_consts  # the latter is `from … import *`
+        return anything or not {name, f"{self.name}.{name}"}.isdisjoint(code.co_names)
 
     def load(self) -> None:
         self.module = module_from_spec(self.spec)

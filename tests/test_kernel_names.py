@@ -184,7 +184,7 @@ assert sys.modules["kernels"] is ours
 
 @pytest.mark.parametrize("module", ["train_upt", "rollout", "rewards", "ablate", "upt"])
 def test_a_script_imported_after_theirs(tmp_path, module):
-    """As in a notebook: transformers has imported theirs, or would find theirs first, and then comes `import rewards`."""
+    """As in a notebook: theirs is imported, by transformers say, or would be found first, and then comes a script."""
     ask = f"import {module}\nfrom kernels import advantage, get_kernel, row_id\n"
     run("import kernels\nsys.path.insert(0, str(ROOT))\n" + ask, tmp_path, BESIDE)
     run("sys.path.append(str(ROOT))\n" + ask, tmp_path, BESIDE)
