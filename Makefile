@@ -48,11 +48,17 @@ GOALS  := $(or $(MAKECMDGOALS),help)
 TAKES  := $(sort $(foreach goal,$(GOALS),$(USES_$(goal))))
 GIVEN  := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
 UNUSED := $(filter-out $(TAKES) PYTHON TORCH,$(filter-out MAKE% -%,$(GIVEN)))
+UPPER  := $(shell echo '$(UNUSED)' | tr a-z A-Z)
+NEAR   := $(firstword $(filter $(TAKES),$(UPPER) $(UPPER:%S=%) $(UPPER:%=%S)))
 ifneq ($(UNUSED),)
-$(error make $(GOALS) does not use $(UNUSED); it takes $(or $(TAKES),no variables))
+$(error make $(GOALS) does not use $(UNUSED)$(if $(NEAR), (did you mean $(NEAR)?)); it takes $(or $(TAKES),no variables))
 endif
 
 .DEFAULT_GOAL := help
+Makefile: ;
+.DEFAULT:
+	@echo "error: there is no target $@; make lists them" >&2; exit 2
+
 .PHONY: help setup warmup train rollout judge score eval synth ablate test lint bench bench-gpu clean one-gpu
 
 help:  ## this list
@@ -63,6 +69,7 @@ setup: $(READY)  ## virtual environment in .venv with all requirements
 
 $(READY): requirements.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	@echo "installing the packages of requirements.txt into $(VENV): some minutes"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt

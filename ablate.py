@@ -70,9 +70,10 @@ class Variant:
     advantage: str | None
 
 
-def parse(text: str, advantage: str | None) -> list[Variant]:
+def parse(text: str | list[str], advantage: str | None) -> list[Variant]:
     """ "majority judged(t_h=.9)@energy" -> variants, whose names and settings are checked here."""
     variants = []
+    text = text if isinstance(text, str) else " ".join(text)  # as one writes it in a notebook
     for label in split_variants(text):
         reward, at, own = label.partition("@")
         variant = Variant(label, reward, own if at else advantage)

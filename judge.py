@@ -56,6 +56,7 @@ def resolve(config: Config) -> tuple[Config, dict]:
     config.rollouts = shards.stage_folder(config.rollouts)
     if config.out.resolve() == config.rollouts.resolve():
         raise SettingError(f"--out is --rollouts ({config.out}); judged shards need a folder of their own")
+    shards.ShardReader(config.rollouts)  # raises ShardError where there are none
     manifest = manifests.read(config.rollouts)
     rollouts = manifests.sampled_by(manifest)
     sampling = rollouts.get("config") or {}

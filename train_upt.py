@@ -39,11 +39,12 @@ from upt import answers, data, model, prompts, run, stages
 from upt.data import names
 from upt.errors import SettingError, Stopped
 from upt.files import write_whole
-from upt.groups import manifests, shards, variants
+from upt.groups import manifests, scoring, shards, variants
+from upt.model.folders import check_adapter
 from upt.run import cli, health, progress
 from upt.run.metrics import Clock, Metrics
 from upt.run.resuming import STORED, claim, jsonable, prepare
-from upt.run.settings import Evaluation, Judge, Reward, Rollout, Rounds, Update, at_least, check_adapter
+from upt.run.settings import Evaluation, Judge, Reward, Rollout, Rounds, Update, at_least
 from upt.run.stopping import stop_on_signal
 
 if TYPE_CHECKING:
@@ -82,12 +83,12 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
         if self.reward == STORED and not self.from_shards:
             raise SettingError("the reward 'stored' is that of scored shards: give them as --from-shards")
         if self.reward != STORED:
-            rewards.bind_reward(self.reward, run_seed=self.seed, **variants.band(self))
-            rewards.bind_advantage(self.advantage)
+            reward_of = rewards.bind_reward(self.reward, run_seed=self.seed, **variants.band(self))
+            scoring.try_out(reward_of, rewards.bind_advantage(self.advantage))
         self.check_judge()
         if self.adapter and self.init_adapter:
             raise SettingError("--adapter merges an adapter, --init-adapter goes on training it: give one of them")
-        check_adapter("init_adapter", self.init_adapter)
+        check_adapter(self.init_adapter, "--init-adapter ")
         self.check_rounds()
         if self.rounds and rewards.needs_gold(self.reward):
             raise SettingError(
@@ -220,6 +221,7 @@ def train(
     start = 0
     if latest:
         start, clock.seconds = run.checkpoints.load_checkpoint(latest[0], optimizer, schedule)
+        print(f"going on after step {start} of {config.steps}")
     metrics = Metrics(config.out / "metrics.jsonl", start)
     paths = shards.list_shards(config.from_shards) if config.from_shards else None
     step, looked = start, {}  # the latter waits where a step is left out
@@ -348,7 +350,9 @@ def plan(config: Config, questions) -> str:
         if config.algorithm == "grpo"
         else f"cross-entropy weighted by the reward {config.reward}"
     )
-    return f"training {config.model} on {source}: {how}, {rounds}{much}, into {config.out}"
+    start = config.init_adapter or config.adapter
+    what = config.model + (f" with {start}" if start else "")
+    return f"training {what} on {source}: {how}, {rounds}{much}, into {config.out}"
 
 
 def write_questions(**settings) -> dict:

@@ -74,6 +74,8 @@ def main(config: Config) -> dict:
     if min(config.eval_questions, config.eval_samples, config.batch, config.questions or 1) < 1:
         raise SettingError("--batch, --questions, --eval-questions and --eval-samples must be at least 1")
     started = time.perf_counter()
+    updates = f"{config.clean_steps} + {config.mixed_steps} updates, some minutes"
+    print(f"making the tiny model in {config.out}, with labels: {updates}", flush=True)
     answered = config.batch * (config.clean_steps + config.mixed_steps)
     total = min(answered + config.asking * config.mixed_steps, config.questions or 2**31)
     items = list(shapes.questions("warmup", config.seed, total))
@@ -135,6 +137,8 @@ def main(config: Config) -> dict:
         "seconds": time.perf_counter() - started,
     }
     write_whole(config.out / "warmup.json", [json.dumps(report, indent=1).encode()])
+    print("The clean phase teaches to answer in steps. The mixed phase adds hasty guesses, and scores fall as they are")
+    print("meant to: label-free training starts there.")
     print(heldout.table({f"{name} phase": score for name, score in scores.items()}))
     print(f"{config.out}: {len(validation)} validation questions, {report['seconds']:.0f} s")
     return scores

@@ -40,6 +40,9 @@ MISTAKES = [  # command, what its one line says
     ("train_upt.py --reward nothing.py:mine", "nothing.py: no such file"),
     ("train_upt.py --advantage group-nrm", "did you mean 'group-norm'?"),
     ("train_upt.py --stpes 4", "--stpes is no setting; did you mean '--steps'?"),
+    ("train_upt.py --lr 1e-4", "--lr is no setting; it is called --learning-rate here"),
+    ("train_upt.py --num-generations 4", "it is called --group-size here"),
+    ("train_upt.py --model .", ". holds no model (config.json is missing)"),
     ("train_upt.py --steps four", "--steps four: expected a whole number"),
     ("train_upt.py --steps", "--steps needs a value: a whole number"),
     ("train_upt.py --temperature=warm", "--temperature warm: expected a number"),
@@ -53,11 +56,11 @@ MISTAKES = [  # command, what its one line says
     ("train_upt.py --adapter nothing", "--adapter nothing: no PEFT adapter there"),
     ("train_upt.py --init-adapter nothing", "--init-adapter nothing: no PEFT adapter there"),
     ("train_upt.py --prompt think-boxd", "did you mean 'think-boxed'?"),
-    ("train_upt.py --from-shards nothing", "nothing/manifest.json: no such file"),
+    ("train_upt.py --from-shards nothing", "nothing: no shards"),
     ("train_upt.py --eval mathvison=x --eval-every 1", "did you mean 'mathvision'?"),
     ("rollout.py --group-size 0", "--group-size must be at least 1, not 0"),
     ("judge.py --judge-mode tekst", "did you mean 'text'?"),
-    ("judge.py --rollouts nothing", "nothing/manifest.json: no such file"),
+    ("judge.py --rollouts nothing", "nothing: no shards"),
     ("rewards.py --out x", "--rollouts is missing"),
     ("rewards.py --rollouts nothing --out x", "nothing: no shards"),
     ("synthesize.py --filters agrement", "did you mean 'agreement'?"),
@@ -235,6 +238,50 @@ def test_a_finished_run_says_how_to_go_on(tiny, tmp_path):
     # As it says: the adapter that was trained goes on, in a run of its own.
     further = train_upt.Config(model=tiny, steps=1, out=tmp_path / "more", init_adapter=str(out / "adapter"), **small)
     assert train_upt.main(further)["end"]["steps"] == 1
+
+
+OWN = """
+def nothing_of_a_group(group):
+    return [response.key for response in group.responses]
+
+def as_elsewhere(completions, **more):
+    return [1.0 for _ in completions]
+
+def of_a_picture(group):
+    return [1.0 if open(group["image"]) else 0.0 for _ in group["responses"]]
+"""
+
+
+def test_a_reward_of_ones_own_that_cannot_work_is_refused_before_a_model_is_loaded(tmp_path):
+    import train_upt
+
+    (tmp_path / "own.py").write_text(OWN)
+    for name, said in (
+        (
+            "nothing_of_a_group",
+            r"fails on group made-up: AttributeError: .*it takes one group, a dict: group\['responses'",
+        ),
+        ("as_elsewhere", "expected 4 finite numbers"),
+    ):
+        with pytest.raises(SettingError, match=said):
+            train_upt.Config(model="unused", reward=f"{tmp_path}/own.py:{name}").resolve()
+    train_upt.Config(model="unused", reward=f"{tmp_path}/own.py:of_a_picture").resolve()  # it may work on real groups
+
+
+def test_a_run_that_made_no_step_blocks_nothing(tiny, tmp_path, capsys):
+    import train_upt
+
+    small = dict(questions_per_step=2, group_size=2, max_new_tokens=4, lora_rank=2, eval_questions=0, reward="random")
+    config = train_upt.Config(model=tiny, steps=1, out=tmp_path / "run", seed=1, **small)
+    train_upt.claim(train_upt.prepare(config))  # as far as a run got that failed at its first step
+    assert (tmp_path / "run/manifest.json").is_file()
+    train_upt.main(train_upt.Config(model=tiny, steps=1, out=tmp_path / "run", seed=2, **small))
+    assert "had other settings and had not made a step: started over" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["seed"] == 2
+    with pytest.raises(UserError, match="seed: 2 there, 3 now"):  # now it has
+        train_upt.main(train_upt.Config(model=tiny, steps=1, out=tmp_path / "run", seed=3, **small))
+    train_upt.main(train_upt.Config(model=tiny, steps=1, out=tmp_path / "run", seed=2, **small))
+    assert f"the run in {tmp_path}/run is finished: nothing more is trained" in capsys.readouterr().out
 
 
 def test_a_run_stands_for_its_rollouts_and_says_what_it_does(tiny, tmp_path, capsys):

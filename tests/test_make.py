@@ -82,12 +82,13 @@ def test_variables_are_flags():
     [
         (
             "train REWARDS=frequency",
-            "make train does not use REWARDS; it takes ADVANTAGE ARGS DATA",
+            "make train does not use REWARDS (did you mean REWARD?); it takes ADVANTAGE ARGS",
         ),
-        ("train reward=frequency", "make train does not use reward"),
-        ("ablate REWARD=frequency", "make ablate does not use REWARD;"),
+        ("train reward=frequency", "make train does not use reward (did you mean REWARD?)"),
+        ("ablate REWARD=frequency", "make ablate does not use REWARD (did you mean REWARDS?);"),
         ("score DATA=geoqa", "make score does not use DATA;"),
         ("judge STEPS=3 BENCH=all", "does not use"),
+        ("train STEP=4", "make train does not use STEP (did you mean STEPS?)"),
         ("clean OUT=x", "make clean does not use OUT; it takes no variables"),
         ("SEEDS=3", "make help does not use SEEDS"),
     ],
@@ -95,6 +96,11 @@ def test_variables_are_flags():
 def test_a_variable_that_the_target_does_not_use_is_refused(words, said):
     done = make("-n", *words.split(" "))
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().split("\n")) == 1
+
+
+def test_a_target_that_is_none_is_refused():
+    done = make("trian")
+    assert done.returncode == 2 and done.stderr.split("\n")[0] == "error: there is no target trian; make lists them"
 
 
 def test_variables_of_several_targets_and_of_the_environment_are_no_mistake(monkeypatch):

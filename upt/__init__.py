@@ -11,10 +11,16 @@
 Importing it loads none of torch, transformers and datasets: modules that need them are imported at their first use.
 """
 
+import importlib.util
 import logging
 import os
+import sys
 
-from upt import kernel_names
+if importlib.util.find_spec("lazy_loader") is None:
+    fix = "run `make setup`, then use .venv/bin/python"
+    raise ModuleNotFoundError(f"the packages of requirements.txt are not installed for {sys.executable}: {fix}")
+
+from upt import kernel_names  # noqa: E402
 
 # Idle OpenMP threads spin, and on a shared machine they spin where others would compute (docs/speed.md). This is read
 # when torch is loaded; a setting of the user's own wins.

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+NEAR = 0.65  # of difflib's ratio, from which a name is worth suggesting
+
 
 class UserError(ValueError):
     """What was wrong, what was found, what to type. The classes below say where."""
@@ -40,12 +42,14 @@ class Stopped(KeyboardInterrupt):
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """ "; did you mean 'majority'?" if one of `known` is near to `name`, else ""."""
-    near = get_close_matches(name.lower(), list(known), 1)
+    near = get_close_matches(name.lower(), list(known), 1, NEAR)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def suggest_path(path: Path | str) -> str:
-    """The same for a path, among what lies beside it."""
+    """The same for a folder that is not there, among the folders beside it."""
     path = Path(os.path.expanduser(path))
-    beside = {str(path.with_name(p.name)) for p in path.parent.iterdir()} if path.parent.is_dir() else set()
-    return suggest(str(path), {p for p in beside if not Path(p).name.startswith(".")})
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], 1, NEAR)
+    return f"; did you mean {str(path.with_name(near[0]))!r}?" if near else ""

@@ -9,8 +9,9 @@ import functools
 from collections.abc import Callable, Iterable
 
 from upt import answers
-from upt.errors import SettingError
+from upt.errors import SettingError, UserError
 from upt.groups import variants
+from upt.groups.shards import SCHEMA
 from upt.groups.variants import COMMON
 from upt.groups.votes import majority_share
 
@@ -38,8 +39,19 @@ def bind_reward(
         )
     function = functools.partial(function, **bound)
 
+    def called(group: dict) -> list[float] | None:
+        try:
+            return function(group)
+        except (UserError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise SettingError(
+                f"reward {variant!r} fails on group {group.get('uid')}: {type(error).__name__}: {error}; it takes one "
+                "group, a dict: group['responses'][i]['key'] and the like (docs/runs.md, A group)"
+            ) from error
+
     def reward_of(group: dict) -> list[float] | None:
-        if not min_share <= majority_share(group) <= max_share or (r := function(group)) is None:
+        if not min_share <= majority_share(group) <= max_share or (r := called(group)) is None:
             return None
         r = variants.finite(r, len(group["responses"]), f"reward {variant!r} of {group.get('uid')}")
         if lam_fmt:
@@ -47,6 +59,38 @@ def bind_reward(
         return [min(max(r_i, 0.0), 1.0) for r_i in r] if clip else r
 
     return reward_of
+
+
+def try_out(reward_of: Callable, advantage_of: Callable) -> None:
+    """Call both on a made-up group, so that a function which can't work on any fails before a model is loaded."""
+    response = {
+        "text": "<think>1 + 1 = 2</think>\\boxed{2}",
+        "token_ids": [1, 2],
+        "logprobs": [-0.5, -0.5],
+        "finish": "stop",
+        "entropy": 0.5,
+        "self_certainty": 1.0,
+        "judge": {"score": 0.5, "parsed": True},
+    }
+    group = {
+        "schema": SCHEMA,
+        "uid": "made-up",
+        "step": 0,
+        "question": "What is 1 + 1?",
+        "choices": None,
+        "image": None,
+        "gold": "2",
+        "prompt_tokens": 8,
+        "responses": [response | {"key": key} for key in ("2", "2", "3", None)],
+    }
+    try:
+        r = reward_of(group)
+    except SettingError as error:
+        # Other errors may be about what the made-up group lacks, such as a picture.
+        if isinstance(error.__cause__, AttributeError | TypeError | NameError | None):
+            raise
+    else:
+        advantage_of([0.0] * len(group["responses"]) if r is None else r)
 
 
 def bind_advantage(table: Table, estimator: str, **settings) -> Callable[[list[float]], list[float]]:

@@ -29,9 +29,10 @@ from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE as CHAT_TEMPL
 from transformers.utils import cached_file, logging
 
 from kernels import linear_logprob
-from upt.errors import PolicyError, suggest_path
+from upt.errors import PolicyError
 from upt.model import TARGETS
 from upt.model.families import FAMILIES, Family, Features
+from upt.model.folders import check_adapter, check_model
 from upt.model.packing import Prompt, Row, layout, packed_mask
 
 PIXEL_VALUES_AT_ONCE = 2**25  # preprocessed pixel values given to the vision tower at once: 128 MiB in float32
@@ -272,9 +273,7 @@ class Policy:
 
 def model_config(name: str):
     """The configuration of a snapshot or hub id. Raises PolicyError if it is not there or not of a known family."""
-    if name.startswith((".", "/", "~", "models/")) and not Path(name).is_dir():
-        hint = "run `make warmup` to make it" if Path(name).name == "tiny" else "check the path"
-        raise PolicyError(f"there is no model folder {name}: {hint}, or give a hub id{suggest_path(name)}")
+    check_model(name)
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -326,7 +325,6 @@ def checked_device(name: str) -> torch.device:
 
 
 def _open_adapter(model, folder: str | Path, **options):
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise PolicyError(f"{folder} holds no PEFT adapter (adapter_config.json is missing){suggest_path(folder)}")
+    check_adapter(folder)
     with calm():
         return PeftModel.from_pretrained(model, str(folder), **options)

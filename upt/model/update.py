@@ -4,6 +4,7 @@ It is made in minibatches, each of which sums its gradient over micro-batches. S
 """
 
 import math
+import warnings
 from itertools import pairwise
 
 import torch
@@ -44,7 +45,9 @@ def update(policy: Policy, optimizer, schedule, prompts: list, groups: list[dict
         else:
             optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
+        with warnings.catch_warnings():  # a step without a signal advances the schedule alone
+            warnings.simplefilter("ignore", UserWarning)
+            schedule.step()
         steps.append(stats)
     for _ in range(config.minibatches - count):  # the schedule counts on as many
         schedule.step()

@@ -147,6 +147,16 @@ def argument(f, hint, doc: str):
     return tyro.conf.arg(help=doc, **found)
 
 
+# What TRL, verl and transformers call it.
+ELSEWHERE = {
+    "lr": "learning-rate", "num-generations": "group-size", "n": "group-size", "per-device-train-batch-size":
+    "questions-per-step", "batch-size": "questions-per-step", "train-batch-size": "questions-per-step", "max-steps":
+    "steps", "num-train-steps": "steps", "beta": "kl-coef", "kl-loss-coef": "kl-coef", "epsilon": "clip-low",
+    "epsilon-high": "clip-high", "max-completion-length": "max-new-tokens", "max-response-length": "max-new-tokens",
+    "max-prompt-length": "max-prompt-tokens", "model-name-or-path": "model", "dataset-name": "data", "dataset": "data",
+    "output-dir": "out", "save-steps": "save-every", "lora-r": "lora-rank", "loss-type": "aggregation", "reward-funcs":
+    "reward", "resume-from-checkpoint": "resume", "adv-estimator": "advantage",
+}  # fmt: skip
 LAST = "Run"  # the group that a Config's own fields belong to
 TABLES = {"with the tiny model": presets.TINY, "with others": presets.REAL}
 
@@ -178,7 +188,9 @@ def check_names(config_class: type, arguments: Sequence[str]) -> None:
     for word in arguments:
         name = word.split("=")[0].replace("_", "-")
         if re.match(r"--[a-zA-Z]", word) and name not in known:
-            raise UserError(f"{name} is no setting{suggest(name, known) or '; --help lists them'}")
+            other = f"--{ELSEWHERE.get(name[2:], '')}"
+            near = f"; it is called {other} here" if other in known else suggest(name, known)
+            raise UserError(f"{name} is no setting{near or '; --help lists them'}")
 
 
 def plain(box: str) -> str:
@@ -187,5 +199,6 @@ def plain(box: str) -> str:
     lines = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
     kept = [line for line in lines if line and not line.startswith(("For full helptext", "Parsing error"))]
     if kept and kept[-1].startswith("Unrecognized options:"):
-        return f"{kept[-1].partition(':')[2].strip()}: settings are written --name value; --help lists them"
+        word = kept[-1].partition(":")[2].strip()
+        return f"{word}: settings are written --name value, and a value with blanks in quotes"
     return " ".join(kept) or "the command line can't be read; --help lists the settings"

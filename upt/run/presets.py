@@ -135,6 +135,8 @@ def is_tiny(model: str) -> bool:
 
 def fill(config) -> None:
     """Fill every field of a Config that is None. Fields the Config doesn't have are passed over."""
+    if config.model == TINY_MODEL:
+        config.model = tiny_model()
     if config.model is None:
         name = config.data or "shapes"
         sets = [part for part, _ in names.parts(name)] if names.is_mixture(name) else [name]

@@ -4,6 +4,7 @@
 """
 
 import json
+import shutil
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -34,9 +35,26 @@ def prepare(config):
     config.resolve()
     if recipe := [f"{name} {value}" for name, value in recipe.items() if getattr(config, name) == value]:
         print(f"preset {config.preset}: {', '.join(recipe)}")
+    forget_unbegun(config)
     check_steps(config)
     manifests.check(config.out, jsonable(config), ignore=FREE)
+    if (config.out / "summary.json").is_file():
+        print(f"the run in {config.out} is finished: nothing more is trained")
     return config
+
+
+def forget_unbegun(config) -> None:
+    """Start over in a folder whose run, of other settings, has not made one step: a mistake is not to block it."""
+    out = config.out
+    if not (out / "manifest.json").is_file() or any((out / "rollouts").glob("step-*")) or (out / "round-01").exists():
+        return
+    if (out / "checkpoints").exists() or (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size:
+        return
+    if manifests.differences(manifests.read(out)["config"], jsonable(config), FREE):
+        print(f"the run in {out} had other settings and had not made a step: started over")
+        for name in ("manifest.json", "rollouts/manifest.json", "before.json", "benchmarks.json"):
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / "start", ignore_errors=True)
 
 
 def check_steps(config) -> None:
@@ -46,11 +64,15 @@ def check_steps(config) -> None:
     differ = manifests.differences(manifests.read(config.out)["config"], jsonable(config), FREE)
     if [*differ] == ["steps"]:
         made, asked = differ["steps"]
+        if asked < made:
+            fix = "leave --steps out, or use another --out"
+            raise SettingError(f"{config.out} holds a run of {made} steps, not {asked}: {fix}")
         state = "a finished run" if (config.out / "summary.json").is_file() else "a run that was planned"
-        further = f"--init-adapter {config.out / 'adapter'} --steps {max(1, asked - made)} --out ANOTHER"
+        steps, adapter = asked - made, config.out / "adapter"
         raise SettingError(
             f"{config.out} holds {state} with {made} steps, over which its learning rate falls, and --steps says "
-            f"{asked}; to train its adapter further: {further}"
+            f"{asked}; to train its adapter further: --init-adapter {adapter} --steps {steps} --out ANOTHER "
+            f"(make train STEPS={steps} OUT=ANOTHER ARGS='--init-adapter {adapter}')"
         )
 
 
@@ -82,6 +104,7 @@ def claim(config) -> None:
 def adopt(config) -> None:
     """Take from the shards' manifest how they were sampled; use their own advantages unless others are asked for."""
     config.from_shards = shards.stage_folder(config.from_shards)
+    count = len(shards.ShardReader(config.from_shards).paths)  # raises ShardError where there are none
     manifest = manifests.read(config.from_shards)
     rollouts = manifests.sampled_by(manifest)
     sampling = rollouts.get("config")
@@ -99,7 +122,6 @@ def adopt(config) -> None:
         if field.name in sampling and getattr(config, field.name) is None:
             setattr(config, field.name, sampling[field.name])
     manifests.check_files(config.from_shards, rollouts, {"model": config.model, "adapter": config.adapter})
-    count = len(shards.ShardReader(config.from_shards).paths)
     if config.steps is None or config.steps > count:
         print(f"{config.from_shards} holds {count} shards: {count} steps")
         config.steps = count

@@ -11,9 +11,10 @@ from typing import Literal, get_args, get_type_hints
 
 from upt import prompts
 from upt.data import names
-from upt.errors import PolicyError, SettingError, suggest, suggest_path
+from upt.errors import SettingError, suggest
 from upt.groups import filters
 from upt.model import TARGETS
+from upt.model.folders import check_adapter, check_model
 from upt.run import presets
 
 
@@ -30,13 +31,6 @@ class Paths:
             value = getattr(self, name, None)
             if isinstance(value, str) and {*(get_args(hint) or [hint])} - {NoneType} == {Path}:
                 setattr(self, name, Path(value).expanduser())
-
-
-def check_adapter(name: str, folder: str | None) -> None:
-    """Raise PolicyError for a setting that should name a PEFT adapter and does not."""
-    if folder is not None and not (Path(folder).expanduser() / "adapter_config.json").is_file():
-        near = suggest_path(folder)
-        raise PolicyError(f"--{name.replace('_', '-')} {folder}: no PEFT adapter there (no adapter_config.json){near}")
 
 
 def at_least(config, least: int, *names: str) -> None:
@@ -135,7 +129,12 @@ class Rollout(Run, Sampling, Model, Data, Paths):
                 f"{self.top_p}, {self.top_k}"
             )
         prompts.template(self.prompt)
-        check_adapter("adapter", self.adapter)
+        check_adapter(self.adapter, "--adapter ")
+        check_model(self.model)
+        if self.device not in ("auto", "cpu"):
+            from upt.model.policy import checked_device  # brings torch, which a mistake need not wait for
+
+            checked_device(self.device)
         return self
 
     def turn(self, step: int) -> int:

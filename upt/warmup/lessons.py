@@ -102,4 +102,6 @@ def train(
             schedule.step()
         if step % 10 == 9:
             bar.set_postfix(loss=f"{loss.item():.3f}")
+        if bar.disable and step % 50 == 49:
+            progress.say(f"{label}: update {step + 1} of {steps}, loss {loss.item():.3f}")
     model.eval()
