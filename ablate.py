@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import rewards
-from upt import compare
+from upt import compare, model
 from upt.errors import SettingError
 from upt.groups import manifests, shards
 from upt.groups.variants import split_variants
@@ -60,6 +60,11 @@ class Config(Paths):
     train: str = ""
     """online: further settings of train_upt.py in one string; in a shell just add them to the command"""
 
+    def __post_init__(self):
+        if isinstance(self.rewards, list | tuple):  # as one writes it in a notebook
+            self.rewards = " ".join(self.rewards)
+        super().__post_init__()
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -70,10 +75,9 @@ class Variant:
     advantage: str | None
 
 
-def parse(text: str | list[str], advantage: str | None) -> list[Variant]:
+def parse(text: str, advantage: str | None) -> list[Variant]:
     """ "majority judged(t_h=.9)@energy" -> variants, whose names and settings are checked here."""
     variants = []
-    text = text if isinstance(text, str) else " ".join(text)  # as one writes it in a notebook
     for label in split_variants(text):
         reward, at, own = label.partition("@")
         variant = Variant(label, reward, own if at else advantage)
@@ -110,6 +114,8 @@ def offline(config: Config) -> dict:
     seed = (manifests.read(folder)["seed"] if has_manifest else None) or 0
     if config.rewards is None and first["gold"] is None:
         variants = [v for v in variants if v.reward != "random"]  # a control of the diagnostics alone
+    labels = ", ".join(v.label for v in variants)
+    print(f"comparing {labels} on {folder}, advantage {advantage}, into {config.out}", file=sys.stderr)
     scores = [scores_of(v, seed) for v in variants]
     votes, scores, seconds = compare.offline.read(folder, scores, config.rewards is not None)
     table, found = compare.offline.write(config.out, votes, scores, config.confident)
@@ -125,7 +131,9 @@ def online(config: Config) -> dict:
     import train_upt
 
     def settings(flags: list[str]) -> train_upt.Config:
-        return train_upt.prepare(cli.parse(train_upt.Config, flags))
+        found = train_upt.prepare(cli.parse(train_upt.Config, flags))
+        model.model_config(found.model)  # raises PolicyError for what is no model, before any run begins
+        return found
 
     return compare.sweep.main(config, parse(config.rewards or ONLINE, config.advantage), settings)
 
@@ -135,6 +143,14 @@ def main(config: Config) -> dict:
     return offline(config) if config.rollouts else online(config)
 
 
+def split_words(text: str) -> list[str]:
+    """The words of a command line. Raises SettingError for an open quote."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise SettingError(f"--train {text}: {error}; close the quote") from error
+
+
 def sorted_out(arguments: list[str]) -> list[str]:
     """The command line with what ablate.py does not know, and what --train is given, as one --train=…"""
     known = {f"--{field.name}" for field in fields(Config)} | {"--help", "-h", cli.DEBUG}
@@ -142,7 +158,7 @@ def sorted_out(arguments: list[str]) -> list[str]:
     into, words = mine, iter(arguments)
     for word in words:
         if word.split("=")[0] == "--train":
-            others += shlex.split(word.partition("=")[2] if "=" in word else next(words, ""))
+            others += split_words(word.partition("=")[2] if "=" in word else next(words, ""))
         elif word != "--":
             if word.startswith("--"):
                 into = mine if word.split("=")[0] in known else others
@@ -151,4 +167,4 @@ def sorted_out(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.launch(main, Config, sorted_out(sys.argv[1:]))
+    cli.launch(main, Config, sort=sorted_out)

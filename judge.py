@@ -28,6 +28,7 @@ from upt.errors import SettingError
 from upt.groups import manifests, shards
 from upt.run import cli, presets, progress
 from upt.run.settings import Judge, Model, Paths
+from upt.run.stopping import stop_on_signal
 
 FREE = ("rollouts", "out", "device", "judge_tokens")  # settings that may change when judging goes on
 
@@ -89,15 +90,18 @@ def main(config: Config) -> dict[str, float]:
         manifests.write(config.out, stage="judge", config=settings, seed=config.seed, **identity)
     shards.link_images(config.rollouts, config.out)
     scores, unparsed = [], 0
-    for path in progress.bar(paths, desc="judging", unit="shard"):
-        target = config.out / path.name
-        if not shards.is_complete(target, source=path):
-            groups = shards.read_shard(path)
-            seen = stages.judging.pictured(policy, groups, config.rollouts)
-            shards.write_shard(target, stages.judging.judge(policy, seen, groups, config, config.prompt, config.seed))
-        verdicts = [response["judge"] for group in shards.read_shard(target) for response in group["responses"]]
-        scores += [verdict["score"] for verdict in verdicts if verdict["score"] is not None]
-        unparsed += sum(not verdict["parsed"] for verdict in verdicts)
+    with stop_on_signal(config.out) as check:
+        for path in progress.bar(paths, desc="judging", unit="shard"):
+            check()
+            target = config.out / path.name
+            if not shards.is_complete(target, source=path):
+                groups = shards.read_shard(path)
+                seen = stages.judging.pictured(policy, groups, config.rollouts)
+                judged = stages.judging.judge(policy, seen, groups, config, config.prompt, config.seed, check)
+                shards.write_shard(target, judged)
+            verdicts = [response["judge"] for group in shards.read_shard(target) for response in group["responses"]]
+            scores += [verdict["score"] for verdict in verdicts if verdict["score"] is not None]
+            unparsed += sum(not verdict["parsed"] for verdict in verdicts)
     mean = math.fsum(scores) / len(scores) if scores else None
     shown = "none" if mean is None else f"{mean:.3f}"
     print(f"{config.out}: {len(scores) + unparsed} responses judged, mean score {shown}, {unparsed} unparsed")

@@ -330,6 +330,8 @@ def main(config: Config) -> dict[str, float]:
         identity = {"model": source.get("model"), "adapter": source.get("adapter")}
         manifests.write(config.out, stage="rewards", config=settings, seed=seed, **identity)
     shards.link_images(config.rollouts, config.out)
+    how = f"reward {config.reward}, advantage {config.advantage}"
+    print(f"scoring {len(paths)} shards of {config.rollouts}: {how}, into {config.out}", file=sys.stderr)
     totals = metrics.summary(_score_shards(config, paths, seed))
     print(f"{config.out}: {config.reward}, {config.advantage}, seed {seed}")
     for name, value in totals.items():

@@ -22,6 +22,7 @@ from upt import data, model, stages
 from upt.groups import manifests, shards
 from upt.run import cli, progress
 from upt.run.settings import Rollout
+from upt.run.stopping import stop_on_signal
 
 FREE = ("out", "steps", "device")  # settings that may change when sampling goes on
 
@@ -46,19 +47,30 @@ def main(config: Config) -> None:
     manifests.write(
         folder, stage="rollout", config=asdict(config), seed=config.seed, model=config.model, adapter=config.adapter
     )
-    for step in range(config.steps):
-        path = shards.shard_path(folder, step)
-        if shards.is_complete(path):
-            continue
-        batch = stages.sampling.step_batch(policy, questions, step, config)
-        for uid, reason in batch.left_out.items():
-            print(f"left out {uid}: {reason}", file=sys.stderr)
-        if not batch.prompts:
-            print(f"step {step} is left out: none of its questions can be used", file=sys.stderr)
-            continue
-        with progress.bar(total=len(batch.prompts) * config.group_size, desc=f"step {step}", unit="response") as bar:
-            shards.write_shard(path, stages.sampling.rollout(policy, batch, step, config, folder, bar.update))
+    with stop_on_signal(folder) as check:
+        for step in range(config.steps):
+            if not shards.is_complete(shards.shard_path(folder, step)):
+                check()
+                sample(policy, questions, step, config, check)
     print(f"{len(shards.ShardReader(folder).paths)} shards of groups in {folder}")
+
+
+def sample(policy, questions, step: int, config: Config, check) -> None:
+    """Write the shard of one step. `check` may raise, to stop."""
+    batch = stages.sampling.step_batch(policy, questions, step, config)
+    for uid, reason in batch.left_out.items():
+        print(f"left out {uid}: {reason}", file=sys.stderr)
+    if not batch.prompts:
+        print(f"step {step} is left out: none of its questions can be used", file=sys.stderr)
+        return
+    with progress.bar(total=len(batch.prompts) * config.group_size, desc=f"step {step}", unit="response") as bar:
+
+        def tick(responses: int) -> None:
+            bar.update(responses)
+            check()
+
+        groups = stages.sampling.rollout(policy, batch, step, config, config.out, tick)
+        shards.write_shard(shards.shard_path(config.out, step), groups)
 
 
 if __name__ == "__main__":

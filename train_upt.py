@@ -38,7 +38,7 @@ from eval.follow import Followed
 from upt import answers, data, model, prompts, run, stages
 from upt.data import names
 from upt.errors import SettingError, Stopped
-from upt.files import write_whole
+from upt.files import read_json, write_whole
 from upt.groups import manifests, scoring, shards, variants
 from upt.model.folders import check_adapter
 from upt.run import cli, health, progress
@@ -107,7 +107,9 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
         if self.eval_questions < 0:
             raise SettingError(f"--eval-questions must be 0 (no evaluation) or more, not {self.eval_questions}")
         if not 1 <= self.minibatches <= self.questions_per_step:
-            raise SettingError(f"--minibatches must be from 1 to questions-per-step ({self.questions_per_step})")
+            raise SettingError(
+                f"--minibatches {self.minibatches}: from 1 to --questions-per-step ({self.questions_per_step})"
+            )
         if self.from_shards and (self.stop_on_collapse or self.select != "last"):
             raise SettingError("signals of --from-shards are the shards' own: no --stop-on-collapse, no --select")
         if self.reward == STORED and variants.band(self):
@@ -304,7 +306,7 @@ def scored(policy: "Policy", questions: "data.Questions", name: str, config: Con
     """Held-out scores before or after training, measured once for a run and kept in OUT/<name>.json."""
     path = config.out / f"{name}.json"
     if path.exists():
-        return json.loads(path.read_text())
+        return read_json(path)
     count = min(config.eval_questions, len(questions))
     with (
         clock(f"eval_{name}"),
@@ -387,7 +389,7 @@ def main(config: Config) -> dict:
     summary |= {name: heldout.without_rows(scores) for name, scores in measured.items()}
     warmup = Path(config.model) / "warmup.json"
     if warmup.is_file():
-        summary["warmup"] = json.loads(warmup.read_text())
+        summary["warmup"] = read_json(warmup, "make the model again")
     summary |= {"config": jsonable(config), "seconds": clock.seconds}
     write_whole(config.out / "summary.json", [json.dumps(summary, indent=1).encode()])
     for source in filter(None, (questions, held_out)):

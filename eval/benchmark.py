@@ -129,7 +129,9 @@ class Benchmark:
                 if question.id in of_split:
                     raise DataError(f"{where}: the id {question.id!r} was there before; remove one of the two")
                 of_split[question.id] = question
-        return {split: list(questions.values()) for split, questions in found.items()}
+        if files and not any(found.values()):
+            raise DataError(f"{folder}: no question in {', '.join(file.name for file in files)}; fetch the files again")
+        return {split: list(questions.values()) for split, questions in found.items() if questions}
 
     def by_id(self, folder: Path) -> dict[str, Question]:
         """The questions of all splits by id, and by alias where that is unique; of equal ids the first counts."""

@@ -326,6 +326,11 @@ def main(config: Config) -> dict:
             print(f"{name} is left out: {error}", file=sys.stderr)
     if not jobs:
         raise SettingError(f"no benchmark runs from {config.data}: it needs folders such as {', '.join(NAMES[:2])} …")
+    many = ", ".join(f"{len(job.questions)} questions of {job.name}" for job in jobs)
+    what = config.model + (f" with {config.adapter}" if config.adapter else "")
+    print(
+        f"asking {what} {many}: {config.n} responses each, prompt {config.prompt}, into {config.out}", file=sys.stderr
+    )
     policy = model.Policy.load(config.model, **config.loading())
     try:
         for job in jobs:

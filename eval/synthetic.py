@@ -70,9 +70,12 @@ def main(config: Config) -> list[dict]:
     items = {item.uid: item for item in shapes.questions(split, asked["seed"], asked["limit"])}
     paths = shards.list_shards(config.questions / "answered")
     groups = {group["uid"]: group for path in paths for group in shards.read_shard(path)}
-    lines = (config.questions / "provenance.jsonl").read_text().splitlines()
-    candidates = [json.loads(line) for line in lines]
-    found = [diagnose(c, items[c["source"]], groups.get(c["uid"])) for c in candidates]
+    path = config.questions / "provenance.jsonl"
+    try:
+        candidates = [json.loads(line) for line in path.read_text().splitlines()]
+        found = [diagnose(c, items[c["source"]], groups.get(c["uid"])) for c in candidates]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: a line is no question of these ({error!r}); run synthesize.py again") from error
     kept = [c for c in found if c["kept"]]
     rows = [row("candidates", found), row("kept", kept)]
     rows += [row(f"kept, {kind}", [c for c in kept if c["kind"] == kind]) for kind in shapes.KINDS]

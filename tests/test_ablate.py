@@ -428,11 +428,11 @@ before = json.loads((out / "before.json").read_text())
 
 
 @pytest.fixture
-def stand_in(tmp_path, monkeypatch):
+def stand_in(tiny, tmp_path, monkeypatch):
     """Settings of a sweep whose runs are a script that pretends."""
     (tmp_path / "train.py").write_text(STAND_IN)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"hidden_size": 64}')
+    shutil.copy(Path(tiny) / "config.json", tmp_path / "model")
     monkeypatch.setattr(sweep, "TRAIN", tmp_path / "train.py")
     monkeypatch.setattr(sweep, "POLL", 0.02)
     return {"model": str(tmp_path / "model"), "steps": 2, "out": tmp_path / "out"}

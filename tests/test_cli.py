@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -69,6 +70,9 @@ MISTAKES = [  # command, what its one line says
     ("ablate.py --rewards majorty", "did you mean 'majority'?"),
     ("ablate.py --learnig-rate 3", "--learnig-rate is no setting; did you mean '--learning-rate'?"),
     ("ablate.py --rollouts nothing", "nothing: no shards"),
+    ("ablate.py --train 'x", "--train 'x: No closing quotation; close the quote"),
+    ("-m eval.compare", "give a and b; --help says what they are"),
+    ("train_upt.py --device mps", "no such kind of device; give auto, cpu, cuda or cuda:N"),
     ("-m eval.run --benchmark mathvison --data x", "did you mean 'mathvision'?"),
     ("-m eval.run --benchmark mathvision --data nothing", "there is no folder nothing"),
     ("-m eval.score --benchmark mathvision --data nothing --responses x --out y", "there is no folder nothing"),
@@ -91,6 +95,90 @@ def test_a_device_that_is_not_there(shell, tiny, tmp_path):
         done = shell("train_upt.py", "--model", tiny, "--device", device, "--out", "unused")
         assert done.returncode == 2 and said in done.stderr.split("\n")[-2] and "error: " in done.stderr
     assert not (tmp_path / "unused").exists()
+
+
+def damaged(tiny: str, folder: Path, name: str, content: bytes) -> str:
+    shutil.copytree(tiny, folder)
+    (folder / name).write_bytes(content)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [("model.safetensors", b"cut"), ("tokenizer.json", b"{"), ("config.json", b"{"), ("config.json", b"\xff")],
+    [("model.safetensors", b"cut"), ("tokenizer.json", b"{"), ("config.json", b"{"), ("config.json", b"\xff")],
+)
+def test_a_model_that_cannot_be_loaded(tiny, tmp_path, name, content):
+    from upt.model import Policy
+
+    with pytest.raises(UserError, match=str(tmp_path)):
+        Policy.load(damaged(tiny, tmp_path / "model", name, content))
+
+
+@pytest.mark.parametrize("name, content", [("adapter_config.json", b"{"), ("adapter_model.safetensors", b"cut")])
+def test_an_adapter_that_cannot_be_loaded(tiny, tmp_path, name, content):
+    from upt.model import Policy
+
+    policy = Policy.load(tiny)
+    policy.add_lora(2, 4)
+    policy.save(tmp_path / "adapter")
+    (tmp_path / "adapter" / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"the adapter {tmp_path}/adapter cannot be loaded"):
+        Policy.load(tiny, adapter=str(tmp_path / "adapter"))
+
+
+def test_files_of_a_run_that_are_damaged(tiny, tmp_path):
+    import train_upt
+
+    small = dict(questions_per_step=2, group_size=2, max_new_tokens=4, lora_rank=2, reward="random", save_every=1)
+    small |= dict(model=tiny, steps=1, eval_questions=2, eval_samples=2)
+    train_upt.main(train_upt.Config(out=tmp_path / "run", **small))
+    for name, said in (
+        ("before.json", "before.json: not JSON"),
+        ("metrics.jsonl", "a line is no record of a step"),
+        ("checkpoints/step-000001/state.pt", "its state cannot be read"),
+        ("manifest.json", "manifest.json: no usable 'stage' in it"),
+    ):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+        (tmp_path / name / name).write_text('{"schema": "upt.group/1"}\n' if name == "manifest.json" else "{\n")
+        with pytest.raises(UserError, match=said):
+            train_upt.main(train_upt.Config(out=tmp_path / name, **small))
+
+
+def test_a_prompt_that_is_no_text(tmp_path):
+    from upt import prompts
+
+    (tmp_path / "p.md").write_bytes(b"\xff{question}")
+    with pytest.raises(UserError, match="p.md: not UTF-8 text"):
+        prompts.template(str(tmp_path / "p.md"))
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"algorithm": "sfft"}, "algorithm is 'sfft': expected grpo or sft; did you mean 'sft'"),
+        ({"preset": "mmupt"}, "did you mean 'mm-upt'"),
+        ({"steps": "1"}, "steps is '1': expected a whole number or None"),
+        ({"steps": 1.5}, "steps is 1.5: expected a whole number"),
+        ({"steps": True}, "steps is True: expected a whole number"),
+        ({"reward": len}, "expected a text or None"),
+        ({"lora_targets": "q_proj"}, "lora_targets is 'q_proj': expected several of them"),
+        ({"out": None}, "out is None: expected a path"),
+    ],
+)
+def test_a_notebooks_settings_are_of_their_types(settings, said):
+    import train_upt
+
+    with pytest.raises(SettingError, match=said):
+        train_upt.Config(**settings)
+
+
+def test_what_a_notebook_writes_naturally():
+    import train_upt
+
+    config = train_upt.Config(model=Path("a/b"), data=Path("c"), temperature=1, lora_targets=["q_proj"], out="x")
+    assert (config.model, config.data, config.temperature, config.lora_targets) == ("a/b", "c", 1, ("q_proj",))
+    assert ablate.Config(rewards=["majority", "frequency@mean"]).rewards == "majority frequency@mean"
 
 
 def test_debug_shows_the_traceback_and_a_notebook_the_error(shell):

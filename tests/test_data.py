@@ -1,4 +1,4 @@
-"""data.py: every layout, every split combination and every kind of bad row, with real files and without a network."""
+"""upt/data: every layout, every split combination and every kind of bad row, with real files and without a network."""
 
 import io
 import json

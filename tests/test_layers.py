@@ -54,9 +54,11 @@ def imports(module: str) -> set[str]:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 found.add(alias.name)
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
+                whole = f"{node.module}.{alias.name}"  # bench/ is a folder of modules without a file of its own
                 target = home(node.module, alias.name) if node.module in TREES else node.module
+                target = whole if whole in TREES else target
                 found.add(target)
                 if f"{node.module}.{alias.name}" in TREES:
                     packages[alias.asname or alias.name] = f"{node.module}.{alias.name}"
@@ -76,6 +78,14 @@ GRAPH = {module: imports(module) for module in TREES}
 def test_the_graph_sees_late_and_inner_imports():
     assert "upt.stages.sampling" in GRAPH["train_upt"] and "upt.data.mixture" in GRAPH["train_upt"]
     assert "train_upt" in GRAPH["ablate"] and "kernels.logprob_triton" in GRAPH["kernels.logprob"]
+
+
+def test_imports_are_spelled_out_and_reach_for_no_test():
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{module}: a relative import, which the other tests here do not follow"
+                assert node.module.split(".")[0] not in ("tests", "conftest"), f"{module} imports {node.module}"
 
 
 def test_no_import_goes_upwards():

@@ -1,9 +1,20 @@
 """Files that are whole or not there."""
 
+import json
 import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+
+from upt.errors import ShardError
+
+
+def read_json(path: Path | str, fix: str = "remove it, and the command that wrote it makes it again"):
+    """What a JSON file holds. Raises ShardError, ending in `fix`, for one that is none."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except ValueError as error:  # of JSON and of UTF-8
+        raise ShardError(f"{path}: not JSON ({error}); {fix}") from error
 
 
 def write_whole(path: Path | str, chunks: Iterable[bytes]) -> None:

@@ -22,7 +22,10 @@ def find(name: str, kind: str, fix: str) -> tuple[Path, str]:
     if not path.is_file():
         near = suggest(name, [p.stem for p in PROMPTS.glob("*.md")])
         raise PolicyError(f"no {kind} {name!r}: {fix}{near}")
-    return path, path.read_text(encoding="utf-8").strip()
+    try:
+        return path, path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise PolicyError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
 def template(name: str) -> str:

@@ -29,7 +29,7 @@ import numpy as np
 
 from upt.errors import RunsFailed, SettingError
 from upt.files import write_whole
-from upt.groups.stats import markdown, t_interval, write_csv
+from upt.groups.stats import FEW, FEW_NOTE, counted, markdown, t_interval, write_csv
 from upt.run import progress
 from upt.run.stopping import stop_on_signal
 
@@ -216,7 +216,8 @@ def _cell(score: tuple[float, float | None] | None, name: str, sign: str = "") -
     if score is None:
         return "–"
     digits = 3 if name == "entropy" else 1
-    mean, half = (None if x is None else SCORES[name] * x for x in score)
+    # Rounded first, and + 0.0 makes -0.0 plain zero.
+    mean, half = (None if x is None else round(SCORES[name] * x, digits) + 0.0 for x in score)
     return f"{mean:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
@@ -293,6 +294,9 @@ def write_results(config, runs: list[Run], about: str) -> dict[str, dict]:
         summaries[run.label][run.seed] = json.loads((run.folder / "summary.json").read_text())
         metrics[run.label].append([*map(json.loads, run.metrics())])
     table = compare(summaries)
+    measured = [run["before"] for of in summaries.values() for run in of.values() if "before" in run]
+    if asked := {scores["questions"] for scores in measured if "questions" in scores}:
+        about += f"; {counted(min(asked))} held-out questions" + (f" ({FEW_NOTE[2:]})" if min(asked) < FEW else "")
     picture = io.BytesIO()
     figure(metrics).savefig(picture, format="png", dpi=110, metadata={"Software": None})
     write_whole(config.out / "curves.png", [picture.getvalue()])

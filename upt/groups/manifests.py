@@ -100,6 +100,10 @@ def read(folder: Path | str) -> dict:
         raise ShardError(f"{path}: not JSON ({error}); run the stage again into a new --out") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         raise ShardError(f"{path}: schema is not {SCHEMA!r}; check out the code that wrote it, or use another --out")
+    kinds = {"stage": str, "config": dict, "seed": int | None, "model": dict | None, "adapter": dict | None}
+    for name, kind in kinds.items():
+        if not isinstance(manifest.get(name, ...), kind):
+            raise ShardError(f"{path}: no usable {name!r} in it; bring back the file that the stage wrote")
     return manifest
 
 

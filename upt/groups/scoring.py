@@ -87,7 +87,7 @@ def try_out(reward_of: Callable, advantage_of: Callable) -> None:
         r = reward_of(group)
     except SettingError as error:
         # Other errors may be about what the made-up group lacks, such as a picture.
-        if isinstance(error.__cause__, AttributeError | TypeError | NameError | None):
+        if isinstance(error.__cause__, AttributeError | NameError | None):
             raise
     else:
         advantage_of([0.0] * len(group["responses"]) if r is None else r)

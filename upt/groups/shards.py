@@ -146,10 +146,10 @@ def _stream(path: Path) -> Iterator[dict]:
                 validate(group, f"{path}:{line}")
             except (ValueError, RecursionError) as error:
                 why = error if isinstance(error, ShardError) else f"{path}:{line}: not a JSON record ({error})"
-                raise ShardError(f"{why}\n{_AGAIN}") from error
+                raise ShardError(f"{why}; {_AGAIN}") from error
             yield group
     if line == 0:
-        raise ShardError(f"{path}:1: the shard is empty\n{_AGAIN}")
+        raise ShardError(f"{path}:1: the shard is empty; {_AGAIN}")
 
 
 def read_shard(path: Path | str) -> list[dict]:
@@ -185,7 +185,7 @@ def is_complete(path: Path | str, source: Path | str | None = None) -> bool:
         for _ in _stream(path):
             pass
     except ShardError as error:
-        print(f"{error}\n{path}: will be regenerated", file=sys.stderr)
+        print(f"{error}; {path}: will be regenerated", file=sys.stderr)
         return False
     return True
 
@@ -253,8 +253,11 @@ def open_image(folder: Path | str, relative: str):
         raise ShardError(f"{relative!r} leads out of {folder}; expected a path such as images/0123abcd.png inside it")
     if not path.is_file():
         raise ShardError(f"{folder / relative}: no such picture; move the stage folders of a run together")
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ShardError(f"{path}: no picture any more ({error}); {_AGAIN}") from error
 
 
 def link_images(source_folder: Path | str, out_folder: Path | str) -> None:

@@ -12,6 +12,7 @@ encoded once and its features are shared by sampling and by every later pass ove
 """
 
 import json
+import re
 import sys
 import warnings
 from collections import OrderedDict
@@ -75,21 +76,25 @@ class Policy:
         if dtype not in dtypes:
             raise PolicyError(f"dtype must be one of {', '.join(dtypes)}, not {dtype!r}")
         config = model_config(name)
-        with calm():
+        with calm(), loading(f"the model {name}"):
             model = AutoModelForImageTextToText.from_pretrained(
                 name, config=config, dtype=dtypes[dtype], attn_implementation=attention
             ).to(device)
+            family = FAMILIES[config.model_type](name, min_pixels, max_pixels)
         if adapter is not None:
             model = _open_adapter(model, adapter).merge_and_unload()
         if on_gpu if gradient_checkpointing is None else gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        with loading(f"the tokenizer of {name}"):
+            tokenizer = AutoTokenizer.from_pretrained(name)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = _processors_template(name)
         if tokenizer.chat_template is None:
             raise PolicyError(f"{name} has no chat template: use an instruction-tuned model")
-        family = FAMILIES[config.model_type](name, min_pixels, max_pixels)
-        return cls(model, tokenizer, family, int(feature_cache_gib * 2**30))
+        policy = cls(model, tokenizer, family, int(feature_cache_gib * 2**30))
+        if family.image_token(config) not in policy.tokens(policy.chat([("user", "?")], True)):
+            raise PolicyError(f"{name}: its tokenizer lacks the placeholder of pictures; fetch all its files")
+        return policy
 
     # ------------------------------------------------------------------------------------------------ the adapter
 
@@ -289,6 +294,18 @@ def model_config(name: str):
 
 
 @contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn whatever libraries raise about files that they can't use into a PolicyError about `what`."""
+    try:
+        yield
+    except (PolicyError, KeyboardInterrupt, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:  # safetensors, tokenizers, json and torch have no common parent
+        said = " ".join((str(error).strip() or "nothing more").split())[:300]
+        raise PolicyError(f"{what} cannot be loaded: {type(error).__name__}: {said}; fetch or make it again") from error
+
+
+@contextmanager
 def calm() -> Iterator[None]:
     """Without the warnings of libraries about each other and, where it can't redraw itself, without a progress bar."""
     bars = logging.is_progress_bar_enabled()
@@ -312,10 +329,9 @@ def checked_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if count else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise PolicyError(f"--device {name}: no such kind of device; give auto, cpu, cuda or cuda:N") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise PolicyError(f"--device {name}: no such kind of device; give auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and not count:
         build = "" if torch.version.cuda else f"; torch {torch.__version__} is a build without CUDA"
         raise PolicyError(f"--device {name}: torch sees no CUDA device{build}; give --device cpu, or leave it out")
@@ -326,5 +342,5 @@ def checked_device(name: str) -> torch.device:
 
 def _open_adapter(model, folder: str | Path, **options):
     check_adapter(folder)
-    with calm():
+    with calm(), loading(f"the adapter {folder}"):
         return PeftModel.from_pretrained(model, str(folder), **options)

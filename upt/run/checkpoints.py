@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from upt.errors import ShardError
+
 CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
@@ -71,7 +73,11 @@ def load_checkpoint(path: Path, optimizer, schedule) -> tuple[int, dict[str, flo
     The adapter is opened apart from it, by `Policy.load_adapter(path / "adapter")`.
     """
     # The file is this run's own and holds Python's random state, which is more than bare tensors.
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=False)
+    try:
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=False)
+    except Exception as error:  # of pickle, of zip files, of the disk
+        fix = "remove that checkpoint to go on from the one before it"
+        raise ShardError(f"{path}: its state cannot be read ({type(error).__name__}: {error}); {fix}") from error
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     random.setstate(state["random"]["python"])

@@ -29,13 +29,15 @@ from upt.run import presets
 DEBUG = "--debug"
 
 
-def launch(main: Callable, config_class: type, arguments: Sequence[str] | None = None) -> None:
-    """Run `main` on the Config that the command line gives."""
+def launch(
+    main: Callable, config_class: type, arguments: Sequence[str] | None = None, sort: Callable[[list], list] = list
+) -> None:
+    """Run `main` on the Config that the command line gives; `sort` may rewrite its words first."""
     arguments = [*(sys.argv[1:] if arguments is None else arguments)]
     debug = DEBUG in arguments
     quiet()
     try:
-        main(parse(config_class, [word for word in arguments if word != DEBUG]))
+        main(parse(config_class, sort([word for word in arguments if word != DEBUG])))
     except Stopped as stopped:
         raise SystemExit(128 + stopped.signal) from None
     except KeyboardInterrupt:
@@ -102,6 +104,9 @@ def explained(config_class: type, arguments: Sequence[str], message: str) -> str
     hints, docs = get_type_hints(config_class), documented(config_class)
     flags = {f"--{f.name.replace('_', '-')}": f for f in fields(config_class)}
     flag = next((word for word in re.findall(r"--[\w-]+", message) if word in flags), None)
+    if flag is None and message.startswith("Required options"):
+        needed = " and ".join(f.name for f in fields(config_class) if f.default is MISSING)
+        return f"give {needed}; --help says what they are"
     if flag is None:
         return message
     name = flags[flag].name
@@ -116,7 +121,7 @@ def explained(config_class: type, arguments: Sequence[str], message: str) -> str
     wanted = [text for kind, text in kinds.items() if kind in allowed]
     expected = f"one of {', '.join(choices)}" if choices else wanted[0] if wanted else "a value"
     if not value or value.startswith("--"):
-        return f"{flag} needs a value: {expected}"
+        return f"{flag} needs {expected if expected == 'a value' else f'a value: {expected}'}"
     return f"{flag} {value}: expected {expected}{suggest(value, choices)}"
 
 
@@ -128,19 +133,21 @@ def groups(config_class: type) -> list[type]:
     for f in fields(config_class):
         owner = next(c for c in owners if f.name in vars(c).get("__annotations__", ()))
         if not f.metadata.get("hidden"):
-            row = (f.name, Annotated[hints[f.name], argument(f, hints[f.name], docs.get(f.name, ""))], default(f))
+            own = f.name in vars(config_class).get("__annotations__", ())
+            says = argument(f, hints[f.name], docs.get(f.name, ""), {} if own else TABLES)
+            row = (f.name, Annotated[hints[f.name], says], default(f))
             found[LAST if owner is config_class else owner.__name__].append(row)
     return [make_dataclass(name.lower(), rows) for name, rows in found.items() if rows]
 
 
-def argument(f, hint, doc: str):
-    """What --help says of a field: its line, and the default that it really has."""
+def argument(f, hint, doc: str, tables: dict[str, dict]):
+    """What --help says of a field: its line, and the default that it really has; `tables` fill in what is None."""
     import tyro
 
     kinds = [kind.__name__.upper() for kind in get_args(hint) if kind in (int, float, str, Path)]
     found = {"metavar": kinds[0]} if NoneType in get_args(hint) and len(kinds) == 1 else {}
-    if f.default is None and any(f.name in table for table in TABLES.values()):
-        values = [(str(table.get(f.name, "the snapshot's own")), label) for label, table in TABLES.items()]
+    if f.default is None and any(f.name in table for table in tables.values()):
+        values = [(str(table.get(f.name, "the snapshot's own")), label) for label, table in tables.items()]
         same = len({value for value, _ in values}) == 1
         shown = values[0][0] if same else ", ".join(f"{value} {label}" for value, label in values)
         found["help_behavior_hint"] = f"(default: {shown})"
@@ -197,8 +204,8 @@ def plain(box: str) -> str:
     """The message of tyro's framed error, without frame, colours and the pointer to --help."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [line.strip("│╭╮╰╯─ ") for line in text.splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("For full helptext", "Parsing error"))]
+    kept = [line for line in lines if line.strip("- ") and not line.startswith(("For full helptext", "Parsing error"))]
     if kept and kept[-1].startswith("Unrecognized options:"):
-        word = kept[-1].partition(":")[2].strip()
+        word = kept[-1].partition(":")[2].strip("- ")
         return f"{word}: settings are written --name value, and a value with blanks in quotes"
     return " ".join(kept) or "the command line can't be read; --help lists the settings"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kernels.advantage import mean_of
 from upt.answers import answer_key
+from upt.errors import ShardError
 from upt.files import write_whole
 from upt.groups.votes import abstentions, distinct, keys_of, majority_share
 from upt.run import health
@@ -52,7 +53,11 @@ class Metrics:
         self.path = path
         # What follows the last line break was cut off when a run was killed; its step is done again.
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        self.rows = [row for line in lines if (row := json.loads(line))["step"] < start]
+        try:
+            self.rows = [row for line in lines if (row := json.loads(line))["step"] < start]
+        except (ValueError, TypeError, KeyError) as error:
+            fix = "mend the line, or move the file away: the log then begins where the run goes on"
+            raise ShardError(f"{path}: a line is no record of a step ({error}); {fix}") from error
         write_whole(path, [f"{json.dumps(row)}\n".encode() for row in self.rows])
         self.watch = health.Watch(self.rows)
 

@@ -1,13 +1,14 @@
 """The settings that several scripts share, a dataclass a group: `--help` shows them so, and each Config takes some.
 
 A field's string is its line in `--help`. Fields left at None take the preset's value, else the default for the model
-(presets.py). Paths may be given as strings.
+(upt/run/presets.py). Paths may be given as strings.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import NoneType
-from typing import Literal, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from upt import prompts
 from upt.data import names
@@ -24,13 +25,50 @@ def hidden(default):
 
 
 class Paths:
-    """A Config whose fields of type Path may be given as strings. Each script's Config is one."""
+    """What each script's Config is: fields are checked by their types, and paths may be given as strings.
+
+    At a shell the command line is read by type; in a notebook this is where a wrong one is found.
+    """
 
     def __post_init__(self):
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name, None)
-            if isinstance(value, str) and {*(get_args(hint) or [hint])} - {NoneType} == {Path}:
-                setattr(self, name, Path(value).expanduser())
+        hints = get_type_hints(type(self))
+        for f in fields(self):
+            hint = hints[f.name]
+            kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+            setattr(self, f.name, typed(f.name, getattr(self, f.name), kinds))
+
+
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    Path: "a path",
+    NoneType: "None",
+}
+
+
+def typed(name: str, value, kinds: Sequence):
+    """A setting as one of the types `kinds`. Raises SettingError for a value that is of none."""
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if isinstance(value, bool) and bool not in kinds:
+        pass
+    elif value in choices or isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type))):
+        return value
+    elif isinstance(value, str) and Path in kinds:
+        return Path(value).expanduser()
+    elif isinstance(value, Path) and str in kinds:
+        return str(value)
+    elif isinstance(value, int) and float in kinds:
+        return value
+    elif isinstance(value, list | tuple) and any(get_origin(kind) is tuple for kind in kinds):
+        return tuple(value)
+    wanted = [
+        *map(str, choices),
+        *(WORDS.get(kind, "several of them") for kind in kinds if get_origin(kind) is not Literal),
+    ]
+    near = suggest(value, choices) if isinstance(value, str) else ""
+    raise SettingError(f"{name} is {value!r}: expected {' or '.join(wanted)}{near}")
 
 
 def at_least(config, least: int, *names: str) -> None:

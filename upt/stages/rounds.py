@@ -22,7 +22,7 @@ from pathlib import Path
 
 from upt import data
 from upt.errors import SettingError
-from upt.files import write_whole
+from upt.files import read_json, write_whole
 from upt.groups import manifests
 from upt.groups.stats import markdown
 from upt.model.policy import model_config
@@ -79,7 +79,7 @@ def keep_rounds(config) -> None:
 def trained(run, train: Callable) -> dict:
     """The summary of a round's run, which is made first unless it is there, without its settings."""
     path = run.out / "summary.json"
-    summary = json.loads(path.read_text()) if path.is_file() else train(run)
+    summary = read_json(path) if path.is_file() else train(run)
     return {name: value for name, value in summary.items() if name not in ("config", "warmup")}
 
 
@@ -90,7 +90,7 @@ def asked(config, number: int, adapter: str | None, folder: Path, ask: Callable)
         shared -= {"out", "preset", "steps", "adapter", "round"}
         settings = {name: getattr(config, name) for name in shared}
         ask(**settings | {"mode": config.synthesize, "adapter": adapter, "round": number, "out": folder})
-    return json.loads((folder / "summary.json").read_text())
+    return read_json(folder / "summary.json")
 
 
 def mixed(config, folder: Path, kept: int) -> str:
