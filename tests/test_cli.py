@@ -106,7 +106,6 @@ def damaged(tiny: str, folder: Path, name: str, content: bytes) -> str:
 @pytest.mark.parametrize(
     "name, content",
     [("model.safetensors", b"cut"), ("tokenizer.json", b"{"), ("config.json", b"{"), ("config.json", b"\xff")],
-    [("model.safetensors", b"cut"), ("tokenizer.json", b"{"), ("config.json", b"{"), ("config.json", b"\xff")],
 )
 def test_a_model_that_cannot_be_loaded(tiny, tmp_path, name, content):
     from upt.model import Policy
