@@ -318,7 +318,7 @@ def training_page(runs: dict[str, tuple[list[dict], dict]]) -> Figure:
     lines = [
         Line2D([], [], lw=3, label="right answers among a step's samples", **right_style),
         Line2D([], [], lw=3, label="share of the most frequent answer", **share_style),
-        Line2D([], [], label="right answers to held-out questions", **mark),
+        Line2D([], [], label="right answers to held-out questions (mean of 8)", **mark),
     ]
     box = {"facecolor": "white", "edgecolor": "none", "framealpha": 1, "fontsize": 20, "labelcolor": INK}
     left.legend(handles=lines, loc="lower right", **box)
