@@ -28,14 +28,14 @@ from upt.errors import SettingError
 from upt.groups import manifests, shards
 from upt.groups.variants import split_variants
 from upt.run import cli
-from upt.run.settings import Paths
+from upt.run.settings import Typed
 
 ONLINE = "majority frequency random"
 ONLINE_ONLY = ("data", "model", "steps", "seeds", "jobs", "train")
 
 
 @dataclass
-class Config(Paths):
+class Config(Typed):
     rollouts: Path | None = None
     """folder of rollout shards to compare on, offline; None: compare by training"""
     rewards: str | None = None

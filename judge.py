@@ -27,14 +27,14 @@ from upt import model, prompts, stages
 from upt.errors import SettingError
 from upt.groups import manifests, shards
 from upt.run import cli, presets, progress
-from upt.run.settings import Judge, Model, Paths
+from upt.run.settings import Judge, Model, Typed
 from upt.run.stopping import stop_on_signal
 
 FREE = ("rollouts", "out", "device", "judge_tokens")  # settings that may change when judging goes on
 
 
 @dataclass
-class Config(Judge, Model, Paths):
+class Config(Judge, Model, Typed):
     """Flags of the stage. The settings of the judge's model are those of the rollouts where they are left at None."""
 
     rollouts: Path = Path("runs/rollouts")

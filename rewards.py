@@ -38,7 +38,7 @@ from upt.groups import manifests, scoring, shards, variants
 from upt.groups.variants import Positive, band
 from upt.groups.votes import counts, keys_of, majority_key, majority_share
 from upt.run import cli, metrics
-from upt.run.settings import Paths
+from upt.run.settings import Typed
 
 # --- rewards by vote: group -> G floats -------------------------------------------------------------------------------
 
@@ -276,7 +276,7 @@ FREE = ("rollouts", "out", "steps", "device")  # settings of this and earlier st
 
 
 @dataclass
-class Config(Paths):
+class Config(Typed):
     rollouts: Path
     """folder of rollout shards (judged ones too)"""
     out: Path

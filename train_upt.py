@@ -365,6 +365,8 @@ def write_questions(**settings) -> dict:
 def main(config: Config) -> dict:
     """Run the loop and return its summary. Stopped by a signal, it saves its state and raises `Stopped`."""
     config = prepare(config)
+    if (config.out / "summary.json").is_file() and not config.rounds:  # of which more may follow
+        print(f"the run in {config.out} is finished: nothing more is trained")
     clock = Clock()
     with clock("setup"):
         questions = None if config.from_shards else data.load(config.data, config.split, config.seed, config.limit)

@@ -32,14 +32,14 @@ from upt.data import shapes
 from upt.errors import SettingError
 from upt.files import write_whole
 from upt.run import cli, presets
-from upt.run.settings import Paths, Rollout
+from upt.run.settings import Rollout, Typed
 from upt.warmup.demonstrations import MODES, STYLES, demonstrate, demonstrate_mixed, poor_candidate
 
 SAMPLING = ("temperature", "top_p", "group_size", "max_new_tokens", "prompt", "max_prompt_tokens", "rollout_tokens")
 
 
 @dataclass
-class Config(Paths):
+class Config(Typed):
     out: Path = Path("models/tiny")
     """folder to write the snapshot to"""
     seed: int = 0

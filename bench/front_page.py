@@ -39,7 +39,7 @@ from upt.files import write_whole
 from upt.groups.votes import counts, majority_key
 from upt.run import cli
 from upt.run.resuming import prepare
-from upt.run.settings import Paths
+from upt.run.settings import Typed
 
 if TYPE_CHECKING:
     from upt.data import Question
@@ -55,7 +55,7 @@ PIXELS = 72  # dots per inch at which a point, matplotlib's unit of text and lin
 
 
 @dataclass
-class Config(Paths):
+class Config(Typed):
     run: tuple[Path, ...] = (Path("runs/train"),)
     """folders of finished runs; the example is from the first, training.png has a line for each"""
     out: Path = Path("docs")

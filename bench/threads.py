@@ -18,7 +18,7 @@ from time import perf_counter
 
 from upt.groups.stats import markdown
 from upt.run import cli
-from upt.run.settings import Paths
+from upt.run.settings import Typed
 
 NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 # The first is that of libgomp: neither variable as `import upt` would set it.
@@ -31,7 +31,7 @@ BUSY = "while True: pass"
 
 
 @dataclass
-class Config(Paths):
+class Config(Typed):
     model: str = "models/tiny"
     """the embedded model"""
     updates: int = 7

@@ -40,7 +40,7 @@ from upt.errors import DataError
 from upt.files import write_whole
 from upt.groups.stats import FEW_NOTE, counted, markdown
 from upt.run import cli
-from upt.run.settings import Paths
+from upt.run.settings import Typed
 
 RESAMPLES = 10_000
 AT_ONCE = 500  # resamples held in memory
@@ -64,7 +64,7 @@ def _texts(x) -> bool:
 
 
 @dataclass
-class Config(Paths):
+class Config(Typed):
     a: tyro.conf.Positional[Path]
     """score file, its folder, or a folder of benchmarks: the side to start from"""
     b: tyro.conf.Positional[Path]

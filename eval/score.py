@@ -30,13 +30,13 @@ from upt.files import write_whole
 from upt.groups import manifests
 from upt.groups.stats import FEW_NOTE, counted, markdown
 from upt.run import cli
-from upt.run.settings import Paths
+from upt.run.settings import Typed
 
 FIELDS = ("id", "sample", "key", "correct", "method", "vote_key", "categories")
 
 
 @dataclass
-class Config(Paths):
+class Config(Typed):
     benchmark: Literal[*NAMES]
     """whose questions and protocol"""
     data: str

@@ -25,11 +25,11 @@ from upt.groups import manifests, shards
 from upt.groups.stats import average, markdown
 from upt.groups.votes import keys_of, majority_key
 from upt.run import cli
-from upt.run.settings import Paths
+from upt.run.settings import Typed
 
 
 @dataclass
-class Config(Paths):
+class Config(Typed):
     questions: Path = Path("runs/questions")
     """folder that synthesize.py wrote, from --data shapes"""
 

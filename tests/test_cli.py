@@ -15,7 +15,7 @@ import pytest
 import ablate
 from upt.errors import RunsFailed, SettingError, Stopped, UserError, suggest, suggest_path
 from upt.run import cli, presets
-from upt.run.settings import Data, Paths, hidden
+from upt.run.settings import Data, Typed, hidden
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "peft", "datasets", "pyarrow", "scipy", "matplotlib"}
@@ -161,7 +161,7 @@ def test_a_prompt_that_is_no_text(tmp_path):
         ({"steps": 1.5}, "steps is 1.5: expected a whole number"),
         ({"steps": True}, "steps is True: expected a whole number"),
         ({"reward": len}, "expected a text or None"),
-        ({"lora_targets": "q_proj"}, "lora_targets is 'q_proj': expected several of them"),
+        ({"lora_targets": "q_proj"}, "lora_targets is 'q_proj': expected a list"),
         ({"out": None}, "out is None: expected a path"),
     ],
 )
@@ -258,7 +258,7 @@ def test_waiting_threads_give_way_unless_the_user_says_otherwise(shell, own):
 
 
 @dataclass
-class Plain(Data, Paths):
+class Plain(Data, Typed):
     """A Config of a few fields."""
 
     out: Path | None = None
@@ -284,7 +284,7 @@ def test_every_config_takes_strings_for_paths():
 
     for script in SCRIPTS:
         config = importlib.import_module(script.removesuffix(".py").replace("/", ".")).Config
-        assert issubclass(config, Paths), script
+        assert issubclass(config, Typed), script
 
 
 def test_near_names():
@@ -355,19 +355,25 @@ def test_a_reward_of_ones_own_that_cannot_work_is_refused_before_a_model_is_load
     train_upt.Config(model="unused", reward=f"{tmp_path}/own.py:of_a_picture").resolve()  # it may work on real groups
 
 
-def test_a_run_that_made_no_step_blocks_nothing(tiny, tmp_path, capsys):
+def test_a_run_that_made_no_step_says_that_it_can_go_and_loses_nothing(tiny, tmp_path, capsys):
     import train_upt
 
     small = dict(questions_per_step=2, group_size=2, max_new_tokens=4, lora_rank=2, eval_questions=0, reward="random")
-    config = train_upt.Config(model=tiny, steps=1, out=tmp_path / "run", seed=1, **small)
-    train_upt.claim(train_upt.prepare(config))  # as far as a run got that failed at its first step
-    assert (tmp_path / "run/manifest.json").is_file()
-    train_upt.main(train_upt.Config(model=tiny, steps=1, out=tmp_path / "run", seed=2, **small))
-    assert "had other settings and had not made a step: started over" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run/manifest.json").read_text())["seed"] == 2
-    with pytest.raises(UserError, match="seed: 2 there, 3 now"):  # now it has
-        train_upt.main(train_upt.Config(model=tiny, steps=1, out=tmp_path / "run", seed=3, **small))
-    train_upt.main(train_upt.Config(model=tiny, steps=1, out=tmp_path / "run", seed=2, **small))
+
+    def config(seed: int) -> train_upt.Config:
+        return train_upt.Config(model=tiny, steps=1, out=tmp_path / "run", seed=seed, **small)
+
+    train_upt.claim(train_upt.prepare(config(1)))  # as far as a run got that failed at its first step
+    manifest = (tmp_path / "run/manifest.json").read_bytes()
+    with pytest.raises(UserError, match=rf"seed: 1 there, 2 now.*has not made a step.*rm -r {tmp_path}/run"):
+        train_upt.main(config(2))
+    assert (tmp_path / "run/manifest.json").read_bytes() == manifest
+    train_upt.main(config(1))
+    with pytest.raises(UserError, match="seed: 1 there, 2 now") as refused:
+        train_upt.main(config(2))
+    assert "rm -r" not in str(refused.value)
+    capsys.readouterr()
+    train_upt.main(config(1))
     assert f"the run in {tmp_path}/run is finished: nothing more is trained" in capsys.readouterr().out
 
 

@@ -68,18 +68,21 @@ assert kernels.__all__ == list(kernels.MODULES)
 """
 
 
+HELD = "all of it held"  # said last, by code whose own assertions have passed
+
+
 def run(code: str, folder: Path, *path: Path | str) -> str:
     """What Python says to `code` after START, run in `folder`, where it looks for modules first, then in `path`."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "UPT_KERNELS", "TRITON_INTERPRET")}
     done = subprocess.run(
-        [sys.executable, "-c", START + code],
+        [sys.executable, "-c", f"{START}{code}\nprint({HELD!r})"],
         cwd=folder,
         env=kept | {"PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+    return done.stdout.strip() + done.stderr
 
 
 def test_no_name_is_claimed_by_both():
@@ -113,7 +116,7 @@ def test_ours_first():
 
 @pytest.mark.parametrize("first", ["import kernels\n", "", "from kernels import loss\n"])
 def test_ours_first_and_then_transformers(first):
-    run(first + TRANSFORMERS + BOTH, ROOT, BESIDE)
+    assert HELD in run(first + TRANSFORMERS + BOTH, ROOT, BESIDE)
 
 
 def test_importing_ours_is_cheap():
@@ -185,22 +188,23 @@ assert sys.modules["kernels"] is ours
 @pytest.mark.parametrize("module", ["train_upt", "rollout", "rewards", "ablate", "upt"])
 def test_a_script_imported_after_theirs(tmp_path, module):
     """As in a notebook: theirs is imported, by transformers say, or would be found first, and then comes a script."""
-    ask = f"import {module}\nfrom kernels import advantage, get_kernel, row_id\n"
-    run("import kernels\nsys.path.insert(0, str(ROOT))\n" + ask, tmp_path, BESIDE)
-    run("sys.path.append(str(ROOT))\n" + ask, tmp_path, BESIDE)
+    ask = f"import {module}\n" + BOTH
+    assert HELD in run("import kernels\nsys.path.insert(0, str(ROOT))\n" + ask, tmp_path, BESIDE)
+    assert HELD in run("sys.path.append(str(ROOT))\n" + ask, tmp_path, BESIDE)
 
 
 def test_the_library_that_peft_imports_complains_of_nothing(tmp_path):
-    assert run("sys.path.insert(0, str(ROOT))\nimport rewards\nimport bitsandbytes", tmp_path) == ""
+    assert run("sys.path.insert(0, str(ROOT))\nimport rewards\nimport bitsandbytes", tmp_path) == HELD
 
 
 def test_theirs_first_by_transformers(tmp_path):
-    run(TRANSFORMERS + THEIRS + LATE + BOTH + TRANSFORMERS, tmp_path, BESIDE)
+    assert HELD in run(TRANSFORMERS + THEIRS + LATE + BOTH + TRANSFORMERS, tmp_path, BESIDE)
 
 
 def test_theirs_would_be_found_first(tmp_path):
     """The root at the end of sys.path: theirs is not imported yet, but would be."""
-    run("sys.path.append(str(ROOT))\nfrom upt.kernel_names import claim\nclaim()\n" + BOTH, tmp_path, BESIDE)
+    late = "sys.path.append(str(ROOT))\nfrom upt.kernel_names import claim\nclaim()\n"
+    assert HELD in run(late + BOTH, tmp_path, BESIDE)
 
 
 def test_claiming_what_is_ours_changes_nothing():

@@ -101,10 +101,16 @@ def test_no_import_goes_upwards():
 def test_no_circles():
     # A package's own file only says where its names are.
     graph = {m: {o for o in others if o not in packages_of(m)} for m, others in GRAPH.items()}
+    assert circle(graph) == [] and circle({"a": {"b"}, "b": {"a"}}) in (["a", "b", "a"], ["b", "a", "b"])
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle of imports, the first of them again at the end; [] where there is none."""
     try:
         [*TopologicalSorter(graph).static_order()]
     except CycleError as error:
-        pytest.fail(f"a circle: {' -> '.join(error.args[1])}")
+        return error.args[1]
+    return []
 
 
 def packages_of(module: str) -> set[str]:

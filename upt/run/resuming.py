@@ -4,12 +4,11 @@
 """
 
 import json
-import shutil
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from upt.errors import SettingError
+from upt.errors import SettingError, ShardError
 from upt.groups import manifests, shards, variants
 from upt.run import presets
 from upt.run.settings import Rollout
@@ -35,26 +34,26 @@ def prepare(config):
     config.resolve()
     if recipe := [f"{name} {value}" for name, value in recipe.items() if getattr(config, name) == value]:
         print(f"preset {config.preset}: {', '.join(recipe)}")
-    forget_unbegun(config)
     check_steps(config)
-    manifests.check(config.out, jsonable(config), ignore=FREE)
-    if (config.out / "summary.json").is_file():
-        print(f"the run in {config.out} is finished: nothing more is trained")
+    check_settings(config)
     return config
 
 
-def forget_unbegun(config) -> None:
-    """Start over in a folder whose run, of other settings, has not made one step: a mistake is not to block it."""
+def check_settings(config) -> None:
+    """Raise ShardError if the folder holds a run of other settings; of one that made no step, with what to do."""
     out = config.out
-    if not (out / "manifest.json").is_file() or any((out / "rollouts").glob("step-*")) or (out / "round-01").exists():
-        return
-    if (out / "checkpoints").exists() or (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size:
-        return
-    if manifests.differences(manifests.read(out)["config"], jsonable(config), FREE):
-        print(f"the run in {out} had other settings and had not made a step: started over")
-        for name in ("manifest.json", "rollouts/manifest.json", "before.json", "benchmarks.json"):
-            (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / "start", ignore_errors=True)
+    begun = [
+        *(out / "rollouts").glob("step-*"),
+        *shards.list_shards(out),
+        *out.glob("checkpoints"),
+        *out.glob("round-01"),
+    ]
+    try:
+        manifests.check(out, jsonable(config), ignore=FREE)
+    except ShardError as error:
+        if begun or manifests.read(out)["stage"] != "train":
+            raise
+        raise ShardError(f"{error}; that run has not made a step, so its folder can be removed: rm -r {out}") from error
 
 
 def check_steps(config) -> None:

@@ -1,7 +1,7 @@
 """The settings that several scripts share, a dataclass a group: `--help` shows them so, and each Config takes some.
 
 A field's string is its line in `--help`. Fields left at None take the preset's value, else the default for the model
-(upt/run/presets.py). Paths may be given as strings.
+(upt/run/presets.py). Typed may be given as strings.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def hidden(default):
     return field(default=default, metadata={"hidden": True})
 
 
-class Paths:
+class Typed:
     """What each script's Config is: fields are checked by their types, and paths may be given as strings.
 
     At a shell the command line is read by type; in a notebook this is where a wrong one is found.
@@ -65,7 +65,7 @@ def typed(name: str, value, kinds: Sequence):
         return tuple(value)
     wanted = [
         *map(str, choices),
-        *(WORDS.get(kind, "several of them") for kind in kinds if get_origin(kind) is not Literal),
+        *(WORDS.get(kind, "a list") for kind in kinds if get_origin(kind) is not Literal),
     ]
     near = suggest(value, choices) if isinstance(value, str) else ""
     raise SettingError(f"{name} is {value!r}: expected {' or '.join(wanted)}{near}")
@@ -154,7 +154,7 @@ class Run:
 
 
 @dataclass
-class Rollout(Run, Sampling, Model, Data, Paths):
+class Rollout(Run, Sampling, Model, Data, Typed):
     """What every script has that samples responses."""
 
     def resolve(self) -> "Rollout":
