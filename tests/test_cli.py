@@ -35,11 +35,11 @@ def shell(tmp_path):
     return run
 
 
-MISTAKES = [  # command, what its one line says
-    ("train_upt.py --reward majorty", "no reward is called 'majorty'; did you mean 'majority'?"),
-    ("train_upt.py --reward judged(lam_pso=1)", "no setting 'lam_pso'; did you mean 'lam_pos'?"),
-    ("train_upt.py --reward nothing.py:mine", "nothing.py: no such file"),
-    ("train_upt.py --advantage group-nrm", "did you mean 'group-norm'?"),
+MISTAKES = [  # command, what its one line says; TINY is a model that is there
+    ("train_upt.py --reward majorty --model TINY", "no reward is called 'majorty'; did you mean 'majority'?"),
+    ("train_upt.py --reward judged(lam_pso=1) --model TINY", "no setting 'lam_pso'; did you mean 'lam_pos'?"),
+    ("train_upt.py --reward nothing.py:mine --model TINY", "nothing.py: no such file"),
+    ("train_upt.py --advantage group-nrm --model TINY", "did you mean 'group-norm'?"),
     ("train_upt.py --stpes 4", "--stpes is no setting; did you mean '--steps'?"),
     ("train_upt.py --lr 1e-4", "--lr is no setting; it is called --learning-rate here"),
     ("train_upt.py --num-generations 4", "it is called --group-size here"),
@@ -50,21 +50,21 @@ MISTAKES = [  # command, what its one line says
     ("train_upt.py --preset mmupt", "expected one of mm-upt, self-judge, self-judge-code; did you mean 'mm-upt'?"),
     ("train_upt.py four", "four: settings are written --name value"),
     ("train_upt.py --steps 0", "--steps must be at least 1, not 0"),
-    ("train_upt.py --split trian", "did you mean 'train'?"),
+    ("train_upt.py --split trian --model TINY", "did you mean 'train'?"),
     ("train_upt.py --data geoqua", "did you mean 'geoqa'?"),
     ("train_upt.py --data ./nothing.jsonl", "'./nothing.jsonl' is neither shapes"),
     ("train_upt.py --model models/nothing", "there is no model folder models/nothing"),
     ("train_upt.py --adapter nothing", "--adapter nothing: no PEFT adapter there"),
-    ("train_upt.py --init-adapter nothing", "--init-adapter nothing: no PEFT adapter there"),
+    ("train_upt.py --init-adapter nothing --model TINY", "--init-adapter nothing: no PEFT adapter there"),
     ("train_upt.py --prompt think-boxd", "did you mean 'think-boxed'?"),
     ("train_upt.py --from-shards nothing", "nothing: no shards"),
-    ("train_upt.py --eval mathvison=x --eval-every 1", "did you mean 'mathvision'?"),
+    ("train_upt.py --eval mathvison=x --eval-every 1 --model TINY", "did you mean 'mathvision'?"),
     ("rollout.py --group-size 0", "--group-size must be at least 1, not 0"),
     ("judge.py --judge-mode tekst", "did you mean 'text'?"),
     ("judge.py --rollouts nothing", "nothing: no shards"),
     ("rewards.py --out x", "--rollouts is missing"),
     ("rewards.py --rollouts nothing --out x", "nothing: no shards"),
-    ("synthesize.py --filters agrement", "did you mean 'agreement'?"),
+    ("synthesize.py --filters agrement --model TINY", "did you mean 'agreement'?"),
     ("synthesize.py --mode indirect", "--mode indirect: expected one of in-context, direct; did you mean 'direct'?"),
     ("warmup.py --batch 0", "at least 1"),
     ("ablate.py --rewards majorty", "did you mean 'majority'?"),
@@ -72,19 +72,19 @@ MISTAKES = [  # command, what its one line says
     ("ablate.py --rollouts nothing", "nothing: no shards"),
     ("ablate.py --train 'x", "--train 'x: No closing quotation; close the quote"),
     ("-m eval.compare", "give a and b; --help says what they are"),
-    ("train_upt.py --device mps", "no such kind of device; give auto, cpu, cuda or cuda:N"),
+    ("train_upt.py --device mps --model TINY", "no such kind of device; give auto, cpu, cuda or cuda:N"),
     ("-m eval.run --benchmark mathvison --data x", "did you mean 'mathvision'?"),
     ("-m eval.run --benchmark mathvision --data nothing", "there is no folder nothing"),
     ("-m eval.score --benchmark mathvision --data nothing --responses x --out y", "there is no folder nothing"),
     ("-m eval.compare nothing nothing", "nothing: expected a score file"),
-    ("-m eval.heldout --eval-samples 0", "--eval-samples must be at least 1, not 0"),
+    ("-m eval.heldout --eval-samples 0 --model TINY", "--eval-samples must be at least 1, not 0"),
     ("-m eval.synthetic --questions nothing", "nothing/manifest.json: no such file"),
 ]
 
 
 @pytest.mark.parametrize("command, said", MISTAKES, ids=[command for command, _ in MISTAKES])
-def test_a_mistake_is_one_line_and_status_2(shell, command, said):
-    done = shell(*command.split(" "), HF_HUB_OFFLINE="1")
+def test_a_mistake_is_one_line_and_status_2(shell, tiny, command, said):
+    done = shell(*command.replace("TINY", tiny).split(" "), HF_HUB_OFFLINE="1")
     *before, last = done.stderr.strip().split("\n")
     assert done.returncode == 2 and last.startswith("error: ") and said in last, done.stderr
     assert not any(line.startswith(("error", "Traceback")) for line in before)
@@ -180,8 +180,8 @@ def test_what_a_notebook_writes_naturally():
     assert ablate.Config(rewards=["majority", "frequency@mean"]).rewards == "majority frequency@mean"
 
 
-def test_debug_shows_the_traceback_and_a_notebook_the_error(shell):
-    done = shell("train_upt.py", "--reward", "majorty", "--debug")
+def test_debug_shows_the_traceback_and_a_notebook_the_error(shell, tiny):
+    done = shell("train_upt.py", "--model", tiny, "--reward", "majorty", "--debug")
     assert done.returncode == 1 and "Traceback" in done.stderr and "SettingError: no reward is called" in done.stderr
     with pytest.raises(SettingError, match="did you mean 'majority'"):
         ablate.main(ablate.Config(rewards="majorty"))

@@ -487,7 +487,7 @@ def test_a_runs_own_model_is_evaluated(trained, tmp_path):
         run.Config(data=str(folder), run=tmp_path).resolve()
 
 
-def test_what_cannot_be_followed(tmp_path):
+def test_what_cannot_be_followed(tiny, tmp_path):
     for spec in ("mathvision", "mathvision=", f"other={tmp_path}"):
         with pytest.raises(ValueError, match="give NAME=FOLDER, NAME being one of mathvision"):
             follow.Followed([spec], 4)
@@ -495,4 +495,4 @@ def test_what_cannot_be_followed(tmp_path):
     with pytest.raises(ValueError, match="names mathvision twice"):
         follow.Followed([f"mathvision={folder}"] * 2, 4)
     with pytest.raises(ValueError, match="give both or neither"):
-        train_upt.Config(data="shapes", model="models/tiny", eval=("mathvision=x",)).resolve()
+        train_upt.Config(data="shapes", model=tiny, eval=("mathvision=x",)).resolve()
