@@ -46,14 +46,14 @@ FROM_RUN += "min_pixels max_pixels dtype".split()
 class Config(Rollout):
     run: Path | None = None
     """a training run, or a checkpoint of one: its model, adapter and settings are taken, and its held-out data"""
-    split: str = "test"
-    """split of the data to evaluate on"""
+    split: str | None = None
+    """split of the data to evaluate on; None: that of --run, else test"""
     out: Path | None = None
     """JSON file to write the scores to; None: print only"""
     eval_questions: int | None = None
     """number of questions; None: as the model's defaults say"""
-    eval_samples: int = 8
-    """samples for each question, k"""
+    eval_samples: int | None = None
+    """samples for each question, k; None: as many as --run, else 8"""
 
     def resolve(self) -> "Config":
         if self.run is not None:
@@ -64,6 +64,8 @@ class Config(Rollout):
             settings["eval_questions"] = settings["eval_questions"] or None  # 0: the run had no evaluation
             names = {name: name for name in (*FROM_RUN, "data", "eval_questions")}
             trained.take(self, settings, names | {"split": "eval_split"})
+        self.split = "test" if self.split is None else self.split
+        self.eval_samples = 8 if self.eval_samples is None else self.eval_samples
         super().resolve()
         at_least(self, 1, "eval_questions", "eval_samples")
         return self

@@ -50,8 +50,10 @@ def calm() -> Iterator[None]:
 
 
 def load_weights(name: str, config, dtype: torch.dtype, attention: str):
-    """The transformers model of a snapshot folder or hub id. Raises PolicyError for tensors that are missing or of
-    other shapes; names those that the model has no place for, on stderr."""
+    """The transformers model of a snapshot folder or hub id; names tensors that it has no place for, on stderr.
+
+    Raises PolicyError for tensors that are missing or of other shapes. A head that is tied to the embeddings is not.
+    """
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # its report says in a table what is said below
     try:
@@ -69,7 +71,10 @@ def load_weights(name: str, config, dtype: torch.dtype, attention: str):
     if missing := sorted(found["missing_keys"]):
         raise PolicyError(f"the model {name} lacks tensors: {listed(missing)}; fetch or make it again")
     if odd := [f"{key} is {tuple(has)}, not {tuple(wants)}" for key, has, wants in sorted(found["mismatched_keys"])]:
-        raise PolicyError(f"the model {name} has tensors that its config.json makes otherwise: {listed(odd)}")
+        fix = "fetch its weights and its config.json together again"
+        raise PolicyError(
+            f"the model {name} has tensors of other shapes than its config.json says: {listed(odd)}; {fix}"
+        )
     if unused := sorted(found["unexpected_keys"]):
         print(f"the model {name} has tensors that its architecture does not use: {listed(unused)}", file=sys.stderr)
     return model

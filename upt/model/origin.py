@@ -105,10 +105,10 @@ def check_base(adapter: Path | str, origin: dict, any_base: bool = False, say: b
         return
     path = Path(adapter).expanduser()
     base = made_for(path)
-    if None in (base["fingerprint"], origin["fingerprint"]):
+    if unknown := [of["name"] for of in (base, origin) if of["fingerprint"] is None]:
         if say:
-            named = f"it names {base['name']}" if base["name"] else "it names none"
-            print(f"{adapter} cannot be checked against the weights of {origin['name']}: {named}", file=sys.stderr)
+            why = f"the weights of {unknown[0]} are not here as safetensors" if unknown[0] else "it names no model"
+            print(f"whether {adapter} was made for {origin['name']} cannot be checked: {why}", file=sys.stderr)
     elif not same(base, origin):
         fix = "give the model that it was made for"
         if fitting := where_it_fits(path, base):
