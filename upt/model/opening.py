@@ -102,8 +102,8 @@ def check_fit(config, adapter: Path | str, name: str, layers: str | None = None)
     given = {key: shape for key, (_, shape, *_) in tensors(folder / ADAPTER).items()}
     unplaced, missing = sorted({*given} - {*needed}), sorted({*needed} - {*given})
     if unplaced or missing:
-        parts = [f"{listed(unplaced)} has no place in the model"] * bool(unplaced)
-        parts += [f"{listed(missing)} is missing"] * bool(missing)
+        parts = [f"the model has no place for {listed(unplaced)}"] * bool(unplaced)
+        parts += [f"the adapter lacks {listed(missing)}"] * bool(missing)
         raise PolicyError(
             f"the adapter {adapter} does not fit {name}: {', and '.join(parts)}; it may be cut short, or made for "
             f"another model or by an older transformers, whose layers had other names: {MERGE}"
