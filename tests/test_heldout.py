@@ -91,7 +91,7 @@ def begun(tiny, tmp_path_factory) -> Path:
             data="shapes", model=tiny, adapter=str(root / "first"), out=root / "run", steps=2, save_every=1, seed=3,
             questions_per_step=2, group_size=4, max_new_tokens=5, eval_questions=5, eval_samples=2, lora_rank=2,
             eval_split="validation", reward="random", learning_rate=0.02, prompt="boxed", temperature=0.8, top_p=0.9,
-            top_k=50, max_pixels=84 * 84, min_pixels=56 * 56, max_prompt_tokens=400, dtype="fp32", device="cpu",
+            top_k=50, max_pixels=56 * 56, min_pixels=56 * 56, max_prompt_tokens=400, dtype="fp32", device="cpu",
         )
     )  # fmt: skip
     return root / "run"
@@ -128,7 +128,7 @@ def test_a_runs_policy_has_the_log_probabilities_of_training(begun):
             reference = policy.base(input_ids=ids).logits
     assert (reference - start).abs().max() > 0.01 and (policy.base(input_ids=ids).logits - reference).abs().max() > 0.01
     question = shapes.questions("validation", 3, 1)[0]
-    assert policy.family.look(question.image)[0].grid == (1, 6, 6)  # 84 x 84: the run's pixel limits
+    assert policy.family.look(question.image)[0].grid == (1, 4, 4)  # 56 x 56: the run's pixel limits
 
 
 def test_a_run_that_cannot_be_found_or_is_not_whole(begun, tiny, tmp_path):
