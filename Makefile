@@ -29,6 +29,8 @@ comma  := ,
 NEEDS_TINY = $(if $(MODEL),$(filter $(TINY),$(patsubst %/,%,$(MODEL))),$(filter shapes shapes:%,$(subst $(comma), ,$(DATA))))
 MODEL_READY = $(if $(NEEDS_TINY),$(TINY)/warmup.json)
 SAMPLING = --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,seed,$(SEED))
+# A run brings its own model, seed and held-out data; what is given here goes before them.
+OF_RUN = --run "$(RUN)" $(if $(filter file,$(origin DATA)),,--data "$(DATA)") $(call flag,model,$(MODEL)) $(call flag,seed,$(SEED))
 
 SCRIPTS := train_upt.py rollout.py judge.py rewards.py synthesize.py warmup.py ablate.py
 CODE    := $(SCRIPTS) upt kernels eval bench tests
@@ -100,13 +102,13 @@ score: $(READY)  ## rewards and advantages for the shards in runs/rollouts (ARGS
 	$(PY) rewards.py --rollouts runs/rollouts --reward "$(or $(REWARD),majority)" \
 	  --advantage "$(or $(ADVANTAGE),group-norm)" $(call flag,seed,$(SEED)) --out "$(or $(OUT),runs/scored)" $(ARGS)
 
-eval: one-gpu $(READY) $(MODEL_READY)  ## held-out accuracy of a model; with BENCH=mathvision (or all) DATA=DIR [RUN=runs/train], a benchmark's
+eval: one-gpu $(READY) $(if $(RUN),,$(MODEL_READY))  ## held-out accuracy of a model; with BENCH=mathvision (or all) DATA=DIR [RUN=runs/train], a benchmark's
 ifneq ($(BENCH),)
 	@test '$(DATA)' != shapes || { echo "BENCH=$(BENCH): give its folder, DATA=..."; exit 2; }
 	$(PY) -m eval.run --benchmark "$(BENCH)" $(SAMPLING) $(call flag,run,$(RUN)) \
 	  --out "$(or $(OUT),$(or $(RUN),runs)/benchmarks$(if $(filter all,$(BENCH)),,/$(BENCH)))" $(ARGS)
 else
-	$(PY) -m eval.heldout $(SAMPLING) $(call flag,adapter,$(if $(RUN),$(RUN)/adapter)) $(call flag,out,$(OUT)) $(ARGS)
+	$(PY) -m eval.heldout $(if $(RUN),$(OF_RUN),$(SAMPLING)) $(call flag,out,$(OUT)) $(ARGS)
 endif
 
 synth: one-gpu $(READY) $(MODEL_READY)  ## the model writes questions of its own to the pictures of DATA

@@ -30,7 +30,7 @@ from upt.run import cli, presets, progress
 from upt.run.settings import Judge, Model, Typed
 from upt.run.stopping import stop_on_signal
 
-FREE = ("rollouts", "out", "device", "judge_tokens")  # settings that may change when judging goes on
+FREE = ("rollouts", "out", "device", "judge_tokens", "any_base")  # settings that may change when judging goes on
 
 
 @dataclass

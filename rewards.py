@@ -272,7 +272,8 @@ def score(groups: Iterable[dict], reward: str, advantage: str, seed: int = 0, **
     return scoring.score(groups, bind_reward(reward, run_seed=seed, **settings), bind_advantage(advantage))
 
 
-FREE = ("rollouts", "out", "steps", "device")  # settings of this and earlier stages that may change on resuming
+# Settings of this and earlier stages that may change on resuming.
+FREE = ("rollouts", "out", "steps", "device", "any_base")
 
 
 @dataclass

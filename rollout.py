@@ -24,7 +24,7 @@ from upt.run import cli, progress
 from upt.run.settings import Rollout
 from upt.run.stopping import stop_on_signal
 
-FREE = ("out", "steps", "device")  # settings that may change when sampling goes on
+FREE = ("out", "steps", "device", "any_base")  # settings that may change when sampling goes on
 
 
 @dataclass

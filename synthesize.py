@@ -32,7 +32,7 @@ from upt.run import cli
 from upt.run.settings import Asking, Rollout, hidden
 from upt.run.stopping import stop_on_signal
 
-FREE = ("out", "device", "rollout_tokens", "steps")
+FREE = ("out", "device", "rollout_tokens", "steps", "any_base")
 
 
 @dataclass

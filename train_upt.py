@@ -41,6 +41,7 @@ from upt.errors import SettingError, Stopped
 from upt.files import read_json, write_whole
 from upt.groups import manifests, scoring, shards, variants
 from upt.model.folders import check_adapter
+from upt.model.origin import check_base, origin_of
 from upt.run import cli, health, progress
 from upt.run.metrics import Clock, Metrics
 from upt.run.resuming import STORED, claim, jsonable, prepare
@@ -89,6 +90,8 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
         if self.adapter and self.init_adapter:
             raise SettingError("--adapter merges an adapter, --init-adapter goes on training it: give one of them")
         check_adapter(self.init_adapter, "--init-adapter ")
+        if self.init_adapter is not None:
+            check_base(self.init_adapter, origin_of(self.model), self.any_base, say=False)
         self.check_rounds()
         if self.rounds and rewards.needs_gold(self.reward):
             raise SettingError(
@@ -337,7 +340,7 @@ def starting_policy(config: Config) -> "Policy":
     options |= {"feature_cache_gib": config.feature_cache_gib}
     policy = model.Policy.load(name, gradient_checkpointing=config.gradient_checkpointing, **options)
     if config.init_adapter:
-        policy.load_adapter(config.init_adapter)
+        policy.load_adapter(config.init_adapter, config.any_base)
     return policy
 
 

@@ -19,8 +19,8 @@ SETTINGS = Rollout(temperature=0.0, top_p=1.0, max_new_tokens=64, seed=0)
 
 
 def load(config) -> Policy:
-    """The policy of a Config with `model`, `adapter` and `device`."""
-    return Policy.load(config.model, adapter=config.adapter, device=config.device)
+    """The policy of a Config with `model`, `adapter`, `any_base` and `device`."""
+    return Policy.load(config.model, adapter=config.adapter, device=config.device, any_base=config.any_base)
 
 
 def read(policy: Policy, unread: Sequence[tuple[dict, Question, str]]) -> list[str | None]:

@@ -10,6 +10,7 @@ without gold gets these only. `disagreement` is the share of responses on which 
 of those that math_verify is asked about (see answers.grade).
 
     python -m eval.heldout --data shapes --model models/tiny --adapter runs/train/adapter
+    python -m eval.heldout --run runs/train     # or a checkpoint of it; with the run's settings, hence its own scores
 """
 
 import json
@@ -22,12 +23,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from upt import data, model, prompts, stages
+from upt import data, prompts, stages
 from upt.answers import grade, vote_key
-from upt.errors import DataError
+from upt.errors import DataError, SettingError
 from upt.files import write_whole
 from upt.groups.stats import FEW, FEW_NOTE, counted
-from upt.run import cli, progress
+from upt.run import cli, progress, trained
 from upt.run.settings import Rollout, at_least
 
 if TYPE_CHECKING:
@@ -37,20 +38,34 @@ STEP = -1  # the step that keys the sampling noise of evaluation
 QUESTIONS_AT_ONCE = 128
 GOLD_METRICS = ("greedy", "mean", "maj", "pass")
 NAMES = (*GOLD_METRICS, "length", "entropy", "majority_share", "abstentions")
+FROM_RUN = "seed eval_samples temperature top_p top_k prompt max_new_tokens max_prompt_tokens rollout_tokens".split()
+FROM_RUN += "min_pixels max_pixels dtype".split()
 
 
 @dataclass
 class Config(Rollout):
-    split: str = "test"
-    """split of the data to evaluate on"""
+    run: Path | None = None
+    """a training run, or a checkpoint of one: its model, adapter and settings are taken, and its held-out data"""
+    split: str | None = None
+    """split of the data to evaluate on; None: that of --run, else test"""
     out: Path | None = None
     """JSON file to write the scores to; None: print only"""
     eval_questions: int | None = None
     """number of questions; None: as the model's defaults say"""
-    eval_samples: int = 8
-    """samples for each question, k"""
+    eval_samples: int | None = None
+    """samples for each question, k; None: as many as --run, else 8"""
 
     def resolve(self) -> "Config":
+        if self.run is not None:
+            if self.model or self.adapter:
+                raise SettingError("--run brings its own model and adapter: leave --model and --adapter out")
+            _, self.model, self.adapter, settings = trained.trained(self.run)
+            settings["data"] = settings["eval_data"] or settings["data"]
+            settings["eval_questions"] = settings["eval_questions"] or None  # 0: the run had no evaluation
+            names = {name: name for name in (*FROM_RUN, "data", "eval_questions")}
+            trained.take(self, settings, names | {"split": "eval_split"})
+        self.split = "test" if self.split is None else self.split
+        self.eval_samples = 8 if self.eval_samples is None else self.eval_samples
         super().resolve()
         at_least(self, 1, "eval_questions", "eval_samples")
         return self
@@ -208,7 +223,7 @@ def main(config: Config) -> dict:
     count, much = min(config.eval_questions, len(questions)), f"greedy and {config.eval_samples} samples each"
     what = f"{config.model}{f' with {config.adapter}' if config.adapter else ''}"
     print(f"evaluating {what} on {count} of {questions.describe()}: {much}", file=sys.stderr)
-    policy = model.Policy.load(config.model, **config.loading())
+    policy = trained.load_policy(config)
     with progress.bar(total=count * (1 + config.eval_samples), desc="evaluating", unit="response") as bar:
         scores = evaluate(policy, questions, config, count, config.eval_samples, bar.update)
     print(table({config.adapter or config.model: scores}))

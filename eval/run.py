@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from eval import score
 from eval.benchmark import NAMES, Benchmark, Question, benchmark, folder_of, has_picture, picture_path
-from upt import data, model, prompts, stages
+from upt import data, prompts, stages
 from upt.errors import SettingError, ShardError
 from upt.files import write_whole
 from upt.groups import manifests
 from upt.groups.stats import markdown
-from upt.run import cli, presets, progress
+from upt.run import cli, presets, progress, trained
 from upt.run.settings import Rollout, hidden
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ STEP = -1  # the step that keys the sampling noise, as in eval/heldout.py
 AT_ONCE = 128  # responses sampled between two writes
 TOO_LONG = "prompt too long"  # in place of how a response ended
 SHOWN = 5  # of the questions that are left out
-FREE = ("out", "device", "rollout_tokens", "protocol", "extractor", "pixels")  # may change when a run goes on
-FROM_RUN = ("prompt", "max_new_tokens", "max_prompt_tokens", "min_pixels", "max_pixels")
+# What may change when a run goes on.
+FREE = ("out", "device", "rollout_tokens", "protocol", "extractor", "pixels", "any_base")
+FROM_RUN = ("prompt", "max_new_tokens", "max_prompt_tokens", "min_pixels", "max_pixels", "dtype")
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Config(Rollout):
     out: Path = Path("runs/benchmarks")
     """folder to write to; with all, there is a folder for each benchmark in it"""
     run: Path | None = None
-    """a training run, whose model, adapter, prompt, lengths and pixel limits are taken"""
+    """a training run, or a checkpoint of one: its model, adapter, prompt, lengths and pixel limits are taken"""
     adapter: str | None = None
     """PEFT adapter"""
     prompt: str | None = None
@@ -99,14 +100,10 @@ class Config(Rollout):
     def _take_from_run(self) -> None:
         if self.model or self.adapter:
             raise SettingError("--run brings its own model and adapter: leave --model and --adapter out")
-        of_run = manifests.read(self.run)["config"]
-        start = self.run / "start"  # what an adapter that the run started from was merged into
-        self.model, self.adapter = str(start) if start.is_dir() else of_run["model"], str(self.run / "adapter")
-        if not Path(self.adapter).is_dir():
-            raise SettingError(f"{self.run} has no adapter yet: let the run end, or give --model and --adapter")
-        for name in FROM_RUN:
-            if getattr(self, name) is None:
-                setattr(self, name, of_run[name])
+        folder, self.model, self.adapter, settings = trained.trained(self.run)
+        if self.run.absolute() != folder.absolute() and self.out.absolute().is_relative_to(self.run.absolute()):
+            raise SettingError(f"--out {self.out} is in a checkpoint, which may be removed: give another (OUT=)")
+        trained.take(self, settings, {name: name for name in FROM_RUN})
 
 
 # ------------------------------------------------------------------------------------------------ questions
@@ -331,7 +328,7 @@ def main(config: Config) -> dict:
     print(
         f"asking {what} {many}: {config.n} responses each, prompt {config.prompt}, into {config.out}", file=sys.stderr
     )
-    policy = model.Policy.load(config.model, **config.loading())
+    policy = trained.load_policy(config)
     try:
         for job in jobs:
             try:

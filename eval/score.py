@@ -53,6 +53,8 @@ class Config(Typed):
     """snapshot folder or hub id of that model"""
     adapter: str | None = None
     """its PEFT adapter"""
+    any_base: bool = False
+    """take it although it was made for another model"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
 

@@ -122,7 +122,7 @@ def test_an_adapter_that_cannot_be_loaded(tiny, tmp_path, name, content):
     policy.add_lora(2, 4)
     policy.save(tmp_path / "adapter")
     (tmp_path / "adapter" / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"the adapter {tmp_path}/adapter cannot be loaded"):
+    with pytest.raises(UserError, match=f"{tmp_path}/adapter cannot be loaded"):
         Policy.load(tiny, adapter=str(tmp_path / "adapter"))
 
 

@@ -474,6 +474,11 @@ def test_a_runs_own_model_is_evaluated(trained, tmp_path):
     assert (out / "benchmarks.json").exists()
     made = json.loads((tmp_path / "o/manifest.json").read_text())
     assert made["adapter"]["name"] == str(out / "adapter") and made["config"]["max_new_tokens"] == 6
+    last = out / "checkpoints" / "step-000003"
+    again = run.Config(benchmark="mathvision", data=str(folder), run=last, out=tmp_path / "p", device="cpu")
+    assert run.main(again)["accuracy"] == curve["end"] and responses(tmp_path / "p") == responses(tmp_path / "o")
+    with pytest.raises(ValueError, match="is in a checkpoint, which may be removed: give another"):
+        run.Config(data=str(folder), run=last, out=last / "benchmarks").resolve()
     with pytest.raises(ValueError, match="--run brings its own model and adapter"):
         config(folder, tmp_path, "x", run=out).resolve()
     (tmp_path / "merged/start").mkdir(parents=True)  # a run that began from an adapter

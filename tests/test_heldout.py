@@ -1,9 +1,19 @@
-"""Held-out scores: the table, its paired intervals, worked out by hand."""
+"""Held-out scores: the table, its paired intervals, worked out by hand; and those of a run, found by its folder."""
+
+import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import train_upt
 from eval import heldout
+from upt.data import shapes
+from upt.errors import SettingError, UserError
+from upt.model.policy import Policy
+from upt.run import trained
 
 
 def scores(greedy: list[float], entropy: float, kinds: str | None = None, keep_rows: bool = True) -> dict:
@@ -60,3 +70,83 @@ def test_intervals_are_percentiles_of_resampled_means():
     values = np.array([0.0, 1.0, 1.0, 1.0])
     found = heldout.interval(values)
     assert found["value"] == 0.75 and found["low"] in (0.25, 0.0) and found["high"] == 1.0
+
+
+# ------------------------------------------------------------------------------------------------------ --run
+
+
+@pytest.fixture(scope="module")
+def begun(tiny, tmp_path_factory) -> Path:
+    """A run that started from a merged adapter, with settings of its own."""
+    root = tmp_path_factory.mktemp("begun")
+    first = Policy.load(tiny, dtype="fp32", device="cpu")
+    first.add_lora(2, 4)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in first.trainable():
+            parameter.normal_(std=0.05)
+    first.save(root / "first")
+    train_upt.main(
+        train_upt.Config(
+            data="shapes", model=tiny, adapter=str(root / "first"), out=root / "run", steps=2, save_every=1, seed=3,
+            questions_per_step=2, group_size=4, max_new_tokens=5, eval_questions=5, eval_samples=2, lora_rank=2,
+            eval_split="validation", reward="random", learning_rate=0.02, prompt="boxed", temperature=0.8, top_p=0.9,
+            top_k=50, max_pixels=56 * 56, min_pixels=56 * 56, max_prompt_tokens=400, dtype="fp32", device="cpu",
+        )
+    )  # fmt: skip
+    return root / "run"
+
+
+def test_a_run_is_scored_again_as_it_was_in_training(begun, capsys):
+    after, before = (json.loads((begun / f"{name}.json").read_text()) for name in ("after", "before"))
+    config = heldout.Config(run=begun, device="cpu")
+    scores = heldout.main(config)
+    assert scores == after != before  # every figure of every question, bit for bit
+    assert f"evaluating {begun / 'start'} with {begun / 'adapter'} on 5 of" in capsys.readouterr().err
+    last = begun / "checkpoints" / "step-000002"
+    for inside in (begun / "adapter", last, last / "adapter"):
+        assert heldout.main(heldout.Config(run=inside, device="cpu")) == after
+    earlier = heldout.main(heldout.Config(run=begun / "checkpoints" / "step-000001", device="cpu"))
+    assert earlier["rows"] != after["rows"] and [row["uid"] for row in earlier["rows"]] == [
+        row["uid"] for row in after["rows"]
+    ]
+    asked = heldout.Config(run=begun, eval_questions=3, split="test", temperature=0.5, device="cpu").resolve()
+    assert (asked.eval_questions, asked.split, asked.temperature, asked.top_p) == (3, "test", 0.5, 0.9)
+
+
+def test_a_runs_policy_has_the_log_probabilities_of_training(begun):
+    """Worked out by PEFT's own merge of both adapters, one after the other."""
+    config = heldout.Config(run=begun, device="cpu").resolve()
+    policy, ids = trained.load_policy(config), torch.tensor([[5, 6, 7, 8]])
+    settings = json.loads((begun / "manifest.json").read_text())["config"]
+    merged = Policy.load(settings["model"], adapter=settings["adapter"], dtype="fp32", device="cpu")
+    merged.load_adapter(begun / "adapter")
+    with torch.no_grad():
+        assert torch.equal(policy.base(input_ids=ids).logits, merged.base(input_ids=ids).logits)
+        start = Policy.load(settings["model"], dtype="fp32", device="cpu").base(input_ids=ids).logits
+        with policy.reference():
+            reference = policy.base(input_ids=ids).logits
+    assert (reference - start).abs().max() > 0.01 and (policy.base(input_ids=ids).logits - reference).abs().max() > 0.01
+    question = shapes.questions("validation", 3, 1)[0]
+    assert policy.family.look(question.image)[0].grid == (1, 4, 4)  # 56 x 56: the run's pixel limits
+
+
+def test_a_run_that_cannot_be_found_or_is_not_whole(begun, tiny, tmp_path):
+    with pytest.raises(SettingError, match="--run brings its own model and adapter"):
+        heldout.Config(run=begun, model=tiny).resolve()
+    for nothing in (tmp_path, tmp_path / "nowhere", begun.parent):
+        with pytest.raises(SettingError, match="no run of train_upt.py there; give the folder that was its --out"):
+            heldout.Config(run=nothing).resolve()
+    with pytest.raises(UserError, match="with .*first merged into it, not for .*; give --model .*run/start"):
+        heldout.Config(model=tiny, adapter=str(begun / "adapter")).resolve()
+    unfinished = tmp_path / "run"
+    shutil.copytree(begun, unfinished)
+    shutil.rmtree(unfinished / "adapter")
+    with pytest.raises(SettingError, match="has no adapter yet: let the run end, give its latest.*step-000002"):
+        heldout.Config(run=unfinished).resolve()
+    shutil.rmtree(unfinished / "start")
+    with pytest.raises(SettingError, match=r"start is gone.*make it again by (.*)$") as refusal:
+        heldout.Config(run=unfinished / "checkpoints" / "step-000002").resolve()
+    exec(str(refusal.value).split("again by ")[1], {"Policy": Policy})
+    again = heldout.Config(run=unfinished / "checkpoints" / "step-000002", device="cpu")
+    assert heldout.main(again) == json.loads((begun / "after.json").read_text())

@@ -61,7 +61,10 @@ def test_variables_are_flags():
     )
     assert 'rewards.py --rollouts runs/rollouts --reward "frequency"' in commands("score", "REWARD=frequency")
     assert '-m eval.heldout --data "shapes" --adapter x' in commands("eval", "ARGS=--adapter x")
-    assert '-m eval.heldout --data "shapes" --adapter "runs/t/adapter"' in commands("eval", "RUN=runs/t")
+    shown = commands("eval", "-B", "RUN=runs/t")  # which brings its own model and data
+    assert shown.endswith('-m eval.heldout --run "runs/t"') and "warmup.py" not in shown
+    shown = commands("eval", "RUN=runs/t", "DATA=geoqa", "SEED=2", "OUT=x.json")
+    assert shown.endswith('-m eval.heldout --run "runs/t" --data "geoqa" --seed "2" --out "x.json"')
     assert (
         '-m eval.run --benchmark "wemath" --data "d" --run "runs/t" --out "runs/t/benchmarks/wemath" --n 2'
         in commands("eval", "BENCH=wemath", "DATA=d", "RUN=runs/t", "ARGS=--n 2")

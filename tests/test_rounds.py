@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import synthesize
@@ -245,7 +246,8 @@ def test_an_adapter_that_has_changed_is_noticed(tiny, evolved, tmp_path):
     ],
 )
 def test_what_rounds_cannot_be_is_refused(tiny, tmp_path, settings, message):
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     settings = {name: str(tmp_path) if value == "ADAPTER" else value for name, value in settings.items()}
     with pytest.raises(ValueError, match=message):
         Config(model=tiny, **settings).resolve()

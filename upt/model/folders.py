@@ -1,26 +1,129 @@
 """Whether a folder holds what it should, a model or an adapter, asked before anything is loaded."""
 
+import json
 from pathlib import Path
 
 from upt.errors import PolicyError, suggest_path
 
+CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "model.safetensors"
+HEADER = 100 * 2**20  # bytes, the format's own limit
+SHOWN = 3  # tensors named in a message
+# Of adapter_config.json, what leaves an adapter plain LoRA whatever it says. Anything else that is set may put tensors
+# or forward passes of its own into the model.
+PLAIN = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "eva_config"}
+PLAIN |= {"inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora"}
+PLAIN |= {"use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "megatron_core"}
+PLAIN |= {"qalora_group_size", "init_lora_weights"}
+STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # other initialisations change the model's own weights
+MERGE = "merge it with PEFT (merge_and_unload, then save_pretrained), where it was made, and give that as --model"
+
 
 def check_model(name: str) -> None:
-    """Raise PolicyError for a folder that is not there or holds no model; what is no path may be a hub id."""
+    """Raise PolicyError for a folder that is not there or holds no whole model; what is no path may be a hub id."""
     path = Path(name).expanduser()
     if name.startswith((".", "/", "~", "models/")) and not path.is_dir():
         hint = "run `make warmup` to make it" if path.name == "tiny" else "check the path"
         raise PolicyError(f"there is no model folder {name}: {hint}, or give a hub id{suggest_path(name)}")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if not path.is_dir():
+        return
+    if not (path / "config.json").is_file():
         raise PolicyError(f"{name} holds no model (config.json is missing); give a snapshot's folder, or a hub id")
+    if (path / CONFIG).is_file():  # transformers would put it on the model unasked
+        raise PolicyError(f"{name} holds an adapter beside the model: move it to a folder of its own, for --adapter")
+    if missing := [file.name for file in weight_files(path) if not file.is_file()]:
+        raise PolicyError(f"{name} lacks {listed(missing)} of {WEIGHTS}.index.json; fetch the model again")
 
 
 def check_adapter(folder: Path | str | None, setting: str = "") -> None:
-    """Raise PolicyError for what should be a folder with a PEFT adapter and is not; `setting` opens the message."""
-    if folder is not None and not (Path(folder).expanduser() / "adapter_config.json").is_file():
-        path = Path(folder).expanduser()
-        meant = [p for p in (path / "adapter", path.parent) if (p / "adapter_config.json").is_file()]
+    """Raise PolicyError for what should be a folder with a LoRA adapter and is not; `setting` opens the message.
+
+    Whether it fits a model: `check_base` in origin.py, and `check_fit` in opening.py.
+    """
+    if folder is None:
+        return
+    path, where = Path(folder).expanduser(), f"{setting}{folder}"
+    if not (path / CONFIG).is_file():
+        meant = [p for p in (path / "adapter", path.parent) if (p / CONFIG).is_file()]
         near = f"; did you mean {str(meant[0])!r}?" if meant else suggest_path(folder)
         if (path.parent / "manifest.json").is_file() and not path.exists():
             near = f"; the run in {path.parent} has left none so far"
-        raise PolicyError(f"{setting}{folder}: no PEFT adapter there (no adapter_config.json){near}")
+        raise PolicyError(f"{where}: no PEFT adapter there (no {CONFIG}){near}")
+    config = adapter_config(path)
+    if config.get("peft_type") != "LORA":
+        raise PolicyError(f"{where} is no LoRA adapter but {config.get('peft_type')}; {MERGE}")
+    if config.get("init_lora_weights") not in STARTS:
+        how = config["init_lora_weights"]
+        raise PolicyError(f"{where}: its start ({how!r}) changed the weights of the model itself; {MERGE}")
+    for name, value in config.items():
+        if name not in PLAIN and value and value != "none":
+            raise PolicyError(f"{where}: only plain LoRA can be opened, and {CONFIG} has {name} = {value!r}; {MERGE}")
+    if not (path / ADAPTER).is_file():
+        pickled = path / "adapter_model.bin"
+        fix = "save or fetch it again"
+        if pickled.is_file():
+            load, save = f"torch.load('{pickled}', weights_only=True)", f"save_file(x, '{path / ADAPTER}')"
+            code = f'python -c "import torch; from safetensors.torch import save_file; x = {load}; {save}"'
+            fix = f"adapter_model.bin is a pickle, which can carry code; if you trust its source: {code}"
+        raise PolicyError(f"{where}: {ADAPTER} is missing; {fix}")
+    if not tensors(path / ADAPTER):
+        raise PolicyError(f"{where}: {ADAPTER} holds no tensor; save or fetch it again")
+
+
+def adapter_config(folder: Path) -> dict:
+    """What adapter_config.json says. Raises PolicyError if it is none."""
+    try:
+        config = json.loads((folder / CONFIG).read_text("utf-8"))
+        if isinstance(config, dict):
+            return config
+        said = f"it holds {type(config).__name__}, not settings"
+    except ValueError as error:  # of JSON and of UTF-8
+        said = f"not JSON, {error}"
+    raise PolicyError(f"the adapter {folder} cannot be loaded: {CONFIG}: {said}; save or fetch it again")
+
+
+def listed(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+# ---------------------------------------------------------------------------------------------------- weights on disk
+
+
+def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """{name: (dtype, shape, where it starts and ends in the file)} of a safetensors file.
+
+    Raises PolicyError for a file that is none, or is cut short.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, HEADER)))
+        spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+        found = {
+            name: (header[name]["dtype"], tuple(header[name]["shape"]), 8 + length + start, 8 + length + end)
+            for name, (start, end) in spans.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        hint = "fetch or make it again (of a few hundred bytes, it is a pointer of Git LFS: git lfs pull)"
+        raise PolicyError(f"{path.parent} cannot be loaded: {path.name} is no safetensors file; {hint}") from error
+    size, whole = path.stat().st_size, max((end for *_, end in found.values()), default=8 + length)
+    if size != whole:
+        raise PolicyError(
+            f"{path.parent} cannot be loaded: {path.name} has {size} bytes in place of {whole}; fetch or make it again"
+        )
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads a snapshot's weights from; [] where they are no safetensors files."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.is_file():
+        return []
+    try:
+        return [folder / name for name in sorted({*json.loads(index.read_text("utf-8"))["weight_map"].values()})]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PolicyError(f"{index} is no index of weights ({error!r}); fetch the model again") from error

@@ -13,8 +13,6 @@ encoded once and its features are shared by sampling and by every later pass ove
 
 import json
 import re
-import sys
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,15 +23,18 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE as CHAT_TEMPLATE
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 from kernels import linear_logprob
 from upt.errors import PolicyError
+from upt.files import write_whole
 from upt.model import TARGETS
 from upt.model.families import FAMILIES, Family, Features
 from upt.model.folders import check_adapter, check_model
+from upt.model.opening import calm, check_fit, load_weights, loading, open_adapter
+from upt.model.origin import BASE, check_base, origin_of
 from upt.model.packing import Prompt, Row, layout, packed_mask
 
 PIXEL_VALUES_AT_ONCE = 2**25  # preprocessed pixel values given to the vision tower at once: 128 MiB in float32
@@ -42,8 +43,9 @@ PIXEL_VALUES_AT_ONCE = 2**25  # preprocessed pixel values given to the vision to
 class Policy:
     """A model with its processor and adapter. Build it with `Policy.load`."""
 
-    def __init__(self, model, tokenizer, family: Family, cache_bytes=0):
+    def __init__(self, model, tokenizer, family: Family, cache_bytes=0, origin: dict | None = None):
         self.model, self.tokenizer, self.family = model, tokenizer, family
+        self.origin = origin  # which model an adapter of it belongs to (origin.py); None: nobody knows
         self.cache_bytes, self.cache = cache_bytes, OrderedDict()
         self.positions = lru_cache(maxsize=256)(self._positions)
         self.model.eval().requires_grad_(False)
@@ -60,6 +62,7 @@ class Policy:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         feature_cache_gib: float = 0,
+        any_base: bool = False,
     ) -> "Policy":
         """Load a snapshot folder or hub id of one of FAMILIES (families.py): Qwen2-VL, Qwen2.5-VL, Qwen3-VL.
 
@@ -67,8 +70,10 @@ class Policy:
         dtype: `bf16`, `fp32` or `auto` (bf16 on a GPU, fp32 on a CPU). gradient_checkpointing: None turns it on on a
         GPU. min_pixels, max_pixels: image area after resizing, None keeps the snapshot's. feature_cache_gib: copies of
         image features kept beyond the call that made them, for small sets. It costs bit-exact resuming: an image's
-        features depend in their last bits on the batch they were computed in.
-        Raises PolicyError for a folder or id that is not there or is not of these families.
+        features depend in their last bits on the batch they were computed in. any_base: take an adapter that was made
+        for another model.
+        Raises PolicyError for a folder or id that is not there or is not of these families, for a model that lacks a
+        tensor, and for an adapter that does not fit it.
         """
         device = checked_device(device)
         on_gpu = device.type == "cuda"
@@ -76,13 +81,19 @@ class Policy:
         if dtype not in dtypes:
             raise PolicyError(f"dtype must be one of {', '.join(dtypes)}, not {dtype!r}")
         config = model_config(name)
+        origin = origin_of(name)
+        if adapter is not None:  # before the weights, which may take minutes
+            check_adapter(adapter)
+            check_base(adapter, origin, any_base, say=False)
+            check_fit(config, adapter, name)
+        model = load_weights(name, config, dtypes[dtype], attention).to(device)
         with calm(), loading(f"the model {name}"):
-            model = AutoModelForImageTextToText.from_pretrained(
-                name, config=config, dtype=dtypes[dtype], attn_implementation=attention
-            ).to(device)
             family = FAMILIES[config.model_type](name, min_pixels, max_pixels)
+        if origin["fingerprint"] is None:  # of a hub id, the weights are here only now
+            origin = origin_of(name)
         if adapter is not None:
-            model = _open_adapter(model, adapter).merge_and_unload()
+            check_base(adapter, origin, any_base)
+            model, origin = open_adapter(model, adapter).merge_and_unload(), origin_of(name, adapter)
         if on_gpu if gradient_checkpointing is None else gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         with loading(f"the tokenizer of {name}"):
@@ -91,7 +102,7 @@ class Policy:
             tokenizer.chat_template = _processors_template(name)
         if tokenizer.chat_template is None:
             raise PolicyError(f"{name} has no chat template: use an instruction-tuned model")
-        policy = cls(model, tokenizer, family, int(feature_cache_gib * 2**30))
+        policy = cls(model, tokenizer, family, int(feature_cache_gib * 2**30), origin)
         if family.image_token(config) not in policy.tokens(policy.chat([("user", "?")], True)):
             raise PolicyError(f"{name}: its tokenizer lacks the placeholder of pictures; fetch all its files")
         return policy
@@ -115,13 +126,18 @@ class Policy:
             torch.manual_seed(seed)
             self.model = get_peft_model(self.model, config)
 
-    def load_adapter(self, folder: str | Path) -> None:
+    def load_adapter(self, folder: str | Path, any_base: bool = False) -> None:
         """Open a saved adapter, trainable and not merged, with the weights exactly as they were saved.
 
-        It takes the place of the adapter that is there.
+        It takes the place of the adapter that is there. Raises PolicyError, and leaves that one, for an adapter that
+        does not fit the model or, without `any_base`, was made for another one.
         """
+        check_adapter(folder)
+        check_fit(self.base.config, folder, self.base.name_or_path, self.family.adapter_layers)
+        if self.origin:
+            check_base(folder, self.origin, any_base)
         bare = self.model.unload() if isinstance(self.model, PeftModel) else self.model
-        self.model = _open_adapter(bare, folder, is_trainable=True)
+        self.model = open_adapter(bare, folder, trainable=True)
 
     def trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -137,18 +153,30 @@ class Policy:
                 yield
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter in PEFT's layout; `PeftModel.from_pretrained(model, folder)` opens it."""
+        """Write the adapter in PEFT's layout, and which model it belongs to.
+
+        `PeftModel.from_pretrained(model, folder)` opens it too.
+        """
         if not isinstance(self.model, PeftModel):
             raise PolicyError("there is no adapter to save: call add_lora or load_adapter first")
         self.model.save_pretrained(folder)
+        if self.origin:
+            write_whole(Path(folder) / BASE, [json.dumps(self.origin, indent=1).encode()])
 
     def export(self, folder: str | Path) -> None:
         """Merge the adapter into the weights, for good, and write a full snapshot with its processor."""
-        if isinstance(self.model, PeftModel):
+        trained = isinstance(self.model, PeftModel)
+        if trained:
             self.model = self.model.merge_and_unload()
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.family.image_processor.save_pretrained(folder)
+        weights = origin_of(str(folder))
+        if not trained and self.origin and self.origin["adapter"]:  # an adapter made for the one fits the other
+            merged = self.origin | {"weights": weights["fingerprint"]}
+            write_whole(Path(folder) / BASE, [json.dumps(merged, indent=1).encode()])
+        else:
+            self.origin = weights
 
     # ------------------------------------------------------------------------------------------------- the prompts
 
@@ -293,31 +321,6 @@ def model_config(name: str):
     return config
 
 
-@contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Turn whatever libraries raise about files that they can't use into a PolicyError about `what`."""
-    try:
-        yield
-    except (PolicyError, KeyboardInterrupt, MemoryError, torch.cuda.OutOfMemoryError):
-        raise
-    except Exception as error:  # safetensors, tokenizers, json and torch have no common parent
-        said = " ".join((str(error).strip() or "nothing more").split())[:300]
-        raise PolicyError(f"{what} cannot be loaded: {type(error).__name__}: {said}; fetch or make it again") from error
-
-
-@contextmanager
-def calm() -> Iterator[None]:
-    """Without the warnings of libraries about each other and, where it can't redraw itself, without a progress bar."""
-    bars = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-    if bars:
-        logging.enable_progress_bar()
-
-
 def _processors_template(name: str) -> str | None:
     """The chat template that some snapshots keep with their processor and not with their tokenizer."""
     file = cached_file(name, CHAT_TEMPLATE, _raise_exceptions_for_missing_entries=False)
@@ -338,9 +341,3 @@ def checked_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise PolicyError(f"--device {name}: there are {count} CUDA devices, from cuda:0 to cuda:{count - 1}")
     return device
-
-
-def _open_adapter(model, folder: str | Path, **options):
-    check_adapter(folder)
-    with calm(), loading(f"the adapter {folder}"):
-        return PeftModel.from_pretrained(model, str(folder), **options)

@@ -16,7 +16,7 @@ from upt.run.settings import Rollout
 STORED = "stored"  # the rewards and advantages that the shards carry
 # Settings that may change when a run goes on. The token budgets change the last bits of what follows.
 FREE = ("out", "device", "resume", "keep", "save_every", "gradient_checkpointing", "feature_cache_gib")
-FREE += ("rollout_tokens", "judge_tokens", "update_tokens", "rounds")
+FREE += ("rollout_tokens", "judge_tokens", "update_tokens", "rounds", "any_base")
 
 
 def prepare(config):
@@ -67,11 +67,13 @@ def check_steps(config) -> None:
             fix = "leave --steps out, or use another --out"
             raise SettingError(f"{config.out} holds a run of {made} steps, not {asked}: {fix}")
         state = "a finished run" if (config.out / "summary.json").is_file() else "a run that was planned"
-        steps, adapter = asked - made, config.out / "adapter"
+        steps, further = asked - made, f"--init-adapter {config.out / 'adapter'}"
+        if config.adapter:
+            further += f" --model {config.out / 'start'}"  # which it was merged into
         raise SettingError(
             f"{config.out} holds {state} with {made} steps, over which its learning rate falls, and --steps says "
-            f"{asked}; to train its adapter further: --init-adapter {adapter} --steps {steps} --out ANOTHER "
-            f"(make train STEPS={steps} OUT=ANOTHER ARGS='--init-adapter {adapter}')"
+            f"{asked}; to train its adapter further: {further} --steps {steps} --out ANOTHER "
+            f"(make train STEPS={steps} OUT=ANOTHER ARGS='{further}')"
         )
 
 

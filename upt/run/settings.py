@@ -16,6 +16,7 @@ from upt.errors import SettingError, suggest
 from upt.groups import filters
 from upt.model import TARGETS
 from upt.model.folders import check_adapter, check_model
+from upt.model.origin import check_base, origin_of
 from upt.run import presets
 
 
@@ -98,6 +99,8 @@ class Model:
     """snapshot folder or hub id; None: models/tiny for shapes, Qwen/Qwen2.5-VL-7B-Instruct for anything else"""
     adapter: str | None = None
     """PEFT adapter to start from"""
+    any_base: bool = False
+    """take an adapter although it was made for another model"""
     min_pixels: int | None = None
     """smallest image area after resizing, in pixels"""
     max_pixels: int | None = None
@@ -169,6 +172,8 @@ class Rollout(Run, Sampling, Model, Data, Typed):
         prompts.template(self.prompt)
         check_adapter(self.adapter, "--adapter ")
         check_model(self.model)
+        if self.adapter is not None:
+            check_base(self.adapter, origin_of(self.model), self.any_base, say=False)
         if self.device not in ("auto", "cpu"):
             from upt.model.policy import checked_device  # brings torch, which a mistake need not wait for
 

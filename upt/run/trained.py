@@ -1,0 +1,68 @@
+"""What a run made and how it was trained, for those who evaluate it (`--run`)."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from upt import model
+from upt.errors import SettingError
+from upt.groups import manifests
+
+if TYPE_CHECKING:
+    from upt.model import Policy
+
+
+class Trained(NamedTuple):
+    """A run's folder, its model, its adapter, and the settings that its manifest holds."""
+
+    folder: Path
+    model: str
+    adapter: str
+    settings: dict
+
+
+def trained(path: Path) -> Trained:
+    """What lies in the folder of a run, or in one of its checkpoints or adapters.
+
+    The model is the one that the adapter belongs to: where the run started from a merged adapter, OUT/start.
+    Raises SettingError for a run without an adapter, ShardError for what is no run.
+    """
+    folder, manifest = run_folder(path)
+    adapter = path if (path / "adapter_config.json").is_file() else path / "adapter"
+    if not adapter.is_dir():
+        made = sorted(folder.glob("checkpoints/step-*"))
+        fix = f"give its latest checkpoint, {made[-1]}" if made else "or give --model and --adapter"
+        raise SettingError(f"{path} has no adapter yet: let the run end, {fix}")
+    settings, start = manifest["config"], folder / "start"
+    if settings.get("adapter") and not start.is_dir():
+        made = f"Policy.load({settings['model']!r}, adapter={settings['adapter']!r}).export({str(start)!r})"
+        raise SettingError(f"{start} is gone, the model that the run started from; make it again by {made}")
+    return Trained(folder, str(start) if start.is_dir() else settings["model"], str(adapter), settings)
+
+
+def run_folder(path: Path) -> tuple[Path, dict]:
+    """The folder of the run that a folder is, or is in, with its manifest."""
+    for folder in (path, *path.absolute().parents[:3]):
+        if (folder / "manifest.json").is_file():
+            manifest = manifests.read(folder)
+            if manifest["stage"] == "train":
+                return folder, manifest
+    raise SettingError(f"--run {path}: no run of train_upt.py there; give the folder that was its --out")
+
+
+def take(config, settings: dict, names: dict[str, str]) -> None:
+    """Fill in a Config's fields {its name: the run's} that were left at their defaults."""
+    for name, of_run in names.items():
+        if getattr(config, name) == getattr(type(config), name) and settings.get(of_run) is not None:
+            setattr(config, name, settings[of_run])
+
+
+def load_policy(config) -> "Policy":
+    """The policy of a Config; with `run` as it was in training, so that its numbers are those of training.
+
+    An adapter by itself is merged into the weights, which rounds them.
+    """
+    if config.run is None:
+        return model.Policy.load(config.model, **config.loading())
+    policy = model.Policy.load(config.model, **config.loading("adapter", "any_base"))
+    policy.load_adapter(config.adapter, config.any_base)
+    return policy
