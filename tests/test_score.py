@@ -129,8 +129,8 @@ DEGREES = vista("65°", "60°", "65°", "165°")
         (FRUIT, "An apple is red. It looks like a date or a guava.", "guava", "named"),
         (FRUIT, "It is a plum.", "", "none"),
         (FRUIT, "An apple's answer is A's problem.", "apple", "named"),  # A's is no label
-        (DEGREES, "So the angle is 165°.", "165°", "named"),  # and not 65°
-        (DEGREES, "It is 65.0 in degrees", "65°", "value"),
+        (DEGREES, "So the angle must be 165°.", "165°", "named"),  # and not 65°
+        (DEGREES, "I get 65.0 in degrees", "65°", "value"),
         (YES_NO, "No, there are none.", "No", "polarity"),
         (YES_NO, "The bird is not on the tree.", "No", "polarity"),
         (YES_NO, "The bird sits on the tree.", "Yes", "polarity"),

@@ -21,12 +21,12 @@ from upt.answers.units import are_units, is_unit
 MAX_EXPONENT = 1000
 _GREEK = "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega"
 _GREEK = {f"\\{name}" for name in (*_GREEK.split(), *_GREEK.title().split())}
-_MARKS = {r"\angle", r"\triangle", r"\vec", r"\overrightarrow", r"\bar", r"\hat", r"\odot"}  # of the name behind them
+_MARKS = {rf"\{name}" for name in "Delta angle triangle vec overrightarrow bar hat odot".split()}  # of a name
 _FUNCTIONS = {f"\\{name}" for name in "sin cos tan cot sec csc arcsin arccos arctan ln log lg exp".split()}
 _SYMBOLS = _GREEK | _MARKS | _FUNCTIONS
 _OPERATORS = {*"+-*/^(", r"\frac", r"\sqrt", r"\pi"}
-_APPLIED = set("fghFGHPE")  # letters that take what stands in brackets behind them; of others it is a factor
 _WORDS = {name[1:] for name in _FUNCTIONS} | {"max", "gcd", "lcm", "sgn", "and", "by", "at", "an", "as", "all", "any"}
+_DIFFERENTIAL = re.compile("d[a-z]$")  # dy/dx is no quotient of products
 _CLEAR = re.compile(r"[A-Za-z]+(?:_\{[^{}]*\})?|[0-9]+|\([^()]*\)")
 
 Number = Fraction | Decimal
@@ -54,17 +54,18 @@ def split_products(tokens: list[str]) -> list[str]:
     """The tokens with products that are written as one word, ab and xyz, taken apart; other words stay whole."""
     found = []
     for token in tokens:
-        short = 2 <= len(token) <= 3 and token.isascii() and token.isalpha() and token.islower()
-        product = short and not (set(token) & set("eiou") or token in _WORDS or is_unit(token))
-        found += token if product else [token]
+        short = 2 <= len(token) <= 3 and token.isascii() and token.isalpha() and not token.isupper()
+        word = set(token) & set("eiou") or token in _WORDS or is_unit(token) or _DIFFERENTIAL.match(token)
+        found += token if short and not word else [token]
     return found
 
 
 def _are_factors(tokens: list[str], letters: list[str]) -> bool:
-    """True for ab, a b and abc; not for AB and ABC, which are names, nor for cat."""
-    word = tokens[0] if len(tokens) == 1 and len(tokens[0]) > 2 else "ab"
+    """True for ab, a b, abc and mgh; not for AB and ABC, which are names, nor for cat."""
     small = all((len(token) == 1 and token.islower()) or token in _GREEK for token in letters)
-    return small and len(letters) > 1 and "".join(sorted(word)) in ascii_lowercase
+    words = [token for token in tokens if token.isalpha() and len(token) > 1]
+    abc = all("a" not in word or len(word) == 2 or "".join(sorted(word)) in ascii_lowercase for word in words)
+    return small and abc and len(letters) > 1 and (not words or len(tokens) == 1)
 
 
 def _is_name(token: str) -> bool:
@@ -152,7 +153,7 @@ class _Algebra(ClosedForm):
 
     def symbol(self) -> str:
         name = self.take(self.peek())
-        if name in _MARKS:
+        if name in _MARKS and (name != r"\Delta" or _is_name(self.peek()) or self.peek() in _GREEK):
             braced = self.take("{")
             inner = self.take(self.peek())
             if not (_is_name(inner) or inner in _GREEK or is_number(inner)) or (braced and not self.take("}")):
@@ -164,8 +165,14 @@ class _Algebra(ClosedForm):
             name += "'"
         if name[:1] == "\\" and name.split("_")[0] in _FUNCTIONS:
             return self.function(name)
-        if name in _APPLIED and self.peek() == "(":
-            return f"{name}({_written(self.group())})"
+        if self.peek() == "(":
+            single = self.position + 2 < len(self.tokens) and self.tokens[self.position + 2] == ")"
+            if name == "f":
+                return f"f({_written(self.group())})"
+            if single:  # v(t) is a value, or a product
+                raise NotClosedForm
+        if name == "f" and self.peek() == "^":  # of a function, no power
+            raise NotClosedForm
         return name
 
     def subscript(self) -> str:
@@ -181,8 +188,10 @@ class _Algebra(ClosedForm):
         """A function with its argument: a bracket, or one symbol or number; of sin 2x it is not clear where it ends."""
         if self.take("^"):
             name += f"^{{{_written(self.argument())}}}"
+        bracketed = self.peek() in ("(", "{")
         argument = _written(self.atom()) + self.take("°")
-        if self.joins() and self.peek() not in _FUNCTIONS:
+        goes_on = self.joins() and self.peek() not in _FUNCTIONS
+        if goes_on or self.peek() == "^" or (self.peek() == "/" and not bracketed):
             raise NotClosedForm
         return f"{name}({argument})"
 

@@ -1,6 +1,8 @@
 """Grading against gold, by key and by math_verify: for evaluation, never for training."""
 
+import re
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from upt.answers.extraction import extract_answer
@@ -9,6 +11,8 @@ from upt.answers.latex import clean, tokenize
 from upt.answers.structure import symbols_of
 from upt.answers.verifier import verifier
 
+_NUMBER = re.compile(r"-?[0-9][0-9./]*")
+SMALL = Fraction(1, 1000)
 MAX_VERIFIED = 200  # characters of an answer that math_verify gets to see
 
 
@@ -40,7 +44,13 @@ def grade(text: str, gold: str, choices: Sequence[str] | None = None, multi: boo
     if choices or multi or key is None or gold_key is None or max(len(answer), len(reference)) > MAX_VERIFIED:
         return Grade(by_key, None)
     letters, expected = (symbols_of(tokenize(clean(side))) for side in (answer, reference))
-    return Grade(by_key, verifier(reference, answer) if letters is not None and letters == expected else None)
+    asked = letters is not None and letters == expected and not (_is_small(key) or _is_small(gold_key))
+    return Grade(by_key, verifier(reference, answer) if asked else None)
+
+
+def _is_small(key: str) -> bool:
+    """True for numbers that are so near to 0 that math_verify holds them for one another, as 1e-19 and 2e-19."""
+    return _NUMBER.fullmatch(key) is not None and 0 < abs(Fraction(key)) < SMALL
 
 
 def is_correct(text: str, gold: str, choices: Sequence[str] | None = None, multi: bool = False) -> bool:

@@ -36,7 +36,7 @@ from upt.answers.latex import MAX_CHARS, clean, tokenize
 from upt.answers.structure import key_of
 
 _PLAIN_NUMBER = re.compile(  # single blanks only: several \s* in a row would backtrack
-    r"\$?\s?([+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*|/[1-9][0-9]*)?|\.[0-9]+))\s?(?:\\?%)?\s?\$?"
+    r"\$?\s?([+-]?(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*|/[1-9][0-9]*)?|\.[0-9]+))\s?(?:\\?%)?\s?\$?"
 )
 
 
@@ -77,7 +77,7 @@ def answer_key(answer: str, choices: Sequence[str] | None = None, multi: bool = 
     tokens = tokenize(text)
     if options:
         return choice_key(tokens, options, multi)
-    return (multi and only_letters(tokens)) or key_of(tokens)
+    return (multi and "or" not in tokens and only_letters(tokens)) or key_of(tokens)
 
 
 def vote_key(text: str, choices: Sequence[str] | None = None, multi: bool = False) -> str | None:

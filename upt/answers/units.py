@@ -8,7 +8,7 @@ is three times the segment CM.
 
 import re
 
-LETTERS = "mgshLlNJWV"  # units of one letter, where they are set upright; not A, C, K: those are options and points
+LETTERS = "mgshLlNJWVACKTF"  # units of one letter, where they are set upright
 PAIRS = ("mg", "ms", "mi", "yd", "lb", "hr")  # units of two letters that are products without a blank before them
 
 _SHORT = "mm|cm|dm|km|kg|m[lL]|ft|in|oz|lbs|hrs|mins?|secs?|rad|deg|mol|mph|km?ph|kmh|[kM]?Hz|k?Pa|kN|kJ|k[WV]|kWh"
@@ -20,14 +20,14 @@ _WORDS = (
 )
 _CJK = (
     "(?:平方|立方)?(?:毫米|厘米|分米|千米|米)|平方公里|公里|里|毫升|升|千克|公斤|克|吨|度|元钱?|块钱?|角|分钟?|秒钟?|小时"
-    "|天|周|个月|年|岁|个|人|名|只|条|件|张|本|支|块|次|种|倍|棵|辆|台|颗|朵|页|票|户|座|双|单位|平方单位|円|個|枚|원|개"
+    "|千米/时|牛顿?|伏特?|安培?|欧姆?|焦耳?|瓦特?|帕|赫兹?|摄氏度|时|天|周|个月|年|岁|个|人|名|只|条|件|张|本|支|块|次|种|倍|棵|辆|台|颗|朵|页|票|户|座|双|个?单位|平方单位|円|個|枚|원|개"
 )
 _UNIT = (
-    rf"(?:(?i:square|sq|cubic|cu) ?)?(?:\\unit[A-Za-z]+|%|°(?: [CF])?|{_SHORT}|{_WORDS}|{_CJK})"
+    rf"(?:(?i:square|sq|cubic|cu) ?)?(?:\\unit[A-Za-z]+|\\Omega|%|\"|°(?: [CF])?|{_SHORT}|{_WORDS}|{_CJK})"
     r"(?: \^ (?:- )?[1-4])?(?: (?i:squared|cubed))?"
 )
 # Beside a unit, a letter is one too: km/h, g/cm^3.
-_UNITS = re.compile(rf"(?:[gmLN] / )?{_UNIT}(?: (?:(?:/|\*|per) )?(?:{_UNIT}|(?<=/ )(?:[hs]|hr)(?: \^ [1-4])?))*")
+_UNITS = re.compile(rf"(?:[gmLN] / )?{_UNIT}(?: (?:(?:/|\*|per) )?(?:{_UNIT}|(?<=/ )(?:[hsL]|hr)(?: \^ [1-4])?))*")
 _WITH_LETTERS = re.compile(_UNITS.pattern.replace(r"\\unit[A-Za-z]+", rf"\\unit[A-Za-z]+|[{LETTERS}]"))
 _NAMED = re.compile(f"{_SHORT}|{_WORDS}|(?i:square|sq|cubic|cu)")
 MAX_TOKENS = 20  # a longer tail is no unit
