@@ -25,10 +25,11 @@ import numpy as np
 from upt import data, model, prompts, stages
 from upt.answers import grade, vote_key
 from upt.errors import DataError
-from upt.files import write_whole
+from upt.files import check_file, write_whole
 from upt.groups.stats import FEW, FEW_NOTE, counted
+from upt.ranges import Count, Name
 from upt.run import cli, progress
-from upt.run.settings import Rollout, at_least
+from upt.run.settings import Rollout
 
 if TYPE_CHECKING:
     from upt.model import Policy
@@ -41,19 +42,18 @@ NAMES = (*GOLD_METRICS, "length", "entropy", "majority_share", "abstentions")
 
 @dataclass
 class Config(Rollout):
-    split: str = "test"
+    split: Name = "test"
     """split of the data to evaluate on"""
     out: Path | None = None
     """JSON file to write the scores to; None: print only"""
-    eval_questions: int | None = None
+    eval_questions: Count | None = None
     """number of questions; None: as the model's defaults say"""
-    eval_samples: int = 8
+    eval_samples: Count = 8
     """samples for each question, k"""
 
-    def resolve(self) -> "Config":
-        super().resolve()
-        at_least(self, 1, "eval_questions", "eval_samples")
-        return self
+    def check_out(self) -> None:
+        if self.out is not None:
+            check_file(self.out)
 
 
 def interval(values, seed: int = 0, resamples: int = 2000) -> dict[str, float]:
@@ -215,7 +215,6 @@ def main(config: Config) -> dict:
     if bad := questions.report_bad():
         print(bad, file=sys.stderr)
     if config.out:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         write_whole(config.out, [json.dumps(scores, indent=1).encode()])
     return scores
 

@@ -31,6 +31,7 @@ from transformers.utils import cached_file, logging
 
 from kernels import linear_logprob
 from upt.errors import PolicyError
+from upt.files import writing
 from upt.model import TARGETS
 from upt.model.families import FAMILIES, Family, Features
 from upt.model.folders import check_adapter, check_model
@@ -140,15 +141,16 @@ class Policy:
         """Write the adapter in PEFT's layout; `PeftModel.from_pretrained(model, folder)` opens it."""
         if not isinstance(self.model, PeftModel):
             raise PolicyError("there is no adapter to save: call add_lora or load_adapter first")
-        self.model.save_pretrained(folder)
+        with writing(folder):
+            self.model.save_pretrained(folder)
 
     def export(self, folder: str | Path) -> None:
         """Merge the adapter into the weights, for good, and write a full snapshot with its processor."""
         if isinstance(self.model, PeftModel):
             self.model = self.model.merge_and_unload()
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        self.family.image_processor.save_pretrained(folder)
+        with writing(folder):
+            for part in (self.model, self.tokenizer, self.family.image_processor):
+                part.save_pretrained(folder)
 
     # ------------------------------------------------------------------------------------------------- the prompts
 

@@ -62,17 +62,23 @@ def check_steps(config) -> None:
         return
     differ = manifests.differences(manifests.read(config.out)["config"], jsonable(config), FREE)
     if [*differ] == ["steps"]:
-        made, asked = differ["steps"]
-        if asked < made:
-            fix = "leave --steps out, or use another --out"
-            raise SettingError(f"{config.out} holds a run of {made} steps, not {asked}: {fix}")
-        state = "a finished run" if (config.out / "summary.json").is_file() else "a run that was planned"
-        steps, adapter = asked - made, config.out / "adapter"
-        raise SettingError(
-            f"{config.out} holds {state} with {made} steps, over which its learning rate falls, and --steps says "
-            f"{asked}; to train its adapter further: --init-adapter {adapter} --steps {steps} --out ANOTHER "
-            f"(make train STEPS={steps} OUT=ANOTHER ARGS='--init-adapter {adapter}')"
-        )
+        refuse_steps(config, *differ["steps"])
+
+
+def refuse_steps(config, made: int, asked: int) -> None:
+    """Raise SettingError for another number of steps than that of the run in the folder, with how to train further."""
+    if asked < made:
+        fix = "leave --steps out, or use another --out"
+        raise SettingError(f"{config.out} holds a run of {made} steps, not {asked}: {fix}")
+    state, first = "a run that was planned", f"let it end, --steps {made}; "
+    if (config.out / "summary.json").is_file():
+        state, first = "a finished run", ""
+    steps, adapter = asked - made, config.out / "adapter"
+    raise SettingError(
+        f"{config.out} holds {state} with {made} steps, over which its learning rate falls, and --steps says "
+        f"{asked}; {first}to train its adapter further: --init-adapter {adapter} --steps {steps} --out ANOTHER "
+        f"(make train STEPS={steps} OUT=ANOTHER ARGS='--init-adapter {adapter}')"
+    )
 
 
 def resumed(config):
@@ -82,6 +88,8 @@ def resumed(config):
     known = {name: _typed(name, value) for name, value in manifest.items() if name in own}
     given = {name for name in known if getattr(config, name) != getattr(default, name)}
     if other := [name for name in sorted(given - {*FREE}) if getattr(config, name) != known[name]]:
+        if other == ["steps"]:
+            refuse_steps(config, known["steps"], config.steps)
         raise SettingError(
             f"--resume takes {other[0]}={known[other[0]]!r} from the run in {config.out}, not "
             f"{getattr(config, other[0])!r}; leave --{other[0].replace('_', '-')} out, or use another --out"
