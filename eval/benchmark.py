@@ -258,7 +258,7 @@ def _parsed(where: str, text: str):
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is no JSON: {error}") from None
+        raise DataError(f"{where} is no JSON: {error}; mend the line, or fetch the file again") from None
 
 
 def _unique(pairs: list[tuple]) -> dict:

@@ -148,6 +148,8 @@ def origin(a: Path, b: Path) -> dict:
     for path in (a.with_suffix(".summary.json"), b.with_suffix(".summary.json")):
         try:
             summary = json.loads(path.read_bytes()) if path.is_file() else {}
+            if not isinstance(summary, dict):
+                raise ValueError(f"it is {type(summary).__name__}, not an object with fields")
             made = (summary.get("responses") or {}).get("config") or {}
             known = {name: summary.get(name) for name in ("benchmark", "protocol", "extractor")}
             sides.append((known, {name: made[name] for name in SETTINGS if name in made}, summary.get("metrics") or {}))

@@ -114,14 +114,14 @@ def verdicts(config: Config, bench: Benchmark, questions: dict[str, Question], p
                 f"{config.responses}: the owners publish no answer to question {uid!r}; score another split"
             )
         if (question.id, sample) in seen:
-            raise DataError(f"{config.responses}: two responses to question {uid!r} with sample {sample}")
+            raise DataError(f"{config.responses}: two responses to question {uid!r} with sample {sample}; keep one")
         seen.add((question.id, sample))
         row = {"id": question.id, "sample": sample, "categories": question.categories}
         found.append(row | verdict(bench, question, text))
         if is_missing(found[-1]):
             unread.append((found[-1], question, text))
     if not found:
-        raise DataError(f"{config.responses} holds no response")
+        raise DataError(f"{config.responses} holds no response; give the file that eval.run wrote, or your own")
     if config.extractor == "model" and unread:
         from eval import extractor  # torch is loaded for this alone
 

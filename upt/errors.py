@@ -1,6 +1,7 @@
 """Errors that a user can mend. A script prints them in one line and exits with 2; a notebook sees them raised."""
 
 import errno
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -72,9 +73,11 @@ def trouble(error: BaseException) -> str | None:
 
 
 def in_words(error: BaseException) -> str:
-    """What an error says of a record, for a message about it: a KeyError says but a name."""
+    """What an error says of a record, for a message about it: a KeyError says but a name, a parser but a place."""
     if isinstance(error, KeyError):
         return f"it has no {error.args[0]!r}"
+    if isinstance(error, json.JSONDecodeError | RecursionError):
+        return f"not JSON ({error})"
     return str(error) or type(error).__name__
 
 

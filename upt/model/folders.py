@@ -37,7 +37,8 @@ def check_pixels(name: str, least: int | None, most: int | None) -> None:
     of_most = "" if most is not None else " (the snapshot's own)"
     least, most = least or own_least, most or own_most
     if most is not None and most < side**2:
-        raise PolicyError(f"--max-pixels {most}: one token of a picture takes {side} x {side} = {side**2} pixels")
+        needs = f"one token of a picture takes {side} x {side} pixels: give {side**2} or more"
+        raise PolicyError(f"--max-pixels {most}{of_most}: {needs}")
     if None not in (least, most) and least > most:
         fix = "lower the one or raise the other"
         raise PolicyError(f"--min-pixels {least}{of_least} is above --max-pixels {most}{of_most}: {fix}")

@@ -285,7 +285,7 @@ def model_config(name: str):
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise PolicyError(
-            f"cannot read the model {name!r}: {error}\n"
+            f"cannot read the model {name!r}{'' if Path(name).is_dir() else ', which is no folder here'}: {error}\n"
             f"Give a snapshot folder or a hub id of one of {', '.join(FAMILIES)}; without a network, "
             f"fetch it elsewhere (`hf download {name} --local-dir DIR`) and give the folder."
         ) from error

@@ -107,8 +107,8 @@ def accuracy(groups: list[dict]) -> float:
 
 REMARKS = {  # of counts that are not 0
     "left_out": lambda row: f"LEFT OUT {of(row['left_out'], 'question')}",
-    "nonfinite": lambda row: f"NONFINITE loss or gradient: {not_made(row, 'nonfinite')}",
-    "no_signal": lambda row: f"no group carries a signal: {not_made(row, 'no_signal')}",
+    "nonfinite": lambda row: f"NONFINITE {row['nonfinite']} of {of(row['updates'], 'update')}: not made",
+    "no_signal": lambda row: f"no signal for {row['no_signal']} of {of(row['updates'], 'update')}: not made",
     "skipped": lambda row: f"{of(row['skipped'], 'group')} skipped by the reward",
     "unparsed": lambda row: f"UNPARSED {of(row['unparsed'], 'judgement')}",
 }
@@ -117,11 +117,6 @@ REMARKS = {  # of counts that are not 0
 def of(count: int, what: str) -> str:
     """ "1 group", "2 groups"."""
     return f"{count} {what}{'s' * (count != 1)}"
-
-
-def not_made(row: dict, key: str) -> str:
-    """How many of a step's updates were not made."""
-    return "no update" if row[key] == row["updates"] else f"{row[key]} of {row['updates']} updates not made"
 
 
 def status(row: dict) -> str:
