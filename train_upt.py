@@ -227,7 +227,7 @@ def train(
     step, looked = start, {}  # the latter waits where a step is left out
 
     def save(step: int) -> None:
-        with writing(folder):
+        with writing(folder / f"step-{step:06d}"):
             run.checkpoints.save_checkpoint(folder, step, policy, optimizer, schedule, clock.seconds)
         # Checkpoint s is the policy that samples step s, so the latest one is known to be healthy a step later.
         healthy = next((row["step"] for row in metrics.rows if row["alarms"]), step)

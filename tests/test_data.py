@@ -692,6 +692,15 @@ def test_what_the_disk_refuses_is_said_of_the_disk(tmp_path, monkeypatch, error,
     assert "unreadable parquet" not in str(caught.value) and "Fetch it again" not in str(caught.value)
 
 
+def test_what_a_network_refuses_is_not_said_of_the_disk(monkeypatch):
+    def refused(*args, **options):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+    monkeypatch.setattr(datasets, "load_dataset", refused)
+    with pytest.raises(DataError, match="did not come from the hub: .*Connection refused. Fetch it"):
+        load("org/nothing-of-that-name")
+
+
 def test_shapes():
     pytest.importorskip("shapes")
     questions = load("shapes", "train", seed=3, limit=5)

@@ -340,9 +340,9 @@ def test_a_long_prompt_counts_as_wrong_and_a_lost_picture_is_left_out(tmp_path, 
     ("changed", "message"),
     [
         ({"n": 2}, "--n 2 at temperature 0 gives the same response"),
-        ({"limit": 0}, "--n and --limit must be at least 1"),
+        ({"limit": 0}, "--limit must be at least 1, not 0"),
         ({"prompt": "nothing"}, "no prompt 'nothing'"),
-        ({"temperature": -1.0}, "sampling needs temperature >= 0"),
+        ({"temperature": -1.0}, "--temperature must be 0"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, tiny, changed, message):

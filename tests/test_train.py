@@ -217,7 +217,7 @@ def test_a_non_finite_update_is_skipped_counted_and_shown(tiny, tmp_path, monkey
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["nonfinite"] for row in rows] == [1, 0] and rows[0]["loss"] is None
     assert all(value.isfinite().all() for value in adapter(out).values())
-    assert "NONFINITE 1 of 1 update: not made" in capfd.readouterr().out
+    assert "NONFINITE 1 update: not made" in capfd.readouterr().out
 
 
 def test_a_step_without_a_signal_says_so_in_words(tiny, tmp_path, monkeypatch, capfd):
@@ -228,8 +228,8 @@ def test_a_step_without_a_signal_says_so_in_words(tiny, tmp_path, monkeypatch, c
     out = run(tiny, tmp_path / "r", steps=1, reward="odd", minibatches=4)  # one question each
     row = json.loads((out / "metrics.jsonl").read_text())
     even = sum(group["uid"][-1] in "02468" for group in shards.ShardReader(out / "rollouts"))
-    assert 0 < even < 4 and (row["no_signal"], row["updates"]) == (even, 4) and type(row["no_signal"]) is int
-    assert f"no signal for {even} of 4 updates: not made" in capfd.readouterr().out
+    assert 1 < even < 4 and row["no_signal"] == even and type(row["no_signal"]) is int
+    assert f"no signal for {even} updates: not made" in capfd.readouterr().out
 
 
 def test_a_gradient_norm_of_0_clips_nothing_and_is_measured(tiny, tmp_path):

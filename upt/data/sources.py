@@ -28,7 +28,7 @@ from huggingface_hub import snapshot_download
 from upt.data.names import ALIASES, NAMED, SHAPES, SPLITS
 from upt.data.questions import Question, Questions
 from upt.data.rows import ANSWER, BROKEN, CHOICES, FOLDER, IMAGE, QUESTION, UID, first_line, gold_of, pick, question_of
-from upt.errors import DataError, suggest, suggest_path, trouble
+from upt.errors import TROUBLE, DataError, suggest, suggest_path, trouble
 
 ELSEWHERE = "HF_DATASETS_CACHE=DIR before the command puts the cache elsewhere"
 HELD_OUT = 0.05  # share of the rows, in a set that has but one split
@@ -167,11 +167,11 @@ def _load_dataset(what: str, fix: str, *args, **options) -> dict[str, datasets.D
 def _of_the_disk(error: BaseException) -> str | None:
     """What to say where not the data is at fault but the disk, on which `datasets` keeps tables even of local files."""
     cache, file = Path(datasets.config.HF_DATASETS_CACHE), getattr(error, "filename", None)
-    if not isinstance(error, OSError) or not (said := trouble(error)):
+    if getattr(error, "errno", None) not in TROUBLE:  # a network's errors have numbers, too
         return f"the cache {cache}: {error}; {ELSEWHERE}" if "disk space" in str(error) else None
     if file is None or Path(file).is_relative_to(cache):
-        return f"the cache {cache} cannot be written: {said}; {ELSEWHERE}"
-    return f"{file}: {said}"
+        return f"the cache {cache} cannot be written: {trouble(error)}; {ELSEWHERE}"
+    return f"{file}: {trouble(error)}"
 
 
 def _dicts(rows: pa.Table) -> list[dict]:

@@ -17,8 +17,8 @@ COUNTS = ("nonfinite", "no_signal")
 
 
 def update(policy: Policy, optimizer, schedule, prompts: list, groups: list[dict], config, measure_kl: bool) -> dict:
-    """One step's updates of the adapter; returns their statistics, averaged over the minibatches, and how many of
-    `updates` were not made, for want of a signal or since something was not finite.
+    """One step's updates of the adapter; returns their statistics, averaged over the minibatches; COUNTS are
+    how many of the updates were not made, since something was not finite or nothing carried a signal.
 
     `config` has the loss settings of train_upt.Config. With `measure_kl` the KL to the reference is measured before
     each update, without touching it; with a kl_coef it is part of the loss and measured anyway.
@@ -53,9 +53,9 @@ def update(policy: Policy, optimizer, schedule, prompts: list, groups: list[dict
     for _ in range(config.minibatches - count):  # the schedule counts on as many
         schedule.step()
     if not groups:
-        return steps[0] | {name: None for name in steps[0] if name == "kl"} | {"updates": count}  # of no token
+        return steps[0] | {name: None for name in steps[0] if name == "kl"}  # of no token
     found = {name: sum(s[name] for s in steps) for name in steps[0]}
-    return {name: value if name in COUNTS else value / len(steps) for name, value in found.items()} | {"updates": count}
+    return {name: value if name in COUNTS else value / len(steps) for name, value in found.items()}
 
 
 def accumulate(policy: Policy, prompts: list, groups: list[dict], old: dict | None, config) -> dict[str, float]:

@@ -105,18 +105,13 @@ def accuracy(groups: list[dict]) -> float:
     return sum(right) / len(right)
 
 
-REMARKS = {  # of counts that are not 0
-    "left_out": lambda row: f"LEFT OUT {of(row['left_out'], 'question')}",
-    "nonfinite": lambda row: f"NONFINITE {row['nonfinite']} of {of(row['updates'], 'update')}: not made",
-    "no_signal": lambda row: f"no signal for {row['no_signal']} of {of(row['updates'], 'update')}: not made",
-    "skipped": lambda row: f"{of(row['skipped'], 'group')} skipped by the reward",
-    "unparsed": lambda row: f"UNPARSED {of(row['unparsed'], 'judgement')}",
+REMARKS = {  # by what counts, and in words what was counted
+    "left_out": ("LEFT OUT", "question", ""),
+    "nonfinite": ("NONFINITE", "update", ": not made"),
+    "no_signal": ("no signal for", "update", ": not made"),
+    "skipped": ("skipped", "group", ""),
+    "unparsed": ("UNPARSED", "judgement", ""),
 }
-
-
-def of(count: int, what: str) -> str:
-    """ "1 group", "2 groups"."""
-    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def status(row: dict) -> str:
@@ -136,7 +131,9 @@ def status(row: dict) -> str:
     if row["tokens_per_second"] is not None:
         parts.append(f"{row['tokens_per_second']:.0f} tok/s")
     parts.append(f"{row['peak_memory_gib']:.1f} GiB")
-    parts += [words(row) for key, words in REMARKS.items() if row.get(key)]
+    for name, (before, what, after) in REMARKS.items():
+        if count := row.get(name):
+            parts.append(f"{before} {count} {what}{'s' * (count != 1)}{after}")
     if row["alarms"]:
         parts.append(f"COLLAPSE? {' '.join(row['alarms'])}")
     return ", ".join(parts)
