@@ -25,10 +25,13 @@ from pathlib import Path
 import rollout
 from upt import model, prompts, stages
 from upt.errors import SettingError
+from upt.files import check_folder
 from upt.groups import manifests, shards
+from upt.ranges import Name, Seed
 from upt.run import cli, presets, progress
-from upt.run.settings import Judge, Model, Typed
+from upt.run.settings import Judge, Model
 from upt.run.stopping import stop_on_signal
+from upt.run.typed import Typed
 
 FREE = ("rollouts", "out", "device", "judge_tokens", "any_base")  # settings that may change when judging goes on
 
@@ -41,19 +44,20 @@ class Config(Judge, Model, Typed):
     """folder of rollout shards"""
     out: Path = Path("runs/judged")
     """folder for the judged shards; another one than --rollouts"""
-    model: str | None = None
+    model: Name | None = None
     """snapshot folder or hub id; None: the model that sampled the rollouts"""
-    adapter: str | None = None
+    adapter: Name | None = None
     """PEFT adapter of the judge; None: the one that the sampling started from, if --model is left out too"""
-    seed: int | None = None
+    seed: Seed | None = None
     """noise of written judgements"""
-    prompt: str | None = None
+    prompt: Name | None = None
     """prompt style whose format the responses must keep: think-boxed, or any other for a box alone"""
 
 
 def resolve(config: Config) -> tuple[Config, dict]:
     """The settings in full, what was left open taken from the rollouts' manifest, and where the shards come from."""
     config = replace(config)
+    check_folder(config.out)
     config.rollouts = shards.stage_folder(config.rollouts)
     if config.out.resolve() == config.rollouts.resolve():
         raise SettingError(f"--out is --rollouts ({config.out}); judged shards need a folder of their own")
@@ -69,7 +73,9 @@ def resolve(config: Config) -> tuple[Config, dict]:
         raise SettingError(f"the manifest of {config.rollouts} names no model: say which one is to judge, --model M")
     manifests.check_files(config.rollouts, rollouts, {"model": config.model, "adapter": config.adapter})
     presets.fill(config)
+    config.check()
     config.check_judge()
+    config.check_loading()
     return config, manifests.origin(manifest, rollout.FREE)
 
 

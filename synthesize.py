@@ -28,6 +28,7 @@ from upt import data, model, prompts, stages
 from upt.errors import SettingError
 from upt.files import write_whole
 from upt.groups import filters, manifests
+from upt.ranges import Count
 from upt.run import cli
 from upt.run.settings import Asking, Rollout, hidden
 from upt.run.stopping import stop_on_signal
@@ -44,7 +45,7 @@ class Config(Asking, Rollout):
     out: Path = Path("runs/questions")
     """folder of the data set to write"""
     preset: None = hidden(None)
-    steps: int | None = hidden(None)
+    steps: Count | None = hidden(None)
 
     def resolve(self) -> "Config":
         super().resolve()

@@ -38,14 +38,15 @@ from eval.follow import Followed
 from upt import answers, data, model, prompts, run, stages
 from upt.data import names
 from upt.errors import SettingError, Stopped
-from upt.files import read_json, write_whole
+from upt.files import read_json, write_whole, writing
 from upt.groups import manifests, scoring, shards, variants
 from upt.model.folders import check_adapter
 from upt.model.origin import check_base, origin_of
+from upt.ranges import Amount, Count, Name
 from upt.run import cli, health, progress
 from upt.run.metrics import Clock, Metrics
 from upt.run.resuming import STORED, claim, jsonable, prepare
-from upt.run.settings import Evaluation, Judge, Reward, Rollout, Rounds, Update, at_least
+from upt.run.settings import Evaluation, Judge, Reward, Rollout, Rounds, Update
 from upt.run.stopping import stop_on_signal
 
 if TYPE_CHECKING:
@@ -62,15 +63,15 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
     """take every setting from the run in --out and go on with it"""
     from_shards: Path | None = None
     """train on these scored (or sampled) shards, one step each, instead of sampling"""
-    init_adapter: str | None = None
+    init_adapter: Name | None = None
     """PEFT adapter to go on training, of whatever rank; judge and reference are the model without it"""
-    gpus: int = 1
+    gpus: Count = 1
     """processes; more than one is not supported yet"""
-    feature_cache_gib: float = 0.0
+    feature_cache_gib: Amount = 0.0
     """keep image features from step to step, up to this much memory"""
-    save_every: int = 10
+    save_every: Count = 10
     """steps between checkpoints"""
-    keep: int = 2
+    keep: Count = 2
     """checkpoints to keep; the last one that is known to be healthy is kept besides"""
     stop_on_collapse: bool = False
     """end the run at the first alarm (see upt/run/health.py), with the last healthy checkpoint's adapter"""
@@ -102,14 +103,9 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
             raise SettingError(f"--split {self.split}: sets are mixed for training on their train split only")
         if self.temperature == 0 or self.group_size < 2:
             raise SettingError("training needs samples that differ: --temperature above 0, a group size of 2 or more")
-        at_least(
-            self, 1, "eval_samples", "eval_limit", "save_every", "keep", "lora_rank", "lora_alpha", "update_tokens"
-        )
         if bool(self.eval) != (self.eval_every > 0):
             raise SettingError("--eval NAME=FOLDER and --eval-every N follow a benchmark: give both or neither")
-        if self.eval_questions < 0:
-            raise SettingError(f"--eval-questions must be 0 (no evaluation) or more, not {self.eval_questions}")
-        if not 1 <= self.minibatches <= self.questions_per_step:
+        if self.minibatches > self.questions_per_step:
             raise SettingError(
                 f"--minibatches {self.minibatches}: from 1 to --questions-per-step ({self.questions_per_step})"
             )
@@ -117,6 +113,8 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
             raise SettingError("signals of --from-shards are the shards' own: no --stop-on-collapse, no --select")
         if self.reward == STORED and variants.band(self):
             raise SettingError("--min-share and --max-share change rewards: give --reward or --advantage besides")
+        if self.lora_targets != model.TARGETS:
+            model.check_targets(self.model, self.lora_targets)  # brings torch, so last
         return self
 
     def files(self) -> dict[str, str]:
@@ -232,7 +230,8 @@ def train(
     step, looked = start, {}  # the latter waits where a step is left out
 
     def save(step: int) -> None:
-        run.checkpoints.save_checkpoint(folder, step, policy, optimizer, schedule, clock.seconds)
+        with writing(folder / f"step-{step:06d}"):
+            run.checkpoints.save_checkpoint(folder, step, policy, optimizer, schedule, clock.seconds)
         # Checkpoint s is the policy that samples step s, so the latest one is known to be healthy a step later.
         healthy = next((row["step"] for row in metrics.rows if row["alarms"]), step)
         keep = config.keep if config.select == "last" else config.steps

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from upt.errors import DataError
+from upt.errors import DataError, in_words
 
 NAMES = ("mathvision", "mathverse", "mathvista", "wemath", "logicvista", "dynamath")
 
@@ -119,13 +119,17 @@ class Benchmark:
             of_split = found.setdefault(split, {})
             for where, key, row in rows(file, pictures):
                 try:
+                    if not isinstance(row, dict):
+                        raise TypeError(f"it is {type(row).__name__}, not an object with fields")
                     question = self.question(key, row, split)
                     if not isinstance(question.text, str):
                         raise TypeError(f"its text is {type(question.text).__name__}")
                     if file.suffix != ".parquet" and isinstance(question.image, str) and question.image:
                         question = question._replace(image=str(inner / question.image))
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    raise DataError(f"{where} is no {self.title} question: {error!r}") from None
+                    raise DataError(
+                        f"{where} is no {self.title} question: {in_words(error)}; fetch the file again"
+                    ) from None
                 if question.id in of_split:
                     raise DataError(f"{where}: the id {question.id!r} was there before; remove one of the two")
                 of_split[question.id] = question
@@ -254,7 +258,7 @@ def _parsed(where: str, text: str):
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is no JSON: {error}") from None
+        raise DataError(f"{where} is no JSON: {error}; mend the line, or fetch the file again") from None
 
 
 def _unique(pairs: list[tuple]) -> dict:

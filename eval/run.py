@@ -27,9 +27,10 @@ from eval import score
 from eval.benchmark import NAMES, Benchmark, Question, benchmark, folder_of, has_picture, picture_path
 from upt import data, prompts, stages
 from upt.errors import SettingError, ShardError
-from upt.files import write_whole
+from upt.files import write_whole, writing
 from upt.groups import manifests
 from upt.groups.stats import markdown
+from upt.ranges import Count, Name, Temperature
 from upt.run import cli, presets, progress, trained
 from upt.run.settings import Rollout, hidden
 
@@ -51,40 +52,38 @@ class Config(Rollout):
 
     benchmark: Literal[*NAMES, "all"] = "all"
     """which questions; all: every benchmark that has a folder of its name in --data"""
-    data: str | None = None
+    data: Name | None = None
     """folder in the owners' layout, or hub id; with all, the folder of the benchmarks' folders"""
     out: Path = Path("runs/benchmarks")
     """folder to write to; with all, there is a folder for each benchmark in it"""
     run: Path | None = None
     """a training run, or a checkpoint of one: its model, adapter, prompt, lengths and pixel limits are taken"""
-    adapter: str | None = None
+    adapter: Name | None = None
     """PEFT adapter"""
-    prompt: str | None = None
+    prompt: Name | None = None
     """official (the owners' style), mm-upt, self-judge, boxed, think-boxed, or a file with {question} in it"""
-    split: str | None = None
+    split: Name | None = None
     """file of questions, such as test; None: the one with most pictures"""
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: Count | None = None
     """questions with longer prompts count as answered wrong"""
-    limit: int | None = None
+    limit: Count | None = None
     """the first K questions only"""
-    n: int = 1
+    n: Count = 1
     """responses to each question"""
-    temperature: float = 0.0
+    temperature: Temperature = 0.0
     """sampling temperature; 0 is greedy"""
     protocol: Literal["official", "ours"] = "official"
     """official: the owners' rule; ours: equality of vote keys"""
     extractor: Literal["rules", "model"] = "rules"
     """model: the model itself reads what the rules found no answer in"""
     preset: None = hidden(None)
-    steps: int | None = hidden(None)
-    questions_per_step: int | None = hidden(None)
-    group_size: int | None = hidden(None)
+    steps: Count | None = hidden(None)
+    questions_per_step: Count | None = hidden(None)
+    group_size: Count | None = hidden(None)
 
     def resolve(self) -> "Config":
         if self.data is None:
             raise SettingError("--data is missing: a benchmark's folder or hub id; for all, the folder of theirs")
-        if self.n < 1 or (self.limit is not None and self.limit < 1):
-            raise SettingError(f"--n and --limit must be at least 1, not {self.n} and {self.limit}")
         if self.n > 1 and self.temperature == 0:
             raise SettingError(f"--n {self.n} at temperature 0 gives the same response each time: give --temperature 1")
         if self.run is not None:
@@ -223,16 +222,14 @@ def answer(
     done, missing = answered(path, config.n), {}
     todo = [question for question in questions if question.id not in done]
     total = len(questions) * config.n
-    with (
-        open(path, "a", encoding="utf-8") as file,
-        progress.bar(total=total, initial=total - len(todo) * config.n, desc=bench.title, unit="response") as bar,
-    ):
+    with progress.bar(total=total, initial=total - len(todo) * config.n, desc=bench.title, unit="response") as bar:
         for start in range(0, len(todo), per_turn):
             rows, left_out = respond(policy, bench, folder, todo[start : start + per_turn], config, bar.update)
             missing |= left_out
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
+            with writing(path), open(path, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.flush()
+                os.fsync(file.fileno())
     for uid, reason in list(missing.items())[:SHOWN]:
         print(f"left out {uid}: {reason}", file=sys.stderr)
     if len(missing) > SHOWN:

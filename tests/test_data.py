@@ -1,5 +1,6 @@
 """upt/data: every layout, every split combination and every kind of bad row, with real files and without a network."""
 
+import errno
 import io
 import json
 import logging
@@ -648,6 +649,56 @@ def test_unusable_folders(tmp_path):
     for name in ("geoqqa", str(tmp_path / "gone"), "gone.jsonl", "a/gone.parquet", "./gone", "a/b/c"):
         with pytest.raises(DataError, match="neither shapes, geoqa, geometry3k, mmr1, nor a hub id.*DATA="):
             load(name)
+
+
+@pytest.mark.parametrize("card", [False, True])
+def test_a_cache_that_cannot_be_written_is_not_the_datas_fault(tmp_path, monkeypatch, card):
+    folder = parquet(tmp_path / "set/train.parquet", plain(4)).parent
+    if card:  # another way into the library
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train.parquet\n---\n"
+        )
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(DataError) as caught:
+        load(folder)
+    said = str(caught.value)
+    assert said.startswith(f"the cache {tmp_path}/file/cache cannot be written: a file stands where a folder has to be")
+    assert said.endswith("HF_DATASETS_CACHE=DIR before the command puts the cache elsewhere") and "etch" not in said
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "CACHE/x.lock"), "cannot be written: permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "CACHE/x.lock"), "cannot be written: the disk is read-only"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot be written: no space left on the disk"),
+        (OSError("Not enough disk space. Needed: 3 GB (download: 1 GB)"), "Not enough disk space. Needed: 3 GB"),
+        (PermissionError(errno.EACCES, "Permission denied", "DATA/train.parquet"), "train.parquet: permission denied"),
+    ],
+)
+def test_what_the_disk_refuses_is_said_of_the_disk(tmp_path, monkeypatch, error, said):
+    folder = parquet(tmp_path / "set/train.parquet", plain(4)).parent
+    places = {"CACHE": str(datasets.config.HF_DATASETS_CACHE), "DATA": str(folder)}
+    if error.filename:
+        error.filename = error.filename.replace(*next(pair for pair in places.items() if pair[0] in error.filename))
+
+    def refused(*args, **options):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", refused)
+    with pytest.raises(DataError, match=said) as caught:
+        load(folder)
+    assert "unreadable parquet" not in str(caught.value) and "Fetch it again" not in str(caught.value)
+
+
+def test_what_a_network_refuses_is_not_said_of_the_disk(monkeypatch):
+    def refused(*args, **options):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+    monkeypatch.setattr(datasets, "load_dataset", refused)
+    with pytest.raises(DataError, match="did not come from the hub: .*Connection refused. Fetch it"):
+        load("org/nothing-of-that-name")
 
 
 def test_shapes():

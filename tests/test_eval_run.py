@@ -340,9 +340,9 @@ def test_a_long_prompt_counts_as_wrong_and_a_lost_picture_is_left_out(tmp_path, 
     ("changed", "message"),
     [
         ({"n": 2}, "--n 2 at temperature 0 gives the same response"),
-        ({"limit": 0}, "--n and --limit must be at least 1"),
+        ({"limit": 0}, "--limit must be at least 1, not 0"),
         ({"prompt": "nothing"}, "no prompt 'nothing'"),
-        ({"temperature": -1.0}, "sampling needs temperature >= 0"),
+        ({"temperature": -1.0}, "--temperature must be 0"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, tiny, changed, message):
@@ -359,7 +359,7 @@ def test_prompts_go_by_name(tmp_path, tiny):
 # -------------------------------------------------------------------------------------------- a model as extractor
 
 
-def test_a_model_reads_what_the_rules_cannot(tmp_path, monkeypatch):
+def test_a_model_reads_what_the_rules_cannot(tiny, tmp_path, monkeypatch):
     folder = vision_folder(tmp_path / "data")
     path = tmp_path / "a.jsonl"
     texts = [r"\boxed{5}", "Five of them can be seen there", "Nobody knows"]
@@ -389,6 +389,16 @@ def test_a_model_reads_what_the_rules_cannot(tmp_path, monkeypatch):
     assert read_by == {"official": {"number": 1}, "ours": {"model": 1}}  # it has no vote key
     with pytest.raises(ValueError, match="--extractor model needs the model"):
         score.score(score.Config(*given, extractor="model"))
+    # Whether or not the rules leave it anything to read, and before the responses are looked at.
+    monkeypatch.setattr(score, "folder_of", lambda name: pytest.fail("the benchmark was read first"))
+    for settings, said in (
+        ({"model": "nope"}, "there is no model folder nope"),
+        ({"model": "runs/nope"}, "'runs/nope', which is no folder here"),
+        ({"model": tiny, "adapter": "nope"}, "--adapter nope: no PEFT adapter there"),
+        ({"model": tiny, "device": "gpu"}, "--device gpu: no such kind of device"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            score.score(score.Config(*given, extractor="model", **settings))
 
 
 def test_the_extractor_shows_the_question_and_the_end_of_the_response(tiny, monkeypatch):

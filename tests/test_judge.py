@@ -207,7 +207,7 @@ def test_prompts_are_checked(tmp_path):
     with pytest.raises(PolicyError, match="no judge prompt 'nosuch'"):
         judge_turns("nosuch")
     with pytest.raises(ValueError, match="judge-repeats must be at least 1"):
-        settings(judge_repeats=0).check_judge()
+        judge.Config(judge_repeats=0)
 
 
 SMALL = {"questions_per_step": 3, "group_size": 4, "max_new_tokens": 12}

@@ -217,7 +217,26 @@ def test_a_non_finite_update_is_skipped_counted_and_shown(tiny, tmp_path, monkey
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["nonfinite"] for row in rows] == [1, 0] and rows[0]["loss"] is None
     assert all(value.isfinite().all() for value in adapter(out).values())
-    assert "NONFINITE 1" in capfd.readouterr().out
+    assert "NONFINITE 1 update: not made" in capfd.readouterr().out
+
+
+def test_a_step_without_a_signal_says_so_in_words(tiny, tmp_path, monkeypatch, capfd):
+    def odd(group):  # questions of odd numbers have a response that is better than the others
+        return [float(i == 0 and group["uid"][-1] in "13579") for i in range(4)]
+
+    monkeypatch.setitem(rewards.REWARDS, "odd", odd)
+    out = run(tiny, tmp_path / "r", steps=1, reward="odd", minibatches=4)  # one question each
+    row = json.loads((out / "metrics.jsonl").read_text())
+    even = sum(group["uid"][-1] in "02468" for group in shards.ShardReader(out / "rollouts"))
+    assert 1 < even < 4 and row["no_signal"] == even and type(row["no_signal"]) is int
+    assert f"no signal for {even} updates: not made" in capfd.readouterr().out
+
+
+def test_a_gradient_norm_of_0_clips_nothing_and_is_measured(tiny, tmp_path):
+    runs = {norm: run(tiny, tmp_path / str(norm), steps=2, max_grad_norm=norm) for norm in (0, 1e9, 1e-6)}
+    norms = {n: json.loads((out / "metrics.jsonl").read_text().split("\n")[0])["grad_norm"] for n, out in runs.items()}
+    assert norms[0] == norms[1e9] == norms[1e-6] > 1e-3
+    assert same(runs[0], runs[1e9]) and not same(runs[0], runs[1e-6])
 
 
 # ------------------------------------------------------------------------------------------------ stopping, going on
@@ -286,7 +305,7 @@ def test_resume_takes_the_settings_of_the_run(tiny, two_steps, tmp_path):
     again = main(Config(out=two_steps, resume=True))
     assert again["config"]["lora_rank"] == 2 and again["config"]["model"] == tiny
     assert again["config"]["update_tokens"] == 150
-    with pytest.raises(ValueError, match="steps=2 .* not 3"):
+    with pytest.raises(ValueError, match="a finished run with 2 steps.*--init-adapter .*/adapter --steps 1"):
         main(Config(out=two_steps, resume=True, steps=3))
     with pytest.raises(ValueError, match="lora_rank"):
         run(tiny, two_steps, steps=2, rollout_tokens=1, update_tokens=150, lora_rank=3)
@@ -338,7 +357,7 @@ def test_without_gold_the_metrics_are_label_free(tiny, tmp_path, monkeypatch, ca
         ({"gpus": 2}, "one process"),
         ({"judge_prompt": "nosuch"}, "no judge prompt"),
         ({"reward": "judged(base='nonsense')"}, "base"),
-        ({"min_share": 0.9, "max_share": 0.2}, "min_share"),
+        ({"min_share": 0.9, "max_share": 0.2}, "--min-share 0.9 is above --max-share 0.2"),
         ({"reward": "nonsense"}, "nonsense"),
         ({"advantage": "nonsense"}, "nonsense"),
         ({"temperature": 0.0}, "temperature"),

@@ -28,8 +28,9 @@ from huggingface_hub import snapshot_download
 from upt.data.names import ALIASES, NAMED, SHAPES, SPLITS
 from upt.data.questions import Question, Questions
 from upt.data.rows import ANSWER, BROKEN, CHOICES, FOLDER, IMAGE, QUESTION, UID, first_line, gold_of, pick, question_of
-from upt.errors import DataError, suggest, suggest_path
+from upt.errors import TROUBLE, DataError, suggest, suggest_path, trouble
 
+ELSEWHERE = "HF_DATASETS_CACHE=DIR before the command puts the cache elsewhere"
 HELD_OUT = 0.05  # share of the rows, in a set that has but one split
 
 
@@ -159,7 +160,18 @@ def _load_dataset(what: str, fix: str, *args, **options) -> dict[str, datasets.D
         if "corresponds to no data" in str(error):
             raise DataError(f"{what}: there are no rows, as when synthesize.py kept no question") from error
         wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)  # says nothing; its cause does
-        raise DataError(f"{what}: {first_line(error.__cause__ if wrapped else error)}. {fix}") from error
+        cause = error.__cause__ if wrapped else error
+        raise DataError(_of_the_disk(cause) or f"{what}: {first_line(cause)}. {fix}") from error
+
+
+def _of_the_disk(error: BaseException) -> str | None:
+    """What to say where not the data is at fault but the disk, on which `datasets` keeps tables even of local files."""
+    cache, file = Path(datasets.config.HF_DATASETS_CACHE), getattr(error, "filename", None)
+    if getattr(error, "errno", None) not in TROUBLE:  # a network's errors have numbers, too
+        return f"the cache {cache}: {error}; {ELSEWHERE}" if "disk space" in str(error) else None
+    if file is None or Path(file).is_relative_to(cache):
+        return f"the cache {cache} cannot be written: {trouble(error)}; {ELSEWHERE}"
+    return f"{file}: {trouble(error)}"
 
 
 def _dicts(rows: pa.Table) -> list[dict]:

@@ -29,7 +29,7 @@ from transformers.utils import cached_file
 
 from kernels import linear_logprob
 from upt.errors import PolicyError
-from upt.files import write_whole
+from upt.files import write_whole, writing
 from upt.model import TARGETS
 from upt.model.families import FAMILIES, Family, Features
 from upt.model.folders import check_adapter, check_model
@@ -159,7 +159,8 @@ class Policy:
         """
         if not isinstance(self.model, PeftModel):
             raise PolicyError("there is no adapter to save: call add_lora or load_adapter first")
-        self.model.save_pretrained(folder)
+        with writing(folder):
+            self.model.save_pretrained(folder)
         if self.origin:
             write_whole(Path(folder) / BASE, [json.dumps(self.origin, indent=1).encode()])
 
@@ -168,9 +169,9 @@ class Policy:
         trained = isinstance(self.model, PeftModel)
         if trained:
             self.model = self.model.merge_and_unload()
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        self.family.image_processor.save_pretrained(folder)
+        with writing(folder):
+            for part in (self.model, self.tokenizer, self.family.image_processor):
+                part.save_pretrained(folder)
         weights = origin_of(str(folder))
         if not trained and self.origin and self.origin["adapter"]:  # an adapter made for the one fits the other
             merged = self.origin | {"weights": weights["fingerprint"]}
@@ -311,7 +312,7 @@ def model_config(name: str):
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise PolicyError(
-            f"cannot read the model {name!r}: {error}\n"
+            f"cannot read the model {name!r}{'' if Path(name).is_dir() else ', which is no folder here'}: {error}\n"
             f"Give a snapshot folder or a hub id of one of {', '.join(FAMILIES)}; without a network, "
             f"fetch it elsewhere (`hf download {name} --local-dir DIR`) and give the folder."
         ) from error

@@ -17,7 +17,8 @@ COUNTS = ("nonfinite", "no_signal")
 
 
 def update(policy: Policy, optimizer, schedule, prompts: list, groups: list[dict], config, measure_kl: bool) -> dict:
-    """One step's updates of the adapter; returns their statistics, averaged over the minibatches.
+    """One step's updates of the adapter; returns their statistics, averaged over the minibatches; COUNTS are
+    how many of the updates were not made, since something was not finite or nothing carried a signal.
 
     `config` has the loss settings of train_upt.Config. With `measure_kl` the KL to the reference is measured before
     each update, without touching it; with a kl_coef it is part of the loss and measured anyway.
@@ -36,7 +37,7 @@ def update(policy: Policy, optimizer, schedule, prompts: list, groups: list[dict
     for part, old in zip(parts, olds, strict=True):
         stats = {"kl": kl_to_reference(policy, prompts[part], groups[part], config)} if measure_kl else {}
         stats |= accumulate(policy, prompts[part], groups[part], old, config)
-        norm = torch.nn.utils.clip_grad_norm_(policy.trainable(), config.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(policy.trainable(), config.max_grad_norm or math.inf).item()
         stats |= {"grad_norm": norm, "nonfinite": 0, "no_signal": 0}
         if all(p.grad is None for p in policy.trainable()):
             stats["no_signal"] = 1
@@ -53,7 +54,8 @@ def update(policy: Policy, optimizer, schedule, prompts: list, groups: list[dict
         schedule.step()
     if not groups:
         return steps[0] | {name: None for name in steps[0] if name == "kl"}  # of no token
-    return {name: sum(s[name] for s in steps) / (1 if name in COUNTS else len(steps)) for name in steps[0]}
+    found = {name: sum(s[name] for s in steps) for name in steps[0]}
+    return {name: value if name in COUNTS else value / len(steps) for name, value in found.items()}
 
 
 def accumulate(policy: Policy, prompts: list, groups: list[dict], old: dict | None, config) -> dict[str, float]:

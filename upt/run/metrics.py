@@ -12,8 +12,8 @@ from pathlib import Path
 
 from kernels.advantage import mean_of
 from upt.answers import answer_key
-from upt.errors import ShardError
-from upt.files import write_whole
+from upt.errors import ShardError, in_words
+from upt.files import write_whole, writing
 from upt.groups.votes import abstentions, distinct, keys_of, majority_share
 from upt.run import health
 
@@ -57,7 +57,7 @@ class Metrics:
             self.rows = [row for line in lines if (row := json.loads(line))["step"] < start]
         except (ValueError, TypeError, KeyError) as error:
             fix = "mend the line, or move the file away: the log then begins where the run goes on"
-            raise ShardError(f"{path}: a line is no record of a step ({error}); {fix}") from error
+            raise ShardError(f"{path}: a line is no record of a step ({in_words(error)}); {fix}") from error
         write_whole(path, [f"{json.dumps(row)}\n".encode() for row in self.rows])
         self.watch = health.Watch(self.rows)
 
@@ -85,7 +85,7 @@ class Metrics:
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         row["alarms"] = self.watch.add(row)
         self.rows.append(row)
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         return status(row)
 
@@ -105,6 +105,15 @@ def accuracy(groups: list[dict]) -> float:
     return sum(right) / len(right)
 
 
+REMARKS = {  # by what counts, and in words what was counted
+    "left_out": ("LEFT OUT", "question", ""),
+    "nonfinite": ("NONFINITE", "update", ": not made"),
+    "no_signal": ("no signal for", "update", ": not made"),
+    "skipped": ("skipped", "group", ""),
+    "unparsed": ("UNPARSED", "judgement", ""),
+}
+
+
 def status(row: dict) -> str:
     """The status line of a step."""
     parts = [
@@ -122,17 +131,9 @@ def status(row: dict) -> str:
     if row["tokens_per_second"] is not None:
         parts.append(f"{row['tokens_per_second']:.0f} tok/s")
     parts.append(f"{row['peak_memory_gib']:.1f} GiB")
-    parts += [
-        f"{name} {row[key]}"
-        for name, key in (
-            ("LEFT OUT", "left_out"),
-            ("NONFINITE", "nonfinite"),
-            ("no signal", "no_signal"),
-            ("skipped", "skipped"),
-            ("UNPARSED", "unparsed"),
-        )
-        if row.get(key)
-    ]
+    for name, (before, what, after) in REMARKS.items():
+        if count := row.get(name):
+            parts.append(f"{before} {count} {what}{'s' * (count != 1)}{after}")
     if row["alarms"]:
         parts.append(f"COLLAPSE? {' '.join(row['alarms'])}")
     return ", ".join(parts)

@@ -62,19 +62,25 @@ def check_steps(config) -> None:
         return
     differ = manifests.differences(manifests.read(config.out)["config"], jsonable(config), FREE)
     if [*differ] == ["steps"]:
-        made, asked = differ["steps"]
-        if asked < made:
-            fix = "leave --steps out, or use another --out"
-            raise SettingError(f"{config.out} holds a run of {made} steps, not {asked}: {fix}")
-        state = "a finished run" if (config.out / "summary.json").is_file() else "a run that was planned"
-        steps, further = asked - made, f"--init-adapter {config.out / 'adapter'}"
-        if config.adapter:
-            further += f" --model {config.out / 'start'}"  # which it was merged into
-        raise SettingError(
-            f"{config.out} holds {state} with {made} steps, over which its learning rate falls, and --steps says "
-            f"{asked}; to train its adapter further: {further} --steps {steps} --out ANOTHER "
-            f"(make train STEPS={steps} OUT=ANOTHER ARGS='{further}')"
-        )
+        refuse_steps(config, *differ["steps"])
+
+
+def refuse_steps(config, made: int, asked: int) -> None:
+    """Raise SettingError for another number of steps than that of the run in the folder, with how to train further."""
+    if asked < made:
+        fix = "leave --steps out, or use another --out"
+        raise SettingError(f"{config.out} holds a run of {made} steps, not {asked}: {fix}")
+    state, first = "a run that was planned", f"let it end, --steps {made}; "
+    if (config.out / "summary.json").is_file():
+        state, first = "a finished run", ""
+    steps, further = asked - made, f"--init-adapter {config.out / 'adapter'}"
+    if config.adapter:
+        further += f" --model {config.out / 'start'}"  # which it was merged into
+    raise SettingError(
+        f"{config.out} holds {state} with {made} steps, over which its learning rate falls, and --steps says "
+        f"{asked}; {first}to train its adapter further: {further} --steps {steps} --out ANOTHER "
+        f"(make train STEPS={steps} OUT=ANOTHER ARGS='{further}')"
+    )
 
 
 def resumed(config):
@@ -84,6 +90,8 @@ def resumed(config):
     known = {name: _typed(name, value) for name, value in manifest.items() if name in own}
     given = {name for name in known if getattr(config, name) != getattr(default, name)}
     if other := [name for name in sorted(given - {*FREE}) if getattr(config, name) != known[name]]:
+        if other == ["steps"]:
+            refuse_steps(config, known["steps"], config.steps)
         raise SettingError(
             f"--resume takes {other[0]}={known[other[0]]!r} from the run in {config.out}, not "
             f"{getattr(config, other[0])!r}; leave --{other[0].replace('_', '-')} out, or use another --out"

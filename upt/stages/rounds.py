@@ -22,7 +22,7 @@ from pathlib import Path
 
 from upt import data
 from upt.errors import SettingError
-from upt.files import read_json, write_whole
+from upt.files import read_json, write_whole, writing
 from upt.groups import manifests
 from upt.groups.stats import markdown
 from upt.model.policy import model_config
@@ -57,7 +57,8 @@ def evolve(config, train: Callable, ask: Callable) -> dict:
             write_whole(run.out / "before.json", [measured.read_bytes()])
         rounds.append({"questions": counts} | trained(run, train))
         adapter = str(run.out / "adapter")
-    shutil.copytree(adapter, config.out / "adapter", dirs_exist_ok=True)
+    with writing(config.out / "adapter"):
+        shutil.copytree(adapter, config.out / "adapter", dirs_exist_ok=True)
     summary = {"rounds": rounds, "config": jsonable(config)}
     summary |= {name: rounds[i][name] for name, i in (("before", 0), ("after", -1)) if name in rounds[i]}
     write_whole(config.out / "summary.json", [json.dumps(summary, indent=1).encode()])
