@@ -28,7 +28,7 @@ def check_model(name: str) -> None:
     is_path = name.startswith((".", "/", "~", "models/")) or not re.fullmatch(HUB_ID, name)
     if is_path and not path.is_dir():
         hint = "run `make warmup` to make it" if path.name == "tiny" else "check the path"
-        raise PolicyError(f"there is no model folder {name}: {hint}, or give a hub id{suggest_path(name)}")
+        raise PolicyError(f"there is no model folder {name}: {hint}, or give a hub id, org/name{suggest_path(name)}")
     if not path.is_dir():
         return
     if not (path / "config.json").is_file():
