@@ -28,6 +28,7 @@ from upt.errors import SettingError
 from upt.groups import manifests, shards
 from upt.groups.variants import split_variants
 from upt.run import cli
+from upt.run.locking import alone
 from upt.run.settings import Typed
 
 ONLINE = "majority frequency random"
@@ -138,6 +139,7 @@ def online(config: Config) -> dict:
     return compare.sweep.main(config, parse(config.rewards or ONLINE, config.advantage), settings)
 
 
+@alone
 def main(config: Config) -> dict:
     """Compare offline where there are --rollouts, else online."""
     return offline(config) if config.rollouts else online(config)

@@ -27,6 +27,7 @@ from upt import model, prompts, stages
 from upt.errors import SettingError
 from upt.groups import manifests, shards
 from upt.run import cli, presets, progress
+from upt.run.locking import alone
 from upt.run.settings import Judge, Model, Typed
 from upt.run.stopping import stop_on_signal
 
@@ -73,13 +74,14 @@ def resolve(config: Config) -> tuple[Config, dict]:
     return config, manifests.origin(manifest, rollout.FREE)
 
 
+@alone
 def main(config: Config) -> dict[str, float]:
     """Judge a folder of shards into another; returns the summary that it prints."""
     config, origin = resolve(config)
     paths = shards.ShardReader(config.rollouts).paths
     settings = json.loads(json.dumps(asdict(config), default=str))
     settings |= {"judge_prompt_file": prompts.judge_digest(config.judge_prompt), "rollouts_manifest": origin}
-    fresh = manifests.check(config.out, settings, ignore=FREE) is None
+    fresh = manifests.check(config.out, "judge", settings, ignore=FREE) is None
     how = f"{config.judge_mode} mode, prompt {config.judge_prompt}"
     print(
         f"judging {len(paths)} shards of {config.rollouts} by {config.model}: {how}, into {config.out}", file=sys.stderr

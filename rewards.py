@@ -38,6 +38,7 @@ from upt.groups import manifests, scoring, shards, variants
 from upt.groups.variants import Positive, band
 from upt.groups.votes import counts, keys_of, majority_key, majority_share
 from upt.run import cli, metrics
+from upt.run.locking import alone
 from upt.run.settings import Typed
 
 # --- rewards by vote: group -> G floats -------------------------------------------------------------------------------
@@ -306,6 +307,7 @@ def _score_shards(config: Config, paths: list[Path], seed: int) -> Iterator[dict
         del groups  # one shard in memory: this one must be gone before the next is read
 
 
+@alone
 def main(config: Config) -> dict[str, float]:
     """Score a folder of shards into another; returns the summary that it prints."""
     config = replace(config, rollouts=shards.stage_folder(config.rollouts))
@@ -326,7 +328,7 @@ def main(config: Config) -> dict[str, float]:
     for role in ("reward", "advantage"):
         if digest := variants.source_digest(settings[role]):
             settings[f"{role}_file"] = digest  # a function of one's own may change between two runs of this stage
-    if manifests.check(config.out, settings, ignore=FREE) is None:
+    if manifests.check(config.out, "rewards", settings, ignore=FREE) is None:
         identity = {"model": source.get("model"), "adapter": source.get("adapter")}
         manifests.write(config.out, stage="rewards", config=settings, seed=seed, **identity)
     shards.link_images(config.rollouts, config.out)

@@ -42,8 +42,9 @@ from upt.files import read_json, write_whole
 from upt.groups import manifests, scoring, shards, variants
 from upt.model.folders import check_adapter
 from upt.run import cli, health, progress
+from upt.run.locking import alone
 from upt.run.metrics import Clock, Metrics
-from upt.run.resuming import STORED, claim, jsonable, prepare
+from upt.run.resuming import STORED, check_data, claim, jsonable, prepare
 from upt.run.settings import Evaluation, Judge, Reward, Rollout, Rounds, Update, at_least
 from upt.run.stopping import stop_on_signal
 
@@ -226,16 +227,20 @@ def train(
         print(f"going on after step {start} of {config.steps}")
     metrics = Metrics(config.out / "metrics.jsonl", start)
     paths = shards.list_shards(config.from_shards) if config.from_shards else None
-    step, looked = start, {}  # the latter waits where a step is left out
+    looked = {}
 
     def save(step: int) -> None:
         run.checkpoints.save_checkpoint(folder, step, policy, optimizer, schedule, clock.seconds)
         # Checkpoint s is the policy that samples step s, so the latest one is known to be healthy a step later.
-        healthy = next((row["step"] for row in metrics.rows if row["alarms"]), step)
+        healthy = min(step, health.unhealthy_from(metrics.rows))
         keep = config.keep if config.select == "last" else config.steps
         run.checkpoints.prune_checkpoints(folder, keep, config.saves, healthy)
 
+    check_finite(metrics, config)
     left = range(start, config.steps)
+    if sampled_before := [step for step in left if shards.shard_path(config.out / "rollouts", step).exists()]:
+        first, last = sampled_before[0] + 1, sampled_before[-1] + 1
+        print(f"steps {first} to {last} had been sampled: their shards are used, and the updates made again")
     with progress.bar(left, initial=start, total=config.steps, desc="training", unit="step") as bar:
         for step in bar:
             before = dict(clock.seconds)
@@ -259,6 +264,11 @@ def train(
                 progress.say(
                     f"step {step + 1}/{config.steps}: left out, none of its questions can be used", file=sys.stderr
                 )
+                model.update.advance(schedule, config.minibatches)
+                metrics.leave_out(step, {"left_out": len(left_out)} | looked)
+                looked = {}
+                if config.saves(step + 1):
+                    save(step + 1)
                 continue
             if config.algorithm == "sft":
                 groups = targets(groups, config.prompt)
@@ -267,7 +277,8 @@ def train(
             measure_kl = config.kl_coef == 0 and config.kl_every > 0 and step % config.kl_every == 0
             rate = schedule.get_last_lr()[0]
             with clock("update"):
-                stats = model.update.update(policy, optimizer, schedule, encoded, groups, config, measure_kl)
+                bad = metrics.nonfinite_in_a_row
+                stats = model.update.update(policy, optimizer, schedule, encoded, groups, config, measure_kl, bad)
             extra = {"learning_rate": rate, "left_out": len(left_out), **looked}
             looked = {}
             progress.say(
@@ -276,9 +287,17 @@ def train(
             if config.stop_on_collapse and metrics.rows[-1]["alarms"]:
                 progress.say(f"step {step + 1}: stopped by --stop-on-collapse, {' '.join(metrics.rows[-1]['alarms'])}")
                 break
-            if config.saves(step + 1):
+            if config.saves(step + 1) or metrics.nonfinite_in_a_row >= health.NONFINITE:
                 save(step + 1)
+            check_finite(metrics, config)
     return finish(policy, config, metrics.rows)
+
+
+def check_finite(metrics: Metrics, config: Config) -> None:
+    """Raise Diverged after too many updates in a row that were not finite, with the last healthy checkpoint."""
+    found = run.checkpoints.checkpoints(config.out / "checkpoints")
+    healthy = [path for path in found if run.checkpoints.step_of(path) < health.unhealthy_from(metrics.rows)]
+    health.check_finite(metrics.rows, healthy[-1] if healthy else None, config)
 
 
 def finish(policy: "Policy", config: Config, rows: list[dict]) -> dict:
@@ -362,6 +381,25 @@ def write_questions(**settings) -> dict:
     return synthesize.main(synthesize.Config(**settings))
 
 
+def fingerprints(questions, held_out, config: Config) -> dict[str, dict]:
+    """Of the data that a run works on, by what it is for."""
+    taken = {}
+    if questions is not None:
+        taken["training data"] = data.fingerprint.of_questions(questions)
+    if config.from_shards:
+        taken["shards"] = data.fingerprint.of_files(shards.list_shards(config.from_shards)[: config.steps])
+    if held_out is not None:
+        taken["held-out data"] = data.fingerprint.of_questions(held_out)
+    return taken
+
+
+def reads_gold(config: Config) -> list[str]:
+    """Those of them whose answers the run depends on."""
+    supervised = config.reward != STORED and rewards.needs_gold(config.reward)
+    return ["shards", "held-out data", *["training data"] * supervised]
+
+
+@alone
 def main(config: Config) -> dict:
     """Run the loop and return its summary. Stopped by a signal, it saves its state and raises `Stopped`."""
     config = prepare(config)
@@ -373,13 +411,15 @@ def main(config: Config) -> dict:
         where = config.eval_data or config.data
         held_out = data.load(where, config.eval_split, config.seed) if config.eval_questions else None
         check_questions(questions, held_out, config)
+        taken = fingerprints(questions, held_out, config)
+        check_data(config.out, taken, reads_gold(config))
         if questions is not None and rewards.needs_gold(config.reward):
             questions = questions.with_gold()
         followed = Followed(config.eval, config.eval_limit)
         if config.rounds:
-            return stages.rounds.evolve(config, main, write_questions)
+            return stages.rounds.evolve(config, main, write_questions, taken)
         policy = starting_policy(config)
-        claim(config)
+        claim(config, taken)
     with stop_on_signal(config.out) as check:
         summary = {"before": scored(policy, held_out, "before", config, clock, check)} if held_out else {}
         summary["end"] = train(policy, questions, followed, config, clock, check)

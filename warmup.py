@@ -32,6 +32,7 @@ from upt.data import shapes
 from upt.errors import SettingError
 from upt.files import write_whole
 from upt.run import cli, presets
+from upt.run.locking import alone
 from upt.run.settings import Rollout, Typed
 from upt.warmup.demonstrations import MODES, STYLES, demonstrate, demonstrate_mixed, poor_candidate
 
@@ -68,6 +69,7 @@ class Config(Typed):
     """samples for each of them"""
 
 
+@alone
 def main(config: Config) -> dict:
     """Train, write the snapshot and its scores; returns the scores by phase."""
     lessons, muon, tiny = warmup.lessons, warmup.muon, warmup.tiny

@@ -28,6 +28,14 @@ class ShardError(UserError):
     """A record, shard, picture or manifest can't be trusted, or belongs to other settings."""
 
 
+class FolderInUse(UserError):
+    """Another process is writing to a folder."""
+
+
+class Diverged(UserError):
+    """Loss or gradient of a run are not finite any more, update after update; its state has been saved."""
+
+
 class RunsFailed(RuntimeError):
     """Some of the runs of a comparison failed; their logs have been shown."""
 
