@@ -135,7 +135,8 @@ def test_files_of_a_run_that_are_damaged(tiny, tmp_path):
     for name, said in (
         ("before.json", "before.json: not JSON"),
         ("metrics.jsonl", "a line is no record of a step"),
-        ("checkpoints/step-000001/state.pt", "its state cannot be read"),
+        ("checkpoints/step-000001/state.json", "its state cannot be read"),
+        ("checkpoints/step-000001/optimizer.safetensors", "its state cannot be read"),
         ("manifest.json", "manifest.json: no usable 'stage' in it"),
     ):
         shutil.copytree(tmp_path / "run", tmp_path / name)

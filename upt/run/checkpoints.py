@@ -82,9 +82,8 @@ def load_checkpoint(path: Path, optimizer, schedule) -> tuple[int, dict[str, flo
     """
     if not (path / "state.json").exists() and (path / "state.pt").exists():
         raise ShardError(
-            f"{path}/state.pt is a pickle, which earlier versions wrote and which is not opened, since it can run code: "
-            f"check out the code that wrote it to go on, or train its adapter further, --init-adapter {path}/adapter "
-            "--out ANOTHER"
+            f"{path}/state.pt, of an earlier version, is a pickle, which can run code and is not opened: check out the "
+            f"code that wrote it to go on, or train its adapter further, --init-adapter {path}/adapter --out ANOTHER"
         )
     try:
         state = json.loads((path / "state.json").read_text("utf-8"))

@@ -126,15 +126,11 @@ def check_finite(rows: Sequence[dict], healthy: Path | None, config) -> None:
     count = rows[-1].get("nonfinite_in_a_row", 0) if rows else 0
     if count < NONFINITE:
         return
-    start = (
-        "start again"
-        if healthy is None
-        else f"go on from the last healthy checkpoint, --init-adapter {healthy}/adapter"
-    )
+    again = f"go on from its last healthy checkpoint, --init-adapter {healthy}/adapter" if healthy else "start again"
     raise Diverged(
-        f"the run in {config.out} has stopped at step {rows[-1]['step'] + 1} of {config.steps}: the last {count} updates "
-        f"had a loss or gradient that is not finite, and were not made; {start}, with a lower --learning-rate (now "
-        f"{config.learning_rate}) or --dtype fp32 (now {config.dtype}), into another --out"
+        f"the run in {config.out} has stopped at step {rows[-1]['step'] + 1} of {config.steps}: the last {count} "
+        f"updates had a loss or gradient that is not finite, and were not made; {again}, with a lower --learning-rate "
+        f"(now {config.learning_rate}) or --dtype fp32 (now {config.dtype}), into another --out"
     )
 
 
