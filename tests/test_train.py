@@ -470,17 +470,16 @@ def test_updates_that_stay_non_finite_end_the_run(tiny, tmp_path, monkeypatch, c
         return (loss * float("nan") if len(made) in (2, *range(6, 99)) else loss), stats
 
     monkeypatch.setattr(update, "grpo_loss", broken)
-    out, settings = tmp_path / "r", dict(steps=9, save_every=1, keep=1, minibatches=2, group_size=2, max_new_tokens=4)
-    with pytest.raises(
-        Diverged, match="has stopped at step 5 of 9: the last 5 updates .* --init-adapter .*step-000002"
-    ):
+    monkeypatch.setitem(rewards.REWARDS, "even", lambda group: [0.0, 1.0] * 2)  # a signal in every update
+    out, settings = tmp_path / "r", dict(steps=9, save_every=1, keep=1, minibatches=2, reward="even", max_new_tokens=4)
+    with pytest.raises(Diverged, match="stopped at step 5 of 9: the last 5 updates .* --init-adapter .*step-000001/"):
         run(tiny, out, **settings)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["nonfinite"] for row in rows] == [1, 0, 1, 2, 2]
     assert [row["nonfinite_in_a_row"] for row in rows] == [1, 0, 1, 3, 5]
     assert [row["alarms"] for row in rows] == [["nonfinite"], [], ["nonfinite"], ["nonfinite"], ["nonfinite"]]
     found = {path.name for path in (out / "checkpoints").iterdir()}
-    assert found == {"step-000002", "step-000005"}  # the last healthy one, whatever --keep, and where it stopped
+    assert found == {"step-000001", "step-000005"}  # the last healthy one, whatever --keep, and where it stopped
     assert all(value.isfinite().all() for value in adapter(out / "checkpoints" / "step-000005").values())
     # The same command again says the same, and neither samples nor trains.
     calls = len(made)
