@@ -317,9 +317,14 @@ def test_code_in_a_file_is_executed_only_where_it_is_named(tiny, tmp_path, monke
     # As a stranger's folder would: nothing of it has been imported in this process.
     variants._execute.cache_clear()
     (tmp_path / "log").unlink()
-    with pytest.raises(SettingError, match=f"the reward of the run .* is code in a file, {spec}; repeat it"):
+    with pytest.raises(SettingError, match=f"its reward is code in a file, {spec}, which .* repeat it"):
         main(Config(out=out, resume=True))
     assert not (tmp_path / "log").exists()
+    rewards.main(rewards.Config(rollouts=out / "rollouts", out=tmp_path / "scored", reward=spec))
+    with pytest.raises(SettingError, match=f"scored: its reward is code in a file, {spec}"):
+        main(
+            Config(from_shards=tmp_path / "scored", out=tmp_path / "s", **SMALL | {"reward": None, "advantage": "mean"})
+        )
     assert main(Config(out=out, resume=True, reward=spec))["end"]["steps"] == 1
 
 

@@ -91,12 +91,18 @@ def resumed(config):
             f"{getattr(config, other[0])!r}; leave --{other[0].replace('_', '-')} out, or use another --out"
         )
     for role in ("reward", "advantage"):
-        if (spec := known.get(role)) and variants.is_from_file(spec) and role not in given:
-            raise SettingError(
-                f"--resume: the {role} of the run in {config.out} is code in a file, {spec}; repeat it, --{role} "
-                f"{spec!r}, if you want that to be executed"
-            )
+        if role not in given:
+            refuse_code(role, known.get(role), config.out)
     return replace(config, **{name: value for name, value in known.items() if name not in given & {*FREE}})
+
+
+def refuse_code(role: str, spec: str | None, folder: Path) -> None:
+    """Raise SettingError for a variant that a folder's manifest names and that is code in a file, whoever wrote it."""
+    if spec and variants.is_from_file(spec):
+        raise SettingError(
+            f"{folder}: its {role} is code in a file, {spec}, which is executed only where it is asked for: repeat it, "
+            f"--{role} {spec!r}"
+        )
 
 
 def claim(config, taken: dict[str, dict]) -> None:
@@ -169,8 +175,10 @@ def adopt(config) -> None:
         print(f"{config.from_shards} holds {count} shards: {count} steps")
         config.steps = count
     if manifest["stage"] == "rewards" and config.reward is None:
-        config.reward = STORED if config.advantage is None else manifest["config"]["reward"]
+        config.reward = STORED
         if config.advantage is not None:
+            config.reward = manifest["config"]["reward"]
+            refuse_code("reward", config.reward, config.from_shards)
             for name in ("min_share", "max_share"):
                 if name not in variants.band(config):
                     setattr(config, name, manifest["config"].get(name, getattr(config, name)))
