@@ -382,21 +382,17 @@ def write_questions(**settings) -> dict:
 
 
 def fingerprints(questions, held_out, config: Config) -> dict[str, dict]:
-    """Of the data that a run works on, by what it is for."""
-    taken = {}
+    """Those of the data that a run works on. Raises DataError if they are not those of the run in its folder."""
+    taken, graded = {}, ["shards", "held-out data"]
     if questions is not None:
         taken["training data"] = data.fingerprint.of_questions(questions)
-    if config.from_shards:
+        graded += ["training data"] * rewards.needs_gold(config.reward)
+    else:
         taken["shards"] = data.fingerprint.of_files(shards.list_shards(config.from_shards)[: config.steps])
     if held_out is not None:
         taken["held-out data"] = data.fingerprint.of_questions(held_out)
+    check_data(config.out, taken, graded)
     return taken
-
-
-def reads_gold(config: Config) -> list[str]:
-    """Those of them whose answers the run depends on."""
-    supervised = config.reward != STORED and rewards.needs_gold(config.reward)
-    return ["shards", "held-out data", *["training data"] * supervised]
 
 
 @alone
@@ -412,7 +408,6 @@ def main(config: Config) -> dict:
         held_out = data.load(where, config.eval_split, config.seed) if config.eval_questions else None
         check_questions(questions, held_out, config)
         taken = fingerprints(questions, held_out, config)
-        check_data(config.out, taken, reads_gold(config))
         if questions is not None and rewards.needs_gold(config.reward):
             questions = questions.with_gold()
         followed = Followed(config.eval, config.eval_limit)

@@ -364,7 +364,7 @@ def test_a_run_that_made_no_step_says_that_it_can_go_and_loses_nothing(tiny, tmp
     def config(seed: int) -> train_upt.Config:
         return train_upt.Config(model=tiny, steps=1, out=tmp_path / "run", seed=seed, **small)
 
-    train_upt.claim(train_upt.prepare(config(1)))  # as far as a run got that failed at its first step
+    train_upt.claim(train_upt.prepare(config(1)), {})  # as far as a run got that failed at its first step
     manifest = (tmp_path / "run/manifest.json").read_bytes()
     with pytest.raises(UserError, match=rf"seed: 1 there, 2 now.*has not made a step.*rm -r {tmp_path}/run"):
         train_upt.main(config(2))
