@@ -25,11 +25,11 @@ from pathlib import Path
 import rewards
 from upt import compare, model
 from upt.errors import SettingError
-from upt.files import check_folder
 from upt.groups import manifests, shards
 from upt.groups.variants import split_variants
 from upt.ranges import Count, Name, Share
 from upt.run import cli
+from upt.run.locking import alone
 from upt.run.typed import Typed
 
 ONLINE = "majority frequency random"
@@ -140,10 +140,10 @@ def online(config: Config) -> dict:
     return compare.sweep.main(config, parse(config.rewards or ONLINE, config.advantage), settings)
 
 
+@alone
 def main(config: Config) -> dict:
     """Compare offline where there are --rollouts, else online."""
     config = replace(config)
-    check_folder(config.out)
     return offline(config) if config.rollouts else online(config)
 
 

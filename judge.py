@@ -25,10 +25,10 @@ from pathlib import Path
 import rollout
 from upt import model, prompts, stages
 from upt.errors import SettingError
-from upt.files import check_folder
 from upt.groups import manifests, shards
 from upt.ranges import Name, Seed
 from upt.run import cli, presets, progress
+from upt.run.locking import alone
 from upt.run.settings import Judge, Model
 from upt.run.stopping import stop_on_signal
 from upt.run.typed import Typed
@@ -57,7 +57,6 @@ class Config(Judge, Model, Typed):
 def resolve(config: Config) -> tuple[Config, dict]:
     """The settings in full, what was left open taken from the rollouts' manifest, and where the shards come from."""
     config = replace(config)
-    check_folder(config.out)
     config.rollouts = shards.stage_folder(config.rollouts)
     if config.out.resolve() == config.rollouts.resolve():
         raise SettingError(f"--out is --rollouts ({config.out}); judged shards need a folder of their own")
@@ -79,13 +78,14 @@ def resolve(config: Config) -> tuple[Config, dict]:
     return config, manifests.origin(manifest, rollout.FREE)
 
 
+@alone
 def main(config: Config) -> dict[str, float]:
     """Judge a folder of shards into another; returns the summary that it prints."""
     config, origin = resolve(config)
     paths = shards.ShardReader(config.rollouts).paths
     settings = json.loads(json.dumps(asdict(config), default=str))
     settings |= {"judge_prompt_file": prompts.judge_digest(config.judge_prompt), "rollouts_manifest": origin}
-    fresh = manifests.check(config.out, settings, ignore=FREE) is None
+    fresh = manifests.check(config.out, "judge", settings, ignore=FREE) is None
     how = f"{config.judge_mode} mode, prompt {config.judge_prompt}"
     print(
         f"judging {len(paths)} shards of {config.rollouts} by {config.model}: {how}, into {config.out}", file=sys.stderr

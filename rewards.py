@@ -34,12 +34,12 @@ import upt  # noqa: F401 - first, so that `kernels` is ours (upt/kernel_names.py
 from kernels.advantage import ADVANTAGES, mean_of
 from upt import answers
 from upt.errors import DataError, SettingError, ShardError
-from upt.files import check_folder
 from upt.groups import manifests, scoring, shards, variants
 from upt.groups.variants import band
 from upt.groups.votes import counts, keys_of, majority_key, majority_share
 from upt.ranges import Amount, Name, Positive, Seed, Share
 from upt.run import cli, metrics
+from upt.run.locking import alone
 from upt.run.typed import Typed
 
 # --- rewards by vote: group -> G floats -------------------------------------------------------------------------------
@@ -309,10 +309,10 @@ def _score_shards(config: Config, paths: list[Path], seed: int) -> Iterator[dict
         del groups  # one shard in memory: this one must be gone before the next is read
 
 
+@alone
 def main(config: Config) -> dict[str, float]:
     """Score a folder of shards into another; returns the summary that it prints."""
     config = replace(config, rollouts=shards.stage_folder(config.rollouts))
-    check_folder(config.out)
     if config.out.resolve() == config.rollouts.resolve():
         raise SettingError(f"--out is --rollouts ({config.out}); scored shards need a folder of their own")
     # A misspelt name fails before anything is written.
@@ -330,7 +330,7 @@ def main(config: Config) -> dict[str, float]:
     for role in ("reward", "advantage"):
         if digest := variants.source_digest(settings[role]):
             settings[f"{role}_file"] = digest  # a function of one's own may change between two runs of this stage
-    if manifests.check(config.out, settings, ignore=FREE) is None:
+    if manifests.check(config.out, "rewards", settings, ignore=FREE) is None:
         identity = {"model": source.get("model"), "adapter": source.get("adapter")}
         manifests.write(config.out, stage="rewards", config=settings, seed=seed, **identity)
     shards.link_images(config.rollouts, config.out)

@@ -44,8 +44,9 @@ from upt.model.folders import check_adapter
 from upt.model.origin import check_base, origin_of
 from upt.ranges import Amount, Count, Name
 from upt.run import cli, health, progress
+from upt.run.locking import alone
 from upt.run.metrics import Clock, Metrics
-from upt.run.resuming import STORED, claim, jsonable, prepare
+from upt.run.resuming import STORED, check_data, claim, jsonable, prepare
 from upt.run.settings import Evaluation, Judge, Reward, Rollout, Rounds, Update
 from upt.run.stopping import stop_on_signal
 
@@ -227,17 +228,21 @@ def train(
         print(f"going on after step {start} of {config.steps}")
     metrics = Metrics(config.out / "metrics.jsonl", start)
     paths = shards.list_shards(config.from_shards) if config.from_shards else None
-    step, looked = start, {}  # the latter waits where a step is left out
+    looked = {}
 
     def save(step: int) -> None:
         with writing(folder / f"step-{step:06d}"):
             run.checkpoints.save_checkpoint(folder, step, policy, optimizer, schedule, clock.seconds)
         # Checkpoint s is the policy that samples step s, so the latest one is known to be healthy a step later.
-        healthy = next((row["step"] for row in metrics.rows if row["alarms"]), step)
+        healthy = min(step, health.unhealthy_from(metrics.rows))
         keep = config.keep if config.select == "last" else config.steps
         run.checkpoints.prune_checkpoints(folder, keep, config.saves, healthy)
 
+    check_finite(metrics, config)
     left = range(start, config.steps)
+    if sampled_before := [step for step in left if shards.shard_path(config.out / "rollouts", step).exists()]:
+        first, last = sampled_before[0] + 1, sampled_before[-1] + 1
+        print(f"steps {first} to {last} had been sampled: their shards are used, and the updates made again")
     with progress.bar(left, initial=start, total=config.steps, desc="training", unit="step") as bar:
         for step in bar:
             before = dict(clock.seconds)
@@ -261,6 +266,11 @@ def train(
                 progress.say(
                     f"step {step + 1}/{config.steps}: left out, none of its questions can be used", file=sys.stderr
                 )
+                model.update.advance(schedule, config.minibatches)
+                metrics.leave_out(step, {"left_out": len(left_out)} | looked)
+                looked = {}
+                if config.saves(step + 1):
+                    save(step + 1)
                 continue
             if config.algorithm == "sft":
                 groups = targets(groups, config.prompt)
@@ -269,7 +279,8 @@ def train(
             measure_kl = config.kl_coef == 0 and config.kl_every > 0 and step % config.kl_every == 0
             rate = schedule.get_last_lr()[0]
             with clock("update"):
-                stats = model.update.update(policy, optimizer, schedule, encoded, groups, config, measure_kl)
+                bad = metrics.nonfinite_in_a_row
+                stats = model.update.update(policy, optimizer, schedule, encoded, groups, config, measure_kl, bad)
             extra = {"learning_rate": rate, "left_out": len(left_out), **looked}
             looked = {}
             progress.say(
@@ -278,9 +289,17 @@ def train(
             if config.stop_on_collapse and metrics.rows[-1]["alarms"]:
                 progress.say(f"step {step + 1}: stopped by --stop-on-collapse, {' '.join(metrics.rows[-1]['alarms'])}")
                 break
-            if config.saves(step + 1):
+            if config.saves(step + 1) or metrics.nonfinite_in_a_row >= health.NONFINITE:
                 save(step + 1)
+            check_finite(metrics, config)
     return finish(policy, config, metrics.rows)
+
+
+def check_finite(metrics: Metrics, config: Config) -> None:
+    """Raise Diverged after too many updates in a row that were not finite, with the last healthy checkpoint."""
+    found = run.checkpoints.checkpoints(config.out / "checkpoints")
+    healthy = [path for path in found if run.checkpoints.step_of(path) < health.unhealthy_from(metrics.rows)]
+    health.check_finite(metrics.rows, healthy[-1] if healthy else None, config)
 
 
 def finish(policy: "Policy", config: Config, rows: list[dict]) -> dict:
@@ -364,6 +383,21 @@ def write_questions(**settings) -> dict:
     return synthesize.main(synthesize.Config(**settings))
 
 
+def fingerprints(questions, held_out, config: Config) -> dict[str, dict]:
+    """Those of the data that a run works on. Raises DataError if they are not those of the run in its folder."""
+    taken, graded = {}, ["shards", "held-out data"]
+    if questions is not None:
+        taken["training data"] = data.fingerprint.of_questions(questions)
+        graded += ["training data"] * rewards.needs_gold(config.reward)
+    else:
+        taken["shards"] = data.fingerprint.of_files(shards.list_shards(config.from_shards)[: config.steps])
+    if held_out is not None:
+        taken["held-out data"] = data.fingerprint.of_questions(held_out)
+    check_data(config.out, taken, graded)
+    return taken
+
+
+@alone
 def main(config: Config) -> dict:
     """Run the loop and return its summary. Stopped by a signal, it saves its state and raises `Stopped`."""
     config = prepare(config)
@@ -375,13 +409,14 @@ def main(config: Config) -> dict:
         where = config.eval_data or config.data
         held_out = data.load(where, config.eval_split, config.seed) if config.eval_questions else None
         check_questions(questions, held_out, config)
+        taken = fingerprints(questions, held_out, config)
         if questions is not None and rewards.needs_gold(config.reward):
             questions = questions.with_gold()
         followed = Followed(config.eval, config.eval_limit)
         if config.rounds:
-            return stages.rounds.evolve(config, main, write_questions)
+            return stages.rounds.evolve(config, main, write_questions, taken)
         policy = starting_policy(config)
-        claim(config)
+        claim(config, taken)
     with stop_on_signal(config.out) as check:
         summary = {"before": scored(policy, held_out, "before", config, clock, check)} if held_out else {}
         summary["end"] = train(policy, questions, followed, config, clock, check)

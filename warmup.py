@@ -30,9 +30,10 @@ from eval import heldout
 from upt import data, model, prompts, warmup
 from upt.data import shapes
 from upt.errors import SettingError
-from upt.files import check_folder, write_whole
+from upt.files import write_whole
 from upt.ranges import Count, Number, Rate, Seed, Share
 from upt.run import cli, presets
+from upt.run.locking import alone
 from upt.run.settings import Rollout
 from upt.run.typed import Typed
 from upt.warmup.demonstrations import MODES, STYLES, demonstrate, demonstrate_mixed, poor_candidate
@@ -70,12 +71,12 @@ class Config(Typed):
     """samples for each of them"""
 
 
+@alone
 def main(config: Config) -> dict:
     """Train, write the snapshot and its scores; returns the scores by phase."""
     config = replace(config)
     if config.clean_steps + config.mixed_steps == 0:
         raise SettingError("--clean-steps 0 and --mixed-steps 0 teach nothing: give one of them some updates")
-    check_folder(config.out)
     lessons, muon, tiny = warmup.lessons, warmup.muon, warmup.tiny
     started = time.perf_counter()
     updates = f"{config.clean_steps} + {config.mixed_steps} updates, some minutes"

@@ -356,7 +356,8 @@ def check_runs(folders: Sequence[Path]) -> None:
 
 def curves(folder: Path) -> tuple[list[dict], dict]:
     """The metrics of a run's steps, and its summary."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["groups"]]  # of steps that were not left out
     return rows, json.loads((folder / "summary.json").read_text())
 
 

@@ -67,11 +67,9 @@ class Config(Rollout):
             trained.take(self, settings, names | {"split": "eval_split"})
         self.split = "test" if self.split is None else self.split
         self.eval_samples = 8 if self.eval_samples is None else self.eval_samples
-        return super().resolve()
-
-    def check_out(self) -> None:
         if self.out is not None:
             check_file(self.out)
+        return super().resolve()
 
 
 def interval(values, seed: int = 0, resamples: int = 2000) -> dict[str, float]:

@@ -32,6 +32,7 @@ from upt.groups import manifests
 from upt.groups.stats import markdown
 from upt.ranges import Count, Name, Temperature
 from upt.run import cli, presets, progress, trained
+from upt.run.locking import alone, holding
 from upt.run.settings import Rollout, hidden
 
 if TYPE_CHECKING:
@@ -262,7 +263,7 @@ def prepare(name: str, source: str, config: Config, out: Path) -> Job:
     job = Job(name, folder, questions, out, {key: v for key, v in known.items() if key not in unused} | digests)
     if (out / "responses.jsonl").exists() and not (out / "manifest.json").exists():
         raise ShardError(f"{out} has responses of unknown settings (no manifest.json there); use another --out")
-    manifests.check(out, job.settings, ignore=FREE)
+    manifests.check(out, "eval", job.settings, ignore=FREE)
     return job
 
 
@@ -300,6 +301,7 @@ def status(summary: dict) -> str:
     return ", ".join(parts)
 
 
+@alone
 def main(config: Config) -> dict:
     """Run, score and print; returns the object of the last line: that of eval.score or, of all, one by name."""
     config = replace(config).resolve()
@@ -329,7 +331,8 @@ def main(config: Config) -> dict:
     try:
         for job in jobs:
             try:
-                summaries[job.name] = evaluate(policy, job, config)
+                with holding(*[job.out] if every else []):  # of a single one it is --out itself
+                    summaries[job.name] = evaluate(policy, job, config)
             except ValueError as error:  # such as that all pictures are broken
                 if not every:
                     raise

@@ -139,7 +139,8 @@ def test_files_of_a_run_that_are_damaged(tiny, tmp_path):
     for name, said in (
         ("before.json", "before.json: not JSON"),
         ("metrics.jsonl", "a line is no record of a step"),
-        ("checkpoints/step-000001/state.pt", "its state cannot be read"),
+        ("checkpoints/step-000001/state.json", "its state cannot be read"),
+        ("checkpoints/step-000001/optimizer.safetensors", "its state cannot be read"),
         ("manifest.json", "manifest.json: no usable 'stage' in it"),
     ):
         shutil.copytree(tmp_path / "run", tmp_path / name)
@@ -371,7 +372,7 @@ def test_a_run_that_made_no_step_says_that_it_can_go_and_loses_nothing(tiny, tmp
     def config(seed: int) -> train_upt.Config:
         return train_upt.Config(model=tiny, steps=1, out=tmp_path / "run", seed=seed, **small)
 
-    train_upt.claim(train_upt.prepare(config(1)))  # as far as a run got that failed at its first step
+    train_upt.claim(train_upt.prepare(config(1)), {})  # as far as a run got that failed at its first step
     manifest = (tmp_path / "run/manifest.json").read_bytes()
     with pytest.raises(UserError, match=rf"seed: 1 there, 2 now.*has not made a step.*rm -r {tmp_path}/run"):
         train_upt.main(config(2))

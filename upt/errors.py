@@ -35,6 +35,14 @@ class StorageError(UserError):
     """A file or folder can't be written: no room, no permission, something else in its place."""
 
 
+class FolderInUse(UserError):
+    """Another process is writing to a folder."""
+
+
+class Diverged(UserError):
+    """Loss or gradient of a run are not finite any more, update after update; its state has been saved."""
+
+
 class RunsFailed(RuntimeError):
     """Some of the runs of a comparison failed; their logs have been shown."""
 

@@ -6,7 +6,7 @@ from upt.errors import DataError
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules={"names", "questions", "rows", "sources", "mixture", "shapes"},
+    submodules={"fingerprint", "names", "questions", "rows", "sources", "mixture", "shapes"},
     submod_attrs={
         "names": ["ALIASES", "is_mixture", "parts"],
         "questions": ["Question", "Questions", "BadRow"],

@@ -38,7 +38,9 @@ def load(name_or_path: str | Path, split: str = "train", seed: int = 0, limit: i
         name = named[0][0]
     if name == SHAPES:
         made = shapes.questions(split, seed, limit)
-        return Questions(name, split, list(made.uids), made.__getitem__, True, f"seed {seed}", len(made.uids))
+        drawn = Questions(name, split, list(made.uids), made.__getitem__, True, f"seed {seed}", len(made.uids))
+        drawn.stored = made.stored
+        return drawn
     return sources.load_set(name, split, limit)
 
 
@@ -61,6 +63,7 @@ def mix(sets: list[tuple[Questions, float | None]]) -> Questions:
     note = " + ".join(f"{len(q)} of {q.name}" + (f" ({q.note})" if q.note else "") for q in every)
     name, has_gold = ",".join(q.name for q in every), any(q.has_gold for q in every)
     mixed = Questions(name, every[0].split, uids, read, has_gold, note, sum(q.pictures for q in every))
+    mixed.stored = lambda: (row for q in every for row in q.stored())
     if sets[0][1] is not None:
         mixed.weights = [(len(questions), weight) for questions, weight in sets]
     return mixed

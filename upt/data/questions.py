@@ -43,6 +43,7 @@ class Questions:
         self.pictures = pictures
         self.bad: dict[str, str] = {}  # uid → reason, of the rows met so far
         self.weights: list[tuple[int, float]] | None = None  # (rows, weight) of sets that are drawn by weight
+        self.stored: Callable[[], Iterator[dict]] | None = None  # the rows as they lie there (fingerprint.py)
         self._read, self._blind, self._labelled = read, False, False
 
     def __len__(self) -> int:

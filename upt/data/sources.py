@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from huggingface_hub import snapshot_download
 
+from upt.data.fingerprint import rows_of
 from upt.data.names import ALIASES, NAMED, SHAPES, SPLITS
 from upt.data.questions import Question, Questions
 from upt.data.rows import ANSWER, BROKEN, CHOICES, FOLDER, IMAGE, QUESTION, UID, first_line, gold_of, pick, question_of
@@ -58,6 +59,7 @@ def load_set(name: str, split: str, limit: int | None) -> Questions:
     pictured = _pictured(table)
     pictures = sum(pictured[i] for i in chosen)
     questions = Questions(label, split, [uids[i] for i in chosen], read, has_gold, note, pictures)
+    questions.stored = lambda: rows_of(table, chosen, folder)
     if next(iter(questions), None) is None:
         kinds = Counter(reason.split(":")[0] for reason in questions.bad.values()).most_common()
         counts = ", ".join(f"{count} × {kind}" for kind, count in kinds) or "two rows are needed to hold one out"

@@ -61,6 +61,11 @@ def parse_variant(spec: str) -> tuple[str, dict]:
     return match[1].strip(), settings
 
 
+def is_from_file(spec: str) -> bool:
+    """Whether a variant is a function in a file of the user's."""
+    return ":" in parse_variant(spec)[0]
+
+
 def split_variants(text: str) -> list[str]:
     """ "majority,judged(lam_pos=.4,t_h=.9) random" -> ["majority", "judged(lam_pos=.4,t_h=.9)", "random"].
 

@@ -35,7 +35,7 @@ from upt.model.families import FAMILIES, Family, Features
 from upt.model.folders import check_adapter, check_model
 from upt.model.opening import calm, check_fit, load_weights, loading, open_adapter
 from upt.model.origin import BASE, check_base, origin_of
-from upt.model.packing import Prompt, Row, layout, packed_mask
+from upt.model.packing import Prompt, Row, layout, packed_mask, predicting
 
 PIXEL_VALUES_AT_ONCE = 2**25  # preprocessed pixel values given to the vision tower at once: 128 MiB in float32
 
@@ -301,7 +301,7 @@ class Policy:
         """
         ids, positions, segment, sources, targets = (part.to(self.device) for part in layout(batch))
         hidden = self.hidden(ids, positions, packed_mask(segment), [row.prompt for row in batch])
-        chosen = hidden.flatten(0, 1)[sources]  # (N, D)
+        chosen = predicting(hidden, batch)[sources]  # (N, D)
         return linear_logprob(chosen, self.base.lm_head.weight, targets, temperature)
 
 

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "checkpoints",
         "cli",
         "health",
+        "locking",
         "metrics",
         "presets",
         "progress",

@@ -59,7 +59,18 @@ class Metrics:
             fix = "mend the line, or move the file away: the log then begins where the run goes on"
             raise ShardError(f"{path}: a line is no record of a step ({in_words(error)}); {fix}") from error
         write_whole(path, [f"{json.dumps(row)}\n".encode() for row in self.rows])
-        self.watch = health.Watch(self.rows)
+        self.watch = health.Watch([row for row in self.rows if row.get("groups")])
+
+    @property
+    def nonfinite_in_a_row(self) -> int:
+        """How many updates were not finite, one after the other, up to now."""
+        return self.rows[-1].get("nonfinite_in_a_row", 0) if self.rows else 0
+
+    def leave_out(self, step: int, extra: dict) -> None:
+        """Append the line of a step none of whose questions could be used: it has no group."""
+        self._append(
+            {"step": step, "groups": 0, "nonfinite_in_a_row": self.nonfinite_in_a_row} | extra | {"alarms": []}
+        )
 
     def write(self, step: int, groups: list[dict], update: dict, seconds: dict, extra: dict) -> str:
         """Append the metrics of a step and return its status line."""
@@ -84,10 +95,13 @@ class Metrics:
             row["accuracy"] = accuracy(groups)
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         row["alarms"] = self.watch.add(row)
+        self._append(row)
+        return status(row)
+
+    def _append(self, row: dict) -> None:
         self.rows.append(row)
         with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
-        return status(row)
 
 
 def judged(responses: list[dict]) -> dict[str, float]:
@@ -134,8 +148,8 @@ def status(row: dict) -> str:
     for name, (before, what, after) in REMARKS.items():
         if count := row.get(name):
             parts.append(f"{before} {count} {what}{'s' * (count != 1)}{after}")
-    if row["alarms"]:
-        parts.append(f"COLLAPSE? {' '.join(row['alarms'])}")
+    if alarms := [name for name in row["alarms"] if name != "nonfinite"]:  # which NONFINITE stands for
+        parts.append(f"COLLAPSE? {' '.join(alarms)}")
     return ", ".join(parts)
 
 

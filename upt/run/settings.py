@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 from upt import prompts
 from upt.data import names
 from upt.errors import SettingError, suggest
-from upt.files import check_folder
 from upt.groups import filters
 from upt.model import TARGETS
 from upt.model.folders import check_adapter, check_model, check_pixels
@@ -31,7 +30,8 @@ class Data:
     """Where the questions come from."""
 
     data: Name | None = None
-    """shapes (the default), geoqa, geometry3k, mmr1, a hub id, a local folder or JSONL file; several: a,b or a:3,b:1"""
+    """shapes (the default), geoqa, geometry3k, mmr1, a hub id, a folder or file (parquet, JSON(L), CSV: docs/data.md);
+    several: a,b or a:3,b:1"""
     split: Name = "train"
     """split of the data to sample from"""
     limit: Count | None = None
@@ -114,10 +114,6 @@ class Run:
     round: Number = hidden(0)
     """round of a self-evolving run (stages/rounds.py)"""
 
-    def check_out(self) -> None:
-        """Raise StorageError if `out` cannot be written."""
-        check_folder(self.out)
-
 
 @dataclass
 class Rollout(Run, Sampling, Model, Data, Typed):
@@ -129,7 +125,6 @@ class Rollout(Run, Sampling, Model, Data, Typed):
         self.check()
         prompts.template(self.prompt)
         self.check_loading()
-        self.check_out()
         return self
 
     def turn(self, step: int) -> int:

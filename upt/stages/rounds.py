@@ -30,8 +30,9 @@ from upt.run.resuming import claim, jsonable
 from upt.run.settings import Asking, Rollout
 
 
-def evolve(config, train: Callable, ask: Callable) -> dict:
+def evolve(config, train: Callable, ask: Callable, taken: dict[str, dict]) -> dict:
     """All rounds; returns the summary. `config` is a resolved train_upt.Config, `train(config)` makes a run of one.
+    `taken` are the fingerprints of its data.
 
     `ask(**settings)` writes a data set of questions; the settings are those of synthesize.Config.
 
@@ -41,7 +42,7 @@ def evolve(config, train: Callable, ask: Callable) -> dict:
         size = len(data.load(config.data, config.split, config.seed, config.limit))
         data.quotas(config.questions_per_step, [(size, 1 - config.own_share), (sys.maxsize, config.own_share)])
     model_config(config.model)  # raises PolicyError for a model that is not there
-    claim(config)
+    claim(config, taken)
     keep_rounds(config)
     rounds, adapter = [], config.init_adapter
     for number in range(1, config.rounds + 1):
