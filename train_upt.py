@@ -46,7 +46,7 @@ from upt.ranges import Amount, Count, Name
 from upt.run import cli, health, progress
 from upt.run.locking import alone
 from upt.run.metrics import Clock, Metrics
-from upt.run.resuming import STORED, check_data, claim, jsonable, prepare
+from upt.run.resuming import STORED, claim, fingerprints, jsonable, prepare
 from upt.run.settings import Evaluation, Judge, Reward, Rollout, Rounds, Update
 from upt.run.stopping import stop_on_signal
 
@@ -211,7 +211,7 @@ def targets(groups: list[dict], style: str) -> list[dict]:
 def train(
     policy: "Policy", questions: "data.Questions | None", followed: Followed, config: Config, clock: Clock, check
 ) -> dict:
-    """All steps of the loop, from the latest checkpoint if there is one; how it ended (see `finish`).
+    """All steps of the loop, from the latest checkpoint if there is one; how it ended (see upt/run/ending.py).
 
     Raises `Stopped` after saving its state.
     """
@@ -238,7 +238,7 @@ def train(
         keep = config.keep if config.select == "last" else config.steps
         run.checkpoints.prune_checkpoints(folder, keep, config.saves, healthy)
 
-    check_finite(metrics, config)
+    run.ending.check_finite(config, metrics.rows)
     left = range(start, config.steps)
     if sampled_before := [step for step in left if shards.shard_path(config.out / "rollouts", step).exists()]:
         first, last = sampled_before[0] + 1, sampled_before[-1] + 1
@@ -291,36 +291,8 @@ def train(
                 break
             if config.saves(step + 1) or metrics.nonfinite_in_a_row >= health.NONFINITE:
                 save(step + 1)
-            check_finite(metrics, config)
-    return finish(policy, config, metrics.rows)
-
-
-def check_finite(metrics: Metrics, config: Config) -> None:
-    """Raise Diverged after too many updates in a row that were not finite, with the last healthy checkpoint."""
-    found = run.checkpoints.checkpoints(config.out / "checkpoints")
-    healthy = [path for path in found if run.checkpoints.step_of(path) < health.unhealthy_from(metrics.rows)]
-    health.check_finite(metrics.rows, healthy[-1] if healthy else None, config)
-
-
-def finish(policy: "Policy", config: Config, rows: list[dict]) -> dict:
-    """Write the adapter that the run ends with and put it on the policy; which one it is and the run's alarms."""
-    alarms = {row["step"]: row["alarms"] for row in rows if row["alarms"]}
-    folders = {run.checkpoints.step_of(path): path for path in run.checkpoints.checkpoints(config.out / "checkpoints")}
-    folders = {step: path for step, path in folders.items() if config.saves(step)}
-    chosen = made = rows[-1]["step"] + 1 if rows else 0
-    if config.select == "label-free" and folders:
-        chosen = health.best_checkpoint(rows, sorted(folders))
-    elif config.stop_on_collapse and alarms:
-        healthy = [step for step in folders if step < min(alarms)]
-        chosen = max(healthy, default=made)
-        if not healthy:
-            print("no checkpoint is from before the alarm, so the last one stays; lower --save-every", file=sys.stderr)
-    if chosen != made:
-        policy.load_adapter(folders[chosen] / "adapter")
-    if config.select == "label-free" or chosen != made:
-        print(f"ends with the adapter after {chosen} of {made} steps")
-    policy.save(config.out / "adapter")
-    return {"steps": made, "adapter_step": chosen, "alarms": alarms}
+            run.ending.check_finite(config, metrics.rows)
+    return run.ending.finish(policy, config, metrics.rows)
 
 
 def scored(policy: "Policy", questions: "data.Questions", name: str, config: Config, clock: Clock, check) -> dict:
@@ -383,20 +355,6 @@ def write_questions(**settings) -> dict:
     return synthesize.main(synthesize.Config(**settings))
 
 
-def fingerprints(questions, held_out, config: Config) -> dict[str, dict]:
-    """Those of the data that a run works on. Raises DataError if they are not those of the run in its folder."""
-    taken, graded = {}, ["shards", "held-out data"]
-    if questions is not None:
-        taken["training data"] = data.fingerprint.of_questions(questions)
-        graded += ["training data"] * rewards.needs_gold(config.reward)
-    else:
-        taken["shards"] = data.fingerprint.of_files(shards.list_shards(config.from_shards)[: config.steps])
-    if held_out is not None:
-        taken["held-out data"] = data.fingerprint.of_questions(held_out)
-    check_data(config.out, taken, graded)
-    return taken
-
-
 @alone
 def main(config: Config) -> dict:
     """Run the loop and return its summary. Stopped by a signal, it saves its state and raises `Stopped`."""
@@ -409,8 +367,9 @@ def main(config: Config) -> dict:
         where = config.eval_data or config.data
         held_out = data.load(where, config.eval_split, config.seed) if config.eval_questions else None
         check_questions(questions, held_out, config)
-        taken = fingerprints(questions, held_out, config)
-        if questions is not None and rewards.needs_gold(config.reward):
+        supervised = questions is not None and rewards.needs_gold(config.reward)
+        taken = fingerprints(questions, held_out, config, supervised)
+        if supervised:
             questions = questions.with_gold()
         followed = Followed(config.eval, config.eval_limit)
         if config.rounds:

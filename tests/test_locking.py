@@ -144,8 +144,8 @@ def test_every_script_that_writes_a_folder_holds_it(tmp_path, main, config):
             main(config(tmp_path))
 
 
-def test_a_mistake_leaves_no_folder(tmp_path):
+def test_a_mistake_leaves_no_folder(tiny, tmp_path):
     for _ in range(2):
         with pytest.raises(SettingError):
-            train_upt.main(train_upt.Config(out=tmp_path / "runs" / "x", reward="nonsense"))
+            train_upt.main(train_upt.Config(model=tiny, out=tmp_path / "runs" / "x", reward="nonsense"))
         assert not (tmp_path / "runs").exists()

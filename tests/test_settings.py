@@ -375,7 +375,7 @@ def no_file_over(size: int):
 
 
 def test_a_run_whose_disk_is_full_goes_on_once_there_is_room(tiny, tmp_path):
-    small = dict(questions_per_step=2, group_size=2, max_new_tokens=4, reward="random", eval_questions=0)
+    small = dict(questions_per_step=2, group_size=2, max_new_tokens=4, reward="random", eval_questions=0, limit=8)
     config = train_upt.Config(model=tiny, steps=1, out=tmp_path / "run", **small | {"lora_rank": 16})
     with no_file_over(50_000), pytest.raises(StorageError, match="adapter: no larger files may.*same command again"):
         train_upt.main(config)

@@ -54,7 +54,8 @@ def update(
         advance(schedule)
         steps.append(stats)
     advance(schedule, config.minibatches - count)  # it counts on as many
-    means = {name: sum(s[name] for s in steps) / (1 if name in COUNTS else len(steps)) for name in steps[0]}
+    sums = {name: sum(s[name] for s in steps) for name in steps[0]}
+    means = {name: value if name in COUNTS else value / len(steps) for name, value in sums.items()}
     if not groups:
         means |= {name: None for name in means if name == "kl"}  # of no token
     return means | {"nonfinite_in_a_row": in_a_row}

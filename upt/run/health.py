@@ -30,9 +30,7 @@ After NONFINITE of these one after the other a run ends, with `Diverged`.
 import math
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
-from upt.errors import Diverged
 from upt.groups import votes
 
 WINDOW = 5
@@ -116,22 +114,6 @@ def unhealthy_from(rows: Sequence[dict]) -> float:
             break
         found = min(found, row["step"])
     return found
-
-
-def check_finite(rows: Sequence[dict], healthy: Path | None, config) -> None:
-    """Raise Diverged if the last updates of a run were not finite, NONFINITE or more in a row, with what to do.
-
-    `healthy` is its last checkpoint that is known to be healthy.
-    """
-    count = rows[-1].get("nonfinite_in_a_row", 0) if rows else 0
-    if count < NONFINITE:
-        return
-    again = f"go on from its last healthy checkpoint, --init-adapter {healthy}/adapter" if healthy else "start again"
-    raise Diverged(
-        f"the run in {config.out} has stopped at step {rows[-1]['step'] + 1} of {config.steps}: the last {count} "
-        f"updates had a loss or gradient that is not finite, and were not made; {again}, with a lower --learning-rate "
-        f"(now {config.learning_rate}) or --dtype fp32 (now {config.dtype}), into another --out"
-    )
 
 
 def best_checkpoint(rows: Sequence[dict], steps: Sequence[int]) -> int:

@@ -135,6 +135,23 @@ def keep_data(folder: Path, taken: dict[str, dict]) -> dict[str, dict]:
     return {part: {name: of[name] for name in ("count", "columns")} for part, of in taken.items()}
 
 
+def fingerprints(questions, held_out, config, supervised: bool) -> dict[str, dict]:
+    """Those of the data that a run works on; `supervised`: its training reads answers.
+
+    Raises DataError if they are not those of the run in its folder.
+    """
+    taken, graded = {}, ["shards", "held-out data"]
+    if questions is not None:
+        taken["training data"] = data.fingerprint.of_questions(questions)
+        graded += ["training data"] * supervised
+    else:
+        taken["shards"] = data.fingerprint.of_files(shards.list_shards(config.from_shards)[: config.steps])
+    if held_out is not None:
+        taken["held-out data"] = data.fingerprint.of_questions(held_out)
+    check_data(config.out, taken, graded)
+    return taken
+
+
 def check_data(folder: Path, taken: dict[str, dict], reads_answers: Iterable[str] = ()) -> None:
     """Raise DataError if data is not what the folder's manifest says, with what has changed.
 
