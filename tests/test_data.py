@@ -257,7 +257,7 @@ def _bad(questions, i) -> str:
         ({"problem": ""}, "no question text"),
         ({"problem": "<image> ", "image": "ok.png"}, "no question text"),
         ({"problem": None}, "no question text"),
-        ({"problem": [{"role": "user", "content": "What?"}]}, "no question text"),
+        ({"problem": [{"role": "assistant", "content": "7"}]}, "no turn of the user among assistant"),
         ({"answer": "7"}, "no question text"),
         ({"problem": "What?", "choices": "one or two"}, "choices are no list"),
         ({"problem": "What?", "choices": 4}, "choices are no list"),
