@@ -15,12 +15,16 @@ USER, ASSISTANT = ("user", "human"), ("assistant", "gpt", "model", "bot", "chatg
 
 
 class Asked(NamedTuple):
-    """What a chat asks: the text without marks, marks and pictures of all turns, and the answer that follows."""
+    """What a chat asks: the text without marks, marks and pictures of all turns, and the answer that follows.
+
+    `follows` says whether the user has asked something before.
+    """
 
     text: str
     marks: Marks
     pictures: list[bytes | str]
-    reply: str | None
+    reply: str | None = None
+    follows: bool = False
 
 
 def turns(cell) -> list[tuple[str, object]] | None:
@@ -44,7 +48,8 @@ def asked(uid: str, chat: list[tuple[str, object]]) -> Asked:
             text, here, held_here = _content(uid, content)
             marks, pictures = marks + here, pictures + held_here
     reply = next((content for role, content in chat[last + 1 :] if role in ASSISTANT), None)
-    return Asked(text, marks, pictures, None if reply is None else _content(uid, reply)[0] or None)
+    reply = None if reply is None else _content(uid, reply)[0] or None
+    return Asked(text, marks, pictures, reply, any(role in USER for role, _ in chat[:last]))
 
 
 def _content(uid: str, content) -> tuple[str, Marks, list[bytes | str]]:

@@ -44,11 +44,13 @@ def options_of(uid: str, cell) -> Options | None:
         raise BadRow(uid, f"more choices than letters: {len(pairs)}")
     if pairs and all(looks_like_one(text) for _, text in pairs):
         raise BadRow(uid, "choices that are pictures are not supported")
-    taken = [take_out(str(text)) for _, text in pairs]
-    if any(mark.count and not text for text, mark in taken):
-        raise BadRow(uid, "choices that are pictures are not supported")
-    marks = sum((mark for _, mark in taken), Marks())
-    texts = [text if mark.count else str(pair[1]) for (text, mark), pair in zip(taken, pairs, strict=True)]
+    texts, marks = [], Marks()
+    for _, text in pairs:
+        clean, of_text = take_out(str(text))
+        if of_text.numbers and not clean:
+            raise BadRow(uid, "choices that are pictures are not supported")
+        texts.append(clean if of_text.numbers else str(text))
+        marks = marks + of_text if of_text.numbers else marks
     labels = [str(label).strip() for label, _ in pairs if label is not None]
     if len({*labels}) < len(labels):
         raise BadRow(uid, f"choices share a label: {', '.join(labels)[:80]}")

@@ -1,4 +1,7 @@
-"""What the columns of data sets are called. Of several names the first that a set has is used, whatever its case."""
+"""What the columns of data sets are called. Of several names the first that a set has is used.
+
+Case and signs don't count: `imageUrl`, `Image URL` and `image_url` are one name.
+"""
 
 import ast
 import json
@@ -13,7 +16,7 @@ ANSWER = (
     "answer", "solution", "gold", "label", "final_answer", "ground_truth", "answerkey", "answer_key", "correct_answer",
     "correct_option", "answer_idx", "answer_index", "completion", "reward_model",
 )  # fmt: skip
-CHOICES = ("choices", "options")
+CHOICES = ("choices", "options", "option", "choice")
 # Beside `decoded_image`, `image` is only a name.
 IMAGE = (
     "decoded_image", "images", "image", "img", "image_path", "image_paths", "img_path", "img_paths", "image_file",
@@ -33,8 +36,12 @@ def pick(columns: Sequence[str], names: Sequence[str]) -> str | None:
 
 
 def _all(columns: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
-    by_lower = {column.lower(): column for column in columns}
-    return tuple(by_lower[name] for name in names if name in by_lower)
+    by_letters = {_letters(column): column for column in columns}
+    return tuple(by_letters[_letters(name)] for name in names if _letters(name) in by_letters)
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).lower()
 
 
 @dataclass(frozen=True)

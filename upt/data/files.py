@@ -152,6 +152,9 @@ def _load_dataset(what: str, fix: str, *args, **options) -> Tables:
 
 # ---- text files
 
+_WHAT = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}
+_WHAT |= {type(None): "null"}
+
 
 def _table(rows: list[dict]) -> datasets.Dataset:
     keys = dict.fromkeys(key for row in rows for key in row)
@@ -184,7 +187,7 @@ def _lines(path: Path, content: bytes) -> list[dict]:
         try:
             row, why = json.loads(line), ""
             if not isinstance(row, dict):
-                why = f"a {type(row).__name__}, where an object was expected, as in {{\"problem\": …}}"
+                why = f'{_WHAT[type(row)]}, where an object was expected, as in {{"problem": …}}'
         except (ValueError, RecursionError) as error:
             why = first_line(error)
         if why:
@@ -205,10 +208,10 @@ def _json(path: Path, content: bytes) -> dict[str, list[dict]]:
         raise DataError(f"{path} is no JSON: {first_line(error)}") from error
     found = {"": whole} if isinstance(whole, list) else _of_object(whole) if isinstance(whole, dict) else None
     if found is None or not all(isinstance(row, dict) for rows in found.values() for row in rows):
-        what = f"an object of {', '.join(list(whole)[:5])}" if isinstance(whole, dict) else f"a {type(whole).__name__}"
+        what = _WHAT[type(whole)] + (f" of {', '.join(list(whole)[:5])}" if isinstance(whole, dict) else "")
         what = "a list of other things than objects" if isinstance(whole, list) else what
         raise DataError(
-            f"{path} holds {what}: expected a list of rows, [{{\"problem\": …}}, …], or such a list under \"data\""
+            f'{path} holds {what}: expected a list of rows, [{{"problem": …}}, …], or such a list under "data"'
         )
     return {split: [row | {FOLDER: str(path.parent)} for row in rows] for split, rows in found.items()}
 

@@ -55,23 +55,35 @@ def final_answer(reply: str) -> str | None:
     return (reply.rpartition("</think>")[2] if found is None else found).strip() or None
 
 
-def meant(gold: str, options: Options | None, base: int | None) -> str:
-    """A gold with an option's own label or number turned into the letter A, B, …; every other one as it is."""
+def meant(gold: str, options: Options | None, base: int | None) -> str | None:
+    """A gold with an option's own label or number turned into the letter A, B, …; every other one as it is.
+
+    None for a letter that is no label among options whose labels are letters with gaps.
+    """
     if options is None:
         return gold
     label = gold.strip("().: ").casefold()
-    if options.labels and label in (own := [label.casefold() for label in options.labels]):
+    own = [label.casefold() for label in options.labels or ()]
+    if label in own:
         return ascii_uppercase[own.index(label)]
+    if own and len(label) == 1 and label.isalpha() and all(len(each) == 1 and each.isalpha() for each in own):
+        return None
     whole = _WHOLE.fullmatch(gold)
     if base is not None and whole and 0 <= int(whole[1]) - base < len(options.texts):
         return ascii_uppercase[int(whole[1]) - base]
     return gold
 
 
-def base_of(where: str, found: Iterable[tuple[str, str, Options]]) -> int | None:
+def is_whole(gold: str) -> bool:
+    """Whether a gold may be the number of an option."""
+    return _WHOLE.fullmatch(gold) is not None
+
+
+def base_of(where: str, found: Iterable[tuple[str, str, Options | None]]) -> int | None:
     """0 or 1 where golds, given as (uid, gold, options), are numbers of options counted from there; else None.
 
-    Raises DataError for golds that can be read in several ways.
+    Of a gold that is not whole the options are not asked for. Raises DataError for golds that can be read in several
+    ways.
     """
     total = whole = named = 0
     first, last, odd = {}, {}, None  # what has been seen of 0 and of n, by uid
@@ -79,7 +91,7 @@ def base_of(where: str, found: Iterable[tuple[str, str, Options]]) -> int | None
         if gold == "-1":  # an answer that the owners keep
             continue
         total += 1
-        number = _WHOLE.fullmatch(gold)
+        number = _WHOLE.fullmatch(gold) if options else None
         if number is None or meant(gold, options, None) != gold or int(number[1]) > len(options.texts):
             continue
         whole += 1

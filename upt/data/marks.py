@@ -18,7 +18,7 @@ _MARKS = (
     # As models have it, expanded to as many places as a picture takes, too.
     r"<\|vision_start\|>(?:\s*<\|image_pad\|>)*(?:\s*<\|vision_end\|>)?",
     r"(?:<\|image_pad\|>)+(?:<\|vision_end\|>)?|<\|vision_end\|>",
-    r"<img>(?:<IMG_CONTEXT>)+</img>|(?:<IMG_CONTEXT>)+|(?:\[IMG(?:_BREAK)?\])*\[IMG_END\]",
+    r"<img>(?:<IMG_CONTEXT>)+</img>|(?:<IMG_CONTEXT>)+",
     r"<(?:imagehere|image_?placeholder|img_?placeholder|start_of_image|image_soft_token|\|?im_patch\|?)>",
     rf"<\|?{_WORD}[ _:#-]*(?P<angle>\d{{0,4}})\s*/?\|?>",
     r"\[(?:image|img|picture)[ _:#-]*(?P<square>\d{0,4})\]",
@@ -47,10 +47,19 @@ class Marks(NamedTuple):
 
 def take_out(text: str) -> tuple[str, Marks]:
     """A text without marks, and its marks."""
+    if not any(sign in text for sign in "<[\\"):  # what every mark has one of
+        return _clean(text), Marks()
     numbers, paths = [], []
-    for mark in PLACEHOLDER.finditer(text):
+
+    def out(mark: re.Match) -> str:
         number = mark["angle"] or mark["square"]
         numbers.append(str(int(number)) if number else "")
-        paths += filter(None, (mark[name] for name in _PATHS))
-    clean = PLACEHOLDER.sub(" ", text).encode(errors="ignore").decode().strip()
-    return clean, Marks(tuple(numbers), tuple(paths))
+        paths.extend(filter(None, (mark[name] for name in _PATHS)))
+        return " "
+
+    return _clean(PLACEHOLDER.sub(out, text)), Marks(tuple(numbers), tuple(paths))
+
+
+def _clean(text: str) -> str:
+    """Without half characters, which no tokenizer takes, and blanks around it."""
+    return text.encode(errors="ignore").decode().strip()

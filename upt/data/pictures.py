@@ -4,7 +4,7 @@ import base64
 import binascii
 import re
 from pathlib import Path
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote, unquote_to_bytes
 
 from upt.data.columns import is_nothing, unwritten
 from upt.data.images import first_line, starts_as_image
@@ -109,7 +109,7 @@ class Files:
     def _path(self, uid: str, picture: str, base: str | None) -> Path:
         if _REMOTE.match(picture):
             raise BadRow(uid, f"picture on the web, which is not fetched: {picture[:80]}: download it, give its path")
-        path = unquote(urlsplit(picture).path) if picture[:7].lower() == "file://" else picture
+        path = unquote(picture[7:]) if picture[:7].lower() == "file://" else picture
         if self.folder is None or "\0" in path:
             raise BadRow(uid, f"neither image bytes nor a path to a file: {picture[:80]!r}")
         return Path(base or self.folder) / path

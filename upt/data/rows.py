@@ -35,6 +35,10 @@ class Row:
     options: Options | None
     picture: bytes | str | None
     gold: str | None
+    unread: bool
+    """whether there is an answer that is no gold: a list of several, a mapping of something else"""
+    follows: bool
+    """whether it is the last of several questions in a chat"""
 
 
 def question_of(uid: str, row: dict, layout: Layout) -> Question:
@@ -60,10 +64,11 @@ def read_row(uid: str, row: dict, layout: Layout) -> Row:
     options = options_in(uid, row, columns)
     marks = asked.marks + (options.marks if options else Marks())
     picture = _picture(uid, row, columns, marks, asked.pictures)
-    gold = gold_of(row.get(columns.answer), layout.classes)
-    if columns.answer is None and asked.reply is not None:
-        gold = final_answer(asked.reply)
-    return Row(asked.text, options, picture, None if gold is None else meant(gold, options, layout.base))
+    cell = asked.reply if columns.answer is None else row.get(columns.answer)
+    gold = final_answer(cell or "") if columns.answer is None else gold_of(cell, layout.classes)
+    gold = None if gold is None else meant(gold, options, layout.base)
+    unread = gold is None and not is_nothing(cell.strip() if isinstance(cell, str) else cell)
+    return Row(asked.text, options, picture, gold, unread, asked.follows)
 
 
 def _asked(uid: str, cell) -> chat.Asked:
@@ -72,7 +77,7 @@ def _asked(uid: str, cell) -> chat.Asked:
     said = cell if isinstance(cell, str) else ""
     if video := VIDEO.search(said):
         raise BadRow(uid, f"video and audio are not supported: {video[0]}")
-    return chat.Asked(*take_out(said), [], None)
+    return chat.Asked(*take_out(said), [])
 
 
 def options_in(uid: str, row: dict, columns: Columns) -> Options | None:

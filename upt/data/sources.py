@@ -21,7 +21,7 @@ import datasets
 
 from upt.data import cells, files, golds, splits
 from upt.data.choices import Options
-from upt.data.columns import BROKEN, FOLDER, QUESTION, Columns
+from upt.data.columns import BROKEN, FOLDER, QUESTION, Columns, is_nothing
 from upt.data.names import ALIASES, SPLITS
 from upt.data.pictures import Files
 from upt.data.questions import BadRow, Question, Questions
@@ -57,7 +57,7 @@ def load_set(name: str, split: str, limit: int | None) -> Questions:
     notes = "; ".join(filter(None, (note, seen.note(layout.base))))
     questions = Questions(label, split, [uids[i] for i in chosen], read, seen.golds > 0, notes, seen.pictures)
     if next(iter(questions), None) is None:
-        raise DataError(f"{where}: {none_good(questions, len(table))}")
+        raise DataError(f"{where}: {none_good(questions, name if len(table) == 0 else '')}")
     return questions
 
 
@@ -75,18 +75,19 @@ def layout_of(where: str, table: datasets.Dataset, folder: Path | None) -> Layou
 def base_of(where: str, tables: files.Tables, uids_of: dict[str, list[str]]) -> int | None:
     """0 or 1 where the golds of a set, those of all its splits together, are numbers of options from there."""
 
-    def with_options() -> Iterator[tuple[str, str, Options]]:
+    def with_options() -> Iterator[tuple[str, str, Options | None]]:
         for split, table in tables.items():
             layout = layout_of(where, table, None)
             columns = layout.columns
-            names = [columns.answer, columns.choices, *columns.letters]
-            names = [name for name in (*names, FOLDER) if name in table.column_names]
-            if columns.answer and (columns.choices or columns.letters):
+            of_options = [columns.choices] if columns.choices else columns.letters
+            names = [name for name in (columns.answer, *of_options, FOLDER) if name in table.column_names]
+            if columns.answer and of_options:
                 for uid, row in zip(uids_of[split], cells.survey(table.select_columns(names)), strict=True):
                     gold = golds.gold_of(row[columns.answer], layout.classes)
+                    if gold is None or all(is_nothing(row[name]) for name in of_options):
+                        continue
                     with suppress(BadRow):
-                        if gold is not None and (options := options_in(uid, row, columns)):
-                            yield uid, gold, options
+                        yield uid, gold, options_in(uid, row, columns) if golds.is_whole(gold) else None
 
     return golds.base_of(where, with_options())
 
@@ -97,6 +98,8 @@ class Survey:
 
     pictures: int = 0
     golds: int = 0
+    follow: int = 0
+    """questions that are the last of several in a chat"""
     bad: Counter = field(default_factory=Counter)
     """kinds of reasons why rows can't be used, of those that show already"""
     unseen: list[str] = field(default_factory=list)
@@ -104,14 +107,18 @@ class Survey:
     tried: int = 0
     unmet: list[str] = field(default_factory=list)
     """golds, of those tried, that no response can meet"""
+    unread: list[str] = field(default_factory=list)
+    """rows whose answer is no gold"""
 
     def note(self, base: int | None) -> str:
         """What of it is worth a word at the start of a run."""
         counted = f"golds are numbers of options, counted from {base}" if base is not None else ""
-        bad = f"{self.bad.total()} rows can't be used: {_kinds(self.bad)}" if self.bad else ""
+        bad = f"rows that can't be used: {_kinds(self.bad)}" if self.bad else ""
         of = f"{self.tried} golds" if self.tried == self.golds else f"the first {self.tried} of {self.golds} golds"
         unmet = f"{len(self.unmet)} of {of} can never be met, such as {self.unmet[0]}" if self.unmet else ""
-        return "; ".join(filter(None, (bad, counted, unmet)))
+        unread = f"answers that are several or no text: {len(self.unread)}, as of {self.unread[0]}" if self.unread else ""
+        follow = f"last of several questions in a chat, and asked alone: {self.follow}" if self.follow else ""
+        return "; ".join(filter(None, (bad, follow, counted, unread, unmet)))
 
 
 def survey(table: datasets.Dataset, chosen: list[int], uids: list[str], layout: Layout) -> Survey:
@@ -134,6 +141,9 @@ def survey(table: datasets.Dataset, chosen: list[int], uids: list[str], layout: 
             if kind == UNSEEN and (column := rest.rpartition(",")[0].strip()) not in seen.unseen:
                 seen.unseen.append(column)
             continue
+        seen.follow += read.follows
+        if read.unread:
+            seen.unread.append(uids[i])
         if read.gold is not None:
             seen.golds += 1
             if seen.tried < MAX_KEYS:
@@ -143,12 +153,12 @@ def survey(table: datasets.Dataset, chosen: list[int], uids: list[str], layout: 
     return seen
 
 
-def none_good(questions: Questions, rows: int) -> str:
-    """Why a set has no good row."""
+def none_good(questions: Questions, empty: str) -> str:
+    """Why a set has no good row; `empty` is the name of one that has no row at all."""
     kinds = Counter(reason.split(":")[0] for reason in questions.bad.values())
     counts = _kinds(kinds) or "two rows are needed to hold one out"
-    if not rows:
-        counts = f"its files hold no row. Expected are {files.FORMS}, with a row a question"
+    if empty:
+        counts = f"{empty} holds no row of it. Expected are {files.FORMS}, with a row a question"
     return f"none of its {len(questions)} rows is good: {counts}. {questions.report_bad() or ''}".rstrip()
 
 
