@@ -30,7 +30,9 @@ class Asked(NamedTuple):
 def turns(cell) -> list[tuple[str, object]] | None:
     """(role, content) of each turn; None for a cell that is no chat."""
     cell = unwritten(cell)
-    cell = [cell] if isinstance(cell, dict) else cell
+    if isinstance(cell, dict):  # one turn; or a list for each field, as older versions of `datasets` store turns
+        columns = [value if isinstance(value, list) else [value] for value in cell.values()]
+        cell = [dict(zip(cell, fields, strict=False)) for fields in zip(*columns, strict=False)]
     if not isinstance(cell, list) or not all(isinstance(turn, dict) for turn in cell):
         return None
     found = [(turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))) for turn in cell]

@@ -12,7 +12,7 @@ _WORD = r"(?:image|img|picture|pic|photo)"
 _MARKS = (
     rf"<(?P<tag>{_WORD})>\s*(?P<tagged>[^<>\s]*|[^<>\n]*{EXTENSIONS})\s*</(?P=tag)>",  # <img>a.png</img>
     r"<img\b[^<>]*?\bsrc\s*=\s*(?:\"(?P<double>[^\"<>]*)\"|'(?P<single>[^'<>]*)'|(?P<bare>[^\s<>\"']+))[^<>]*>",
-    r"!\[[^\[\]\n]*\]\([ \t]*(?P<markdown>(?:[^()\s]|\([^()\s]*\))+|[^()\n\"]*" + EXTENSIONS + r")"
+    r"!\[[^\[\]\n]*\]\([ \t]*(?P<markdown>(?:[^()\s]|\([^()\s]*\))+|(?:[^()\n\"]|\([^()\n]*\))*" + EXTENSIONS + r")"
     r"(?:[ \t]+\"[^\"\n]*\")?[ \t]*\)",
     r"\\includegraphics\s*(?:\[[^\[\]\n]*\])?\s*\{(?P<latex>[^{}\n]*)\}",
     # As models have it, expanded to as many places as a picture takes, too.

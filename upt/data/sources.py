@@ -116,7 +116,9 @@ class Survey:
         bad = f"rows that can't be used: {_kinds(self.bad)}" if self.bad else ""
         of = f"{self.tried} golds" if self.tried == self.golds else f"the first {self.tried} of {self.golds} golds"
         unmet = f"{len(self.unmet)} of {of} can never be met, such as {self.unmet[0]}" if self.unmet else ""
-        unread = f"answers that are several or no text: {len(self.unread)}, as of {self.unread[0]}" if self.unread else ""
+        unread = (
+            f"answers that are several or no text: {len(self.unread)}, as of {self.unread[0]}" if self.unread else ""
+        )
         follow = f"last of several questions in a chat, and asked alone: {self.follow}" if self.follow else ""
         return "; ".join(filter(None, (bad, follow, counted, unread, unmet)))
 
