@@ -75,7 +75,7 @@ def _folder(folder: Path) -> Tables:
         unused = ", ".join(str(path.relative_to(folder)) for path in texts[:5]) + ", …" * (len(texts) > 5)
         logging.getLogger(__name__).warning("%s: not used beside %s files: %s", folder, tables[0].suffix, unused)
     paths = tables or texts
-    kinds, card = sorted({path.suffix.lower() for path in paths}), folder / "README.md"
+    kinds, card = sorted({path.suffix.lower().replace("tsv", "csv") for path in paths}), folder / "README.md"
     if ".parquet" in kinds and card.exists() and re.search(r"^configs:", card.read_text("utf-8", "replace"), re.M):
         # The card says which file is which split and how many rows there are: a copy fetched in part is found out.
         fix = "Fetch the rest, or give a folder of one configuration, or remove README.md to take the files as they are"
