@@ -245,8 +245,7 @@ def test_the_turn_after_it_is_the_answer_where_no_column_is(tmp_path, reply, gol
     assert only(tmp_path, {"messages": chat}).gold == gold
     assert only(tmp_path, {"messages": chat, "answer": "5"}).gold == "5"
     completion = {"prompt": chat[:1], "completion": chat[1:]}
-    if isinstance(reply, str):
-        assert only(tmp_path, completion).gold == gold
+    assert only(tmp_path, completion).gold == gold
 
 
 @pytest.mark.parametrize(
@@ -336,6 +335,20 @@ def test_labels_of_their_own(cell, texts, labels):
 def test_what_is_no_list_of_options_is_a_bad_row(cell):
     with pytest.raises(BadRow, match="choices"):
         options_of("u", cell)
+
+
+@pytest.mark.parametrize("column", ["image", "choices", "answer", "messages", "else"])
+def test_a_cell_nested_without_end_spoils_no_other_row(tmp_path, column):
+    nested = "[" * 990 + "]" * 990
+    jsonl(tmp_path / "train.jsonl", [*plain(2), f'{{"problem": "q", "{column}": {nested}}}'])
+    jsonl(tmp_path / "test.jsonl", plain(1))
+    assert len([*load(tmp_path)]) >= 2
+
+
+def test_another_split_may_have_other_columns(tmp_path):
+    jsonl(tmp_path / "train.jsonl", plain(2))
+    jsonl(tmp_path / "test.jsonl", [{"aufgabe": "q", "choices": COLOURS, "answer": "A"}])
+    assert len(load(tmp_path)) == 2
 
 
 # ---- golds

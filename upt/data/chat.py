@@ -50,8 +50,15 @@ def asked(uid: str, chat: list[tuple[str, object]]) -> Asked:
             text, here, held_here = _content(uid, content)
             marks, pictures = marks + here, pictures + held_here
     reply = next((content for role, content in chat[last + 1 :] if role in ASSISTANT), None)
-    reply = None if reply is None else _content(uid, reply)[0] or None
-    return Asked(text, marks, pictures, reply, any(role in USER for role, _ in chat[:last]))
+    return Asked(text, marks, pictures, words(reply) or None, any(role in USER for role, _ in chat[:last]))
+
+
+def words(content) -> str:
+    """The texts of a turn's content."""
+    content = unwritten(content)
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text", part.get("content")) if isinstance(part, dict) else part for part in parts]
+    return "\n".join(str(text) for text in texts if not is_nothing(text))
 
 
 def _content(uid: str, content) -> tuple[str, Marks, list[bytes | str]]:
@@ -64,8 +71,8 @@ def _content(uid: str, content) -> tuple[str, Marks, list[bytes | str]]:
         if "image" in kind:
             marks += Marks(("",))
             pictures += held(uid, {key: value for key, value in part.items() if key not in ("type", "text")})
-        elif not is_nothing(words := part.get("text", part.get("content")) if isinstance(part, dict) else part):
-            words, of_words = take_out(words if isinstance(words, str) else str(words))
-            marks += of_words
-            texts.append(words)
+        else:
+            text, of_text = take_out(words([part]))
+            marks += of_text
+            texts.append(text)
     return "\n".join(filter(None, texts)), marks, pictures

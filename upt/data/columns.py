@@ -95,8 +95,9 @@ def is_nothing(cell) -> bool:
 
 def unwritten(cell):
     """A list or a mapping from its text in JSON or Python, as CSV has it; every other cell as it is."""
-    if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"):
+    text = cell.strip() if isinstance(cell, str) else ""
+    if text[:1] + text[-1:] in ("[]", "{}"):
         for parse in (json.loads, ast.literal_eval):
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                return parse(cell.strip())
+                return parse(text)
     return cell

@@ -36,7 +36,7 @@ def gold_of(cell, names: Sequence[str] | None = None) -> str | None:
     if is_nothing(cell):
         return None
     if turns := chat.turns(cell):
-        return final_answer(str(turns[-1][1] or "")) if turns[-1][0] in chat.ASSISTANT else None
+        return final_answer(chat.words(turns[-1][1])) if turns[-1][0] in chat.ASSISTANT else None
     if isinstance(cell, dict):
         return gold_of(next((cell[key] for key in _KEYS if not is_nothing(cell.get(key))), None))
     if isinstance(cell, list | tuple):

@@ -12,7 +12,13 @@ from upt.data.marks import VIDEO, Marks, take_out
 from upt.data.pictures import Files, held, looks_like_one
 from upt.data.questions import BadRow, Question
 
-UNSEEN = "picture in a column that is not read"
+
+class Unseen(BadRow):
+    """The row has no picture but in a column that is not read."""
+
+    def __init__(self, uid: str, column: str):
+        super().__init__(uid, f"picture in a column that is not read: {column}, rename it to image")
+        self.column = column
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,16 @@ def question_of(uid: str, row: dict, layout: Layout) -> Question:
 
 def read_row(uid: str, row: dict, layout: Layout) -> Row:
     """The same without a look at the picture. Raises BadRow."""
-    columns = layout.columns
     if row.get(BROKEN):
         raise BadRow(uid, row[BROKEN])
+    try:
+        return _read(uid, row, layout)
+    except RecursionError as error:
+        raise BadRow(uid, "a cell is nested too deeply") from error
+
+
+def _read(uid: str, row: dict, layout: Layout) -> Row:
+    columns = layout.columns
     asked = _asked(uid, row.get(columns.question))
     if not asked.text:
         raise BadRow(uid, "no question text")
@@ -97,7 +110,7 @@ def _picture(uid: str, row: dict, columns: Columns, marks: Marks, in_turns: list
     found = found or next((held(uid, row[name]) for name in columns.files if looks_like_one(row.get(name))), [])
     found = found or in_turns or held(uid, list(marks.paths))
     if not found and (unseen := next((name for name in columns.others if looks_like_one(row.get(name))), None)):
-        raise BadRow(uid, f"{UNSEEN}: {unseen}, rename it to image")
+        raise Unseen(uid, unseen)
     if len(found) > 1:
         raise BadRow(uid, f"several images are not supported: {len(found)} in this row")
     if marks.count > len(found):

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import datasets
 
@@ -25,7 +24,7 @@ from upt.data.columns import BROKEN, FOLDER, QUESTION, Columns, is_nothing
 from upt.data.names import ALIASES, SPLITS
 from upt.data.pictures import Files
 from upt.data.questions import BadRow, Question, Questions
-from upt.data.rows import UNSEEN, Layout, options_in, question_of, read_row
+from upt.data.rows import Layout, Unseen, options_in, question_of, read_row
 from upt.errors import DataError, suggest
 
 MAX_KEYS = 20_000  # golds whose keys are tried at the start of a run, at some ten microseconds each
@@ -42,8 +41,13 @@ def load_set(name: str, split: str, limit: int | None) -> Questions:
     source, chosen, note = splits.choose(split, uids_of)
     table, chosen, uids = tables[source], chosen[:limit], uids_of[source]
     where = f"data set {label!r}, split {split!r}"
-    layout = layout_of(where, table, folder)
-    layout = replace(layout, base=base_of(f"data set {label!r}", tables, uids_of))
+    columns = Columns.of(table.column_names)
+    if columns.question is None and len(table) and BROKEN not in table.column_names:
+        have, want = ", ".join(name for name in table.column_names if name != FOLDER), ", ".join(QUESTION)
+        raise DataError(f"{where}: no column for the question among {have}. Rename one to any of {want}")
+    columns = replace(columns, others=tuple(name for name in columns.others if cells.can_hold_pictures(table, name)))
+    base = base_of(f"data set {label!r}", tables, uids_of)
+    layout = Layout(columns, Files(folder), classes_of(table, columns), base)
 
     def read(i: int) -> Question:
         return question_of(uids[chosen[i]], cells.row_at(table, chosen[i]), layout)
@@ -61,15 +65,10 @@ def load_set(name: str, split: str, limit: int | None) -> Questions:
     return questions
 
 
-def layout_of(where: str, table: datasets.Dataset, folder: Path | None) -> Layout:
-    """How the rows of a table are read. Raises DataError for one without a column for the question."""
-    columns = Columns.of(table.column_names)
-    if columns.question is None and len(table) and BROKEN not in table.column_names:
-        have, want = ", ".join(name for name in table.column_names if name != FOLDER), ", ".join(QUESTION)
-        raise DataError(f"{where}: no column for the question among {have}. Rename one to any of {want}")
-    columns = replace(columns, others=tuple(name for name in columns.others if cells.can_hold_pictures(table, name)))
-    of_answer = table.features.get(columns.answer)
-    return Layout(columns, Files(folder), of_answer.names if isinstance(of_answer, datasets.ClassLabel) else None)
+def classes_of(table: datasets.Dataset, columns: Columns) -> list[str] | None:
+    """What the numbers in the column of answers stand for, where its type says so."""
+    kind = table.features.get(columns.answer)
+    return kind.names if isinstance(kind, datasets.ClassLabel) else None
 
 
 def base_of(where: str, tables: files.Tables, uids_of: dict[str, list[str]]) -> int | None:
@@ -77,16 +76,15 @@ def base_of(where: str, tables: files.Tables, uids_of: dict[str, list[str]]) -> 
 
     def with_options() -> Iterator[tuple[str, str, Options | None]]:
         for split, table in tables.items():
-            layout = layout_of(where, table, None)
-            columns = layout.columns
+            columns = Columns.of(table.column_names)
             of_options = [columns.choices] if columns.choices else columns.letters
+            if columns.answer is None or not of_options:
+                continue
             names = [name for name in (columns.answer, *of_options, FOLDER) if name in table.column_names]
-            if columns.answer and of_options:
-                for uid, row in zip(uids_of[split], cells.survey(table.select_columns(names)), strict=True):
-                    gold = golds.gold_of(row[columns.answer], layout.classes)
-                    if gold is None or all(is_nothing(row[name]) for name in of_options):
-                        continue
-                    with suppress(BadRow):
+            for uid, row in zip(uids_of[split], cells.survey(table.select_columns(names)), strict=True):
+                with suppress(BadRow, RecursionError):
+                    gold = golds.gold_of(row[columns.answer], classes_of(table, columns))
+                    if gold is not None and not all(is_nothing(row[name]) for name in of_options):
                         yield uid, gold, options_in(uid, row, columns) if golds.is_whole(gold) else None
 
     return golds.base_of(where, with_options())
@@ -116,9 +114,8 @@ class Survey:
         bad = f"rows that can't be used: {_kinds(self.bad)}" if self.bad else ""
         of = f"{self.tried} golds" if self.tried == self.golds else f"the first {self.tried} of {self.golds} golds"
         unmet = f"{len(self.unmet)} of {of} can never be met, such as {self.unmet[0]}" if self.unmet else ""
-        unread = (
-            f"answers that are several or no text: {len(self.unread)}, as of {self.unread[0]}" if self.unread else ""
-        )
+        unread = f"answers that are several or no text: {len(self.unread)}" if self.unread else ""
+        unread += f", as of {self.unread[0]}" if self.unread else ""
         follow = f"last of several questions in a chat, and asked alone: {self.follow}" if self.follow else ""
         return "; ".join(filter(None, (bad, follow, counted, unread, unmet)))
 
@@ -138,10 +135,9 @@ def survey(table: datasets.Dataset, chosen: list[int], uids: list[str], layout: 
                 layout.files.check(uids[i], read.picture, row.get(FOLDER))
                 seen.pictures += 1
         except BadRow as bad:
-            kind, _, rest = bad.reason.partition(":")
-            seen.bad[kind] += 1
-            if kind == UNSEEN and (column := rest.rpartition(",")[0].strip()) not in seen.unseen:
-                seen.unseen.append(column)
+            seen.bad[bad.reason.partition(":")[0]] += 1
+            if isinstance(bad, Unseen) and bad.column not in seen.unseen:
+                seen.unseen.append(bad.column)
             continue
         seen.follow += read.follows
         if read.unread:
