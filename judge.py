@@ -106,10 +106,8 @@ def main(config: Config) -> dict[str, float]:
             unparsed += sum(not verdict["parsed"] for verdict in verdicts)
     mean = math.fsum(scores) / len(scores) if scores else None
     shown = "none" if mean is None else f"{mean:.3f}"
-    asked = f"{len(pictures)} questions, {sum(pictures)} with a picture"
-    print(
-        f"{config.out}: {len(scores) + unparsed} responses judged to {asked}: mean score {shown}, {unparsed} unparsed"
-    )
+    of = f"{len(scores) + unparsed} responses to {len(pictures)} questions judged, {sum(pictures)} with a picture"
+    print(f"{config.out}: {of}; mean score {shown}, {unparsed} unparsed")
     return {"responses": len(scores) + unparsed, "score_mean": mean, "unparsed": unparsed}
 
 
