@@ -95,7 +95,7 @@ def main(config: Config) -> dict[str, float]:
         identity = {"model": config.model, "adapter": config.adapter}
         manifests.write(config.out, stage="judge", config=settings, seed=config.seed, **identity)
     shards.link_images(config.rollouts, config.out)
-    scores, unparsed = [], 0
+    scores, unparsed, pictures = [], 0, []
     with stop_on_signal(config.out) as check:
         for path in progress.bar(paths, desc="judging", unit="shard"):
             check()
@@ -105,12 +105,15 @@ def main(config: Config) -> dict[str, float]:
                 seen = stages.judging.pictured(policy, groups, config.rollouts)
                 judged = stages.judging.judge(policy, seen, groups, config, config.prompt, config.seed, check)
                 shards.write_shard(target, judged)
-            verdicts = [response["judge"] for group in shards.read_shard(target) for response in group["responses"]]
+            done = shards.read_shard(target)
+            pictures += [group["image"] is not None for group in done]
+            verdicts = [response["judge"] for group in done for response in group["responses"]]
             scores += [verdict["score"] for verdict in verdicts if verdict["score"] is not None]
             unparsed += sum(not verdict["parsed"] for verdict in verdicts)
     mean = math.fsum(scores) / len(scores) if scores else None
     shown = "none" if mean is None else f"{mean:.3f}"
-    print(f"{config.out}: {len(scores) + unparsed} responses judged, mean score {shown}, {unparsed} unparsed")
+    of = f"{len(scores) + unparsed} responses to {len(pictures)} questions judged, {sum(pictures)} with a picture"
+    print(f"{config.out}: {of}; mean score {shown}, {unparsed} unparsed")
     return {"responses": len(scores) + unparsed, "score_mean": mean, "unparsed": unparsed}
 
 

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from upt.data.choices import lettered as lettered
 from upt.errors import DataError, in_words
 
 NAMES = ("mathvision", "mathverse", "mathvista", "wemath", "logicvista", "dynamath")
@@ -237,21 +238,6 @@ def picture(row: dict, *names: str) -> str | bytes:
     if isinstance(value, dict):  # as parquet of the hub holds it
         value = value.get("bytes") or value.get("path") or ""
     return value
-
-
-def lettered(text: str) -> tuple[str, ...]:
-    """The options of a text that names them A, B, …, as in `A. 5; B. 7`, `(A) 5 (B) 7`, `A:5\nB:7`; () for none."""
-    starts, at = [], 0
-    for letter in "ABCDEFGH":
-        mark = re.compile(rf"(?:^|(?<=[\s;,]))\(?{letter}[).:]").search(text, at)
-        if not mark:
-            break
-        starts.append(mark.span())
-        at = mark.end()
-    if len(starts) < 2:
-        return ()
-    ends = [start for start, _ in starts[1:]] + [len(text)]
-    return tuple(text[start:end].strip(" \t\r\n;") for (_, start), end in zip(starts, ends, strict=True))
 
 
 def _parsed(where: str, text: str):

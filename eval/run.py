@@ -145,6 +145,8 @@ def ask(bench: Benchmark, folder: Path, question: Question, style: str) -> data.
         if Path(image).is_absolute() or ".." in Path(image).parts or not has_picture(folder, question):
             raise data.BadRow(question.id, f"missing image file: {image}")
         image = picture_path(folder, question).read_bytes()
+    elif not image and data.PLACEHOLDER.search(question.text):
+        raise data.BadRow(question.id, "no image where the text announces one")
     text = bench.prompt(question) if style == "official" else question.text
     text = data.PLACEHOLDER.sub(" ", text).strip() or "Answer the question in the picture."
     choices = None if style == "official" or bench.choices_in_text else list(question.choices)
@@ -251,6 +253,11 @@ class Job(NamedTuple):
     settings: dict
 
 
+def pictured(job: Job) -> int:
+    """How many of the questions of a job have a picture that is there."""
+    return sum(question.image != "" and has_picture(job.folder, question) for question in job.questions)
+
+
 def prepare(name: str, source: str, config: Config, out: Path) -> Job:
     """A job whose folder is fresh or holds the same job's responses; raises ShardError otherwise."""
     folder = folder_of(source)
@@ -322,7 +329,7 @@ def main(config: Config) -> dict:
             print(f"{name} is left out: {error}", file=sys.stderr)
     if not jobs:
         raise SettingError(f"no benchmark runs from {config.data}: it needs folders such as {', '.join(NAMES[:2])} …")
-    many = ", ".join(f"{len(job.questions)} questions of {job.name}" for job in jobs)
+    many = ", ".join(f"{len(job.questions)} questions of {job.name}, {pictured(job)} with a picture" for job in jobs)
     what = config.model + (f" with {config.adapter}" if config.adapter else "")
     print(
         f"asking {what} {many}: {config.n} responses each, prompt {config.prompt}, into {config.out}", file=sys.stderr

@@ -14,38 +14,20 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
-import huggingface_hub
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from datafiles import jsonl, only, parquet, picture, plain
 from hubcache import make_hub_dataset
 from PIL import Image
 
 from upt.data import BadRow, DataError, Question, load
 from upt.data import rows as reading
 
+pytestmark = pytest.mark.usefixtures("caches")
 ROOT = Path(__file__).resolve().parents[1]
 GEOMETRY_HUB = Path(os.environ.get("UPT_GEOMETRY_HUB", ROOT.parent / "shared/data/geometry_hub"))
 needs_geometry = pytest.mark.skipif(
     not GEOMETRY_HUB.is_dir(), reason=f"no folder {GEOMETRY_HUB}: set UPT_GEOMETRY_HUB to a copy of geometry_hub"
 )
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path_factory, monkeypatch):
-    """Own, empty caches and no network, whatever the machine has."""
-    home = tmp_path_factory.mktemp("hf")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    return home
-
-
-def picture(colour="red", size=(40, 30), kind="PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def noise(kind) -> bytes:
@@ -65,28 +47,6 @@ def bomb(width=20_000, height=20_000) -> bytes:
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
     )
-
-
-def jsonl(path: Path, rows) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-def parquet(path: Path, rows) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
-
-
-def plain(n, start=0, **more):
-    return [{"problem": f"What is {i} + 1?", "answer": str(i + 1), **more} for i in range(start, start + n)]
-
-
-def only(folder: Path, row: dict) -> Question:
-    """The question that one row gives, in a set of its own."""
-    jsonl(folder / "train.jsonl", [row])
-    return load(folder)[0]
 
 
 # ---- what a row says
@@ -258,7 +218,7 @@ def _bad(questions, i) -> str:
         ({"problem": ""}, "no question text"),
         ({"problem": "<image> ", "image": "ok.png"}, "no question text"),
         ({"problem": None}, "no question text"),
-        ({"problem": [{"role": "user", "content": "What?"}]}, "no question text"),
+        ({"problem": [{"role": "assistant", "content": "7"}]}, "no turn of the user among assistant"),
         ({"answer": "7"}, "no question text"),
         ({"problem": "What?", "choices": "one or two"}, "choices are no list"),
         ({"problem": "What?", "choices": 4}, "choices are no list"),

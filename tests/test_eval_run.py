@@ -324,16 +324,19 @@ def test_all_of_a_root_names_what_is_missing(tmp_path, tiny, capsys):
 def test_a_long_prompt_counts_as_wrong_and_a_lost_picture_is_left_out(tmp_path, tiny, capsys):
     folder = vision_folder(tmp_path / "data", pictures=2)
     lines = [json.dumps(vision("0")), json.dumps(vision("1", question="word " * 400)), json.dumps(vision("2"))]
+    lines.append(json.dumps(vision("3", image="")))  # its text has a mark
     (folder / "testmini.jsonl").write_text("\n".join(lines))
     run.main(config(folder, tmp_path / "out", tiny, split="testmini", max_prompt_tokens=300))
     rows = responses(tmp_path / "out")
     assert [r["id"] for r in rows] == ["0", "1"] and (rows[1]["response"], rows[1]["tokens"]) == ("", 0)
     printed = capsys.readouterr()
-    assert "3 questions of the split testmini, 1 left out, 1 too long" in printed.out
+    assert "4 questions of the split testmini, 2 left out, 1 too long" in printed.out
     summary = json.loads((tmp_path / "out/scores.summary.json").read_text())
-    assert (summary["asked"], summary["left_out"], summary["too_long"], summary["questions"]) == (3, 1, 1, 2)
+    assert (summary["asked"], summary["left_out"], summary["too_long"], summary["questions"]) == (4, 2, 1, 2)
     said = printed.err
     assert "1: prompt of" in said and "left out 2: missing image file: images/2.png" in said
+    assert "left out 3: no image where the text announces one" in said
+    assert "4 questions of mathvision, 2 with a picture" in said
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,51 @@ def test_what_has_changed_is_named(tmp_path, what, said):
     assert (difference(without_rows, now) is None) == (said is None)
 
 
+@pytest.mark.parametrize(
+    "named", ["images/3.bmp", "file://images/3.bmp", {"url": "images/3.bmp"}, "['images/3.bmp']", None]
+)
+def test_a_picture_is_seen_however_it_is_named(tmp_path, named):
+    folder = text_set(tmp_path / "mine")
+    rows = rows_of(folder)
+    rows[3]["images"] = named
+    if named is None:
+        rows[3]["problem"] += " ![](images/3.bmp)"
+    write(folder, rows)
+    then = taken(folder)
+    change(folder, "picture")
+    column = "problem" if named is None else "images"
+    assert difference(then, taken(folder)) == f"column {column!r} differs, first in mine/train/000003"
+
+
+@pytest.mark.parametrize(
+    ("column", "one", "another"),
+    [
+        ("reward_model", {"ground_truth": "4"}, {"ground_truth": "9"}),
+        ("completion", [{"role": "assistant", "content": "4"}], [{"role": "assistant", "content": "9"}]),
+        ("solution", "4", "9"),
+    ],
+)
+@pytest.mark.parametrize("beside", [True, False])
+def test_answers_are_told_apart_in_each_column_for_them(tmp_path, column, one, another, beside):
+    folder, found = text_set(tmp_path / "mine"), []
+    rows = rows_of(folder)
+    for cell in (one, another):
+        write(folder, [row | {column: cell} if beside else {**row, "answer": None, column: cell} for row in rows])
+        found.append(taken(folder))
+    assert difference(*found) is None and not same_answers(*found) and same_answers(found[0], found[0])
+
+
+def test_a_cell_that_is_nested_too_deeply_is_seen_as_its_text(tmp_path):
+    folder, found = text_set(tmp_path / "mine"), []
+    rows = rows_of(folder)
+    for end in ("1", "2"):
+        deep = "[" * 600 + end + "]" * 600
+        lines = [json.dumps(row | {"more": "HERE"}).replace('"HERE"', deep) for row in rows]
+        (folder / "train.jsonl").write_text("\n".join(lines))
+        found.append(taken(folder))
+    assert difference(*found).startswith("column 'more' differs")
+
+
 def test_a_set_that_was_moved_touched_or_renumbered_is_the_same(tmp_path):
     folder = text_set(tmp_path / "a" / "mine")
     then = taken(folder)

@@ -15,8 +15,10 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
-from upt.data.questions import Questions
-from upt.data.rows import ANSWER, FOLDER, pick
+from upt.data.columns import ANSWER, FOLDER, pick
+from upt.data.marks import take_out
+from upt.data.pictures import held, local
+from upt.data.questions import BadRow, Questions
 
 END = 8 << 10  # bytes
 BATCH = 1000  # rows
@@ -82,22 +84,32 @@ def same_answers(then: dict, now: dict) -> bool:
 
 
 def rows_of(table: datasets.Dataset, chosen: list[int], folder: Path | None) -> Iterator[dict]:
-    """Some rows of a table, as JSON can hold them; pictures by their digests. Paths lie in `folder`, or in FOLDER."""
-    answers, table = pick(table.column_names, ANSWER), table.with_format("arrow")
-    names = [ANSWERS if name == answers else name for name in table.column_names]
+    """Some rows of a table, as JSON can hold them; pictures by their digests. Paths lie in `folder`, or in FOLDER.
+
+    Columns of answers, read or not, are together under ANSWERS.
+    """
+    names, table = table.column_names, table.with_format("arrow")
+    answers = {name for name in names if name == ANSWERS or pick([name], ANSWER)}
     for start in range(0, len(chosen), BATCH):
         for cells in zip(*table[chosen[start : start + BATCH]].columns, strict=True):
             row = dict(zip(names, cells, strict=True))
             own = row.pop(FOLDER, None)  # of a text file, whose cells are JSON
             where = folder if own is None else Path(json.loads(own.as_py()) if own.is_valid else ".")
-            yield {name: plain(cell, where, own is not None) for name, cell in row.items()}
+            found = {name: of_cell(cell, where, own is not None) for name, cell in row.items()}
+            golds = {ANSWERS: {name: found.pop(name) for name in names if name in answers}} if answers else {}
+            yield found | golds
 
 
-def plain(cell, folder: Path | None, is_json: bool = False):
-    """A cell as JSON can hold it, bytes and files that it names by their digests."""
+def of_cell(cell: pa.Scalar, folder: Path | None, is_json: bool):
+    """A cell as JSON can hold it, bytes and files that it names by their digests; `is_json`: it is a text of JSON."""
+    try:
+        return plain(json.loads(cell.as_py()) if is_json and cell.is_valid else cell, folder)
+    except RecursionError:  # nested too deeply, which no row is read with
+        return str(cell)
+
+
+def plain(cell, folder: Path | None):
     cell = unwrapped(cell)
-    if is_json and cell:
-        cell = json.loads(cell)
     if isinstance(cell, memoryview):
         return of_bytes(cell)
     if isinstance(cell, dict):
@@ -105,11 +117,27 @@ def plain(cell, folder: Path | None, is_json: bool = False):
         return found["bytes"] if found.get("bytes") is not None else found  # the path beside bytes is only a name
     if isinstance(cell, list):
         return [plain(value, folder) for value in cell]
-    if isinstance(cell, str) and folder is not None and FILE.fullmatch(cell):
+    return of_text(cell, folder) if isinstance(cell, str) and folder is not None else cell
+
+
+def of_text(text: str, folder: Path) -> str | list[str]:
+    """A text, with the digests of files that its marks or a list in it name; of a path to a file the digest alone."""
+    if digest := of_named(text, folder):
+        return digest
+    names = [*take_out(text)[1].paths]
+    if text[:1] in ("[", "{"):  # as CSV has them
+        with suppress(BadRow):
+            names += [name for name in held("", text) if isinstance(name, str)]
+    return [text, *found] if (found := [*filter(None, (of_named(name, folder) for name in names))]) else text
+
+
+def of_named(name: str, folder: Path) -> str | None:
+    """The digest of the file that is called so; None if there is none."""
+    if FILE.fullmatch(name):
         with suppress(OSError, RuntimeError):
-            if (folder / cell).is_file():
-                return of_file(folder / cell)
-    return cell
+            if (folder / local(name)).is_file():
+                return of_file(folder / local(name))
+    return None
 
 
 def unwrapped(cell):

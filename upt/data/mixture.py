@@ -3,14 +3,14 @@
     load("shapes", seed=0)              drawn on the spot: needs no file and no network
     load("geoqa"), load("geometry3k"), load("mmr1")
     load("org/name", "test")            any data set of the hub; a copy in the hub cache is used as it is
-    load("~/data/mine")                 a folder of parquet in the hub schema, or of JSONL with image paths; or one file
+    load("~/data/mine")                 a folder of parquet, JSONL, JSON or CSV, or of save_to_disk; or one file
     load("shapes,runs/questions")       several as one, also by weight: shapes:3,runs/questions:1
 
 Without weights every question of every set counts alike: an epoch is all of them in a new order. With weights each set
 has its own epochs, and every step takes from each its part, in whole questions and at least one.
 
 Held-out splits (`validation`, `test`) are those of the first set. A uid that an earlier set has is written `2:uid`
-where the second set has it too. sources.py says what splits and uids a set has.
+where the second set has it too. splits.py says what splits and uids a set has.
 """
 
 from dataclasses import replace

@@ -33,7 +33,7 @@ class Question:
 class Questions:
     """The questions of one split. `read(i)` gives what question i is made of, or raises `BadRow`; `note` goes along.
 
-    `pictures` is how many of the rows hold a picture, or what is to be one.
+    `pictures` is how many of them have a picture, as far as shows without opening one.
     """
 
     def __init__(
