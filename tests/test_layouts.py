@@ -100,7 +100,8 @@ def test_json(folder, content):
 def test_json_that_is_jsonl(folder):
     jsonl(folder / "train.json", [ROW, "{cut", ROW])
     jsonl(folder / "test.json", [ROW, ROW])
-    jsonl(folder / "dataset_info.json", ["{}"])  # about a set, and no rows of one
+    for name in ("dataset_info.json", "fingerprint.json"):  # about a set, and no rows of one
+        jsonl(folder / name, ['{"data": {"count": 6}}'])
     assert said(load(folder)) == said(load(folder, "test")) == [("What?", None, "7", True)] * 2
 
 
