@@ -100,9 +100,15 @@ def test_json(folder, content):
 def test_json_that_is_jsonl(folder):
     jsonl(folder / "train.json", [ROW, "{cut", ROW])
     jsonl(folder / "test.json", [ROW, ROW])
-    for name in ("dataset_info.json", "fingerprint.json"):  # about a set, and no rows of one
-        jsonl(folder / name, ['{"data": {"count": 6}}'])
     assert said(load(folder)) == said(load(folder, "test")) == [("What?", None, "7", True)] * 2
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "manifest.json", "summary.json", "fingerprint.json"])
+def test_a_file_about_a_set_holds_no_rows_of_it(folder, caplog, name):
+    jsonl(folder / "train.json", [ROW, ROW])
+    jsonl(folder / "test.json", [ROW, ROW])
+    (folder / name).write_text('{"data": {"count": 6}}')
+    assert len(load(folder)) == 2 and caplog.text == ""
 
 
 @pytest.mark.parametrize(
