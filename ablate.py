@@ -19,7 +19,7 @@ A setting that ablate.py does not know goes to train_upt.py.
 
 import shlex
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import rewards
@@ -27,8 +27,10 @@ from upt import compare, model
 from upt.errors import SettingError
 from upt.groups import manifests, shards
 from upt.groups.variants import split_variants
+from upt.ranges import Count, Name, Share
 from upt.run import cli
-from upt.run.settings import Typed
+from upt.run.locking import alone
+from upt.run.typed import Typed
 
 ONLINE = "majority frequency random"
 ONLINE_ONLY = ("data", "model", "steps", "seeds", "jobs", "train")
@@ -38,24 +40,24 @@ ONLINE_ONLY = ("data", "model", "steps", "seeds", "jobs", "train")
 class Config(Typed):
     rollouts: Path | None = None
     """folder of rollout shards to compare on, offline; None: compare by training"""
-    rewards: str | None = None
+    rewards: Name | None = None
     """variants, parted by commas or blanks: majority judged(t_h=.9)@energy-centred, where @ names an advantage of its
     own; None: offline all that the shards can serve, online majority, frequency and random"""
-    advantage: str | None = None
+    advantage: Name | None = None
     """advantage estimator of the variants that name none; None: group-norm offline, train_upt.py's default online"""
     out: Path = Path("runs/ablate")
     """folder for the tables, the figure and, online, the runs"""
-    confident: float = 0.5
+    confident: Share = 0.5
     """offline: a majority of at least this share that is wrong counts as spurious"""
-    data: str = "shapes"
+    data: Name = "shapes"
     """online: as in train_upt.py"""
-    model: str | None = None
+    model: Name | None = None
     """online: as in train_upt.py"""
-    steps: int | None = None
+    steps: Count | None = None
     """online: steps of each run; None: train_upt.py's default"""
-    seeds: int = 3
+    seeds: Count = 3
     """online: runs of each variant, with the seeds 0, 1, …"""
-    jobs: int | None = None
+    jobs: Count | None = None
     """online: runs at a time, sharing the cores; None: one for each core, or 1 on a machine with a GPU"""
     train: str = ""
     """online: further settings of train_upt.py in one string; in a shell just add them to the command"""
@@ -138,8 +140,10 @@ def online(config: Config) -> dict:
     return compare.sweep.main(config, parse(config.rewards or ONLINE, config.advantage), settings)
 
 
+@alone
 def main(config: Config) -> dict:
     """Compare offline where there are --rollouts, else online."""
+    config = replace(config)
     return offline(config) if config.rollouts else online(config)
 
 

@@ -26,9 +26,12 @@ import rollout
 from upt import model, prompts, stages
 from upt.errors import SettingError
 from upt.groups import manifests, shards
+from upt.ranges import Name, Seed
 from upt.run import cli, presets, progress
-from upt.run.settings import Judge, Model, Typed
+from upt.run.locking import alone
+from upt.run.settings import Judge, Model
 from upt.run.stopping import stop_on_signal
+from upt.run.typed import Typed
 
 FREE = ("rollouts", "out", "device", "judge_tokens", "any_base")  # settings that may change when judging goes on
 
@@ -41,13 +44,13 @@ class Config(Judge, Model, Typed):
     """folder of rollout shards"""
     out: Path = Path("runs/judged")
     """folder for the judged shards; another one than --rollouts"""
-    model: str | None = None
+    model: Name | None = None
     """snapshot folder or hub id; None: the model that sampled the rollouts"""
-    adapter: str | None = None
+    adapter: Name | None = None
     """PEFT adapter of the judge; None: the one that the sampling started from, if --model is left out too"""
-    seed: int | None = None
+    seed: Seed | None = None
     """noise of written judgements"""
-    prompt: str | None = None
+    prompt: Name | None = None
     """prompt style whose format the responses must keep: think-boxed, or any other for a box alone"""
 
 
@@ -69,17 +72,20 @@ def resolve(config: Config) -> tuple[Config, dict]:
         raise SettingError(f"the manifest of {config.rollouts} names no model: say which one is to judge, --model M")
     manifests.check_files(config.rollouts, rollouts, {"model": config.model, "adapter": config.adapter})
     presets.fill(config)
+    config.check()
     config.check_judge()
+    config.check_loading()
     return config, manifests.origin(manifest, rollout.FREE)
 
 
+@alone
 def main(config: Config) -> dict[str, float]:
     """Judge a folder of shards into another; returns the summary that it prints."""
     config, origin = resolve(config)
     paths = shards.ShardReader(config.rollouts).paths
     settings = json.loads(json.dumps(asdict(config), default=str))
     settings |= {"judge_prompt_file": prompts.judge_digest(config.judge_prompt), "rollouts_manifest": origin}
-    fresh = manifests.check(config.out, settings, ignore=FREE) is None
+    fresh = manifests.check(config.out, "judge", settings, ignore=FREE) is None
     how = f"{config.judge_mode} mode, prompt {config.judge_prompt}"
     print(
         f"judging {len(paths)} shards of {config.rollouts} by {config.model}: {how}, into {config.out}", file=sys.stderr
@@ -89,7 +95,7 @@ def main(config: Config) -> dict[str, float]:
         identity = {"model": config.model, "adapter": config.adapter}
         manifests.write(config.out, stage="judge", config=settings, seed=config.seed, **identity)
     shards.link_images(config.rollouts, config.out)
-    scores, unparsed = [], 0
+    scores, unparsed, pictures = [], 0, []
     with stop_on_signal(config.out) as check:
         for path in progress.bar(paths, desc="judging", unit="shard"):
             check()
@@ -99,12 +105,15 @@ def main(config: Config) -> dict[str, float]:
                 seen = stages.judging.pictured(policy, groups, config.rollouts)
                 judged = stages.judging.judge(policy, seen, groups, config, config.prompt, config.seed, check)
                 shards.write_shard(target, judged)
-            verdicts = [response["judge"] for group in shards.read_shard(target) for response in group["responses"]]
+            done = shards.read_shard(target)
+            pictures += [group["image"] is not None for group in done]
+            verdicts = [response["judge"] for group in done for response in group["responses"]]
             scores += [verdict["score"] for verdict in verdicts if verdict["score"] is not None]
             unparsed += sum(not verdict["parsed"] for verdict in verdicts)
     mean = math.fsum(scores) / len(scores) if scores else None
     shown = "none" if mean is None else f"{mean:.3f}"
-    print(f"{config.out}: {len(scores) + unparsed} responses judged, mean score {shown}, {unparsed} unparsed")
+    of = f"{len(scores) + unparsed} responses to {len(pictures)} questions judged, {sum(pictures)} with a picture"
+    print(f"{config.out}: {of}; mean score {shown}, {unparsed} unparsed")
     return {"responses": len(scores) + unparsed, "score_mean": mean, "unparsed": unparsed}
 
 

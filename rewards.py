@@ -35,10 +35,12 @@ from kernels.advantage import ADVANTAGES, mean_of
 from upt import answers
 from upt.errors import DataError, SettingError, ShardError
 from upt.groups import manifests, scoring, shards, variants
-from upt.groups.variants import Positive, band
+from upt.groups.variants import band
 from upt.groups.votes import counts, keys_of, majority_key, majority_share
+from upt.ranges import Amount, Name, Positive, Seed, Share
 from upt.run import cli, metrics
-from upt.run.settings import Typed
+from upt.run.locking import alone
+from upt.run.typed import Typed
 
 # --- rewards by vote: group -> G floats -------------------------------------------------------------------------------
 
@@ -58,7 +60,7 @@ def frequency(group: dict) -> list[float]:
     return [c.get(key, 0) / len(keys) for key in keys]
 
 
-def gated_frequency(group: dict, *, threshold: float = 0.85) -> list[float]:
+def gated_frequency(group: dict, *, threshold: Share = 0.85) -> list[float]:
     """p(m) > threshold: 1 if a_i = m else 0; otherwise, or with no unique m, p(a_i). In [0, 1].
 
     Released code of 2603.21289: a group that all but agrees is pushed the rest of the way.
@@ -67,13 +69,13 @@ def gated_frequency(group: dict, *, threshold: float = 0.85) -> list[float]:
     return majority(group) if gate else frequency(group)
 
 
-def confident_majority(group: dict, *, tau: float = 0.5) -> list[float] | None:
+def confident_majority(group: dict, *, tau: Share = 0.5) -> list[float] | None:
     """`majority` where there is a unique m with p(m) >= tau, else None: the group is skipped. In {0, 1}. 2505.21444."""
     confident = majority_key(group) is not None and majority_share(group) >= tau
     return majority(group) if confident else None
 
 
-def dirichlet(group: dict, *, alpha: Positive = 1.0, beta: float = 22.0, delta: float = 0.06) -> list[float]:
+def dirichlet(group: dict, *, alpha: Positive = 1.0, beta: Positive = 22.0, delta: float = 0.06) -> list[float]:
     """r_i = C sigmoid(beta (log pi(a_i) - log max_a pi(a) + delta)), in [0, 1); an abstention earns 0.
 
     pi(a) = (c(a) + alpha) / (n + alpha A) for the A different keys of the n responses that answer, and the confidence
@@ -99,7 +101,7 @@ def semantic_entropy(group: dict) -> list[float]:
 
 
 def continuous_consistency(
-    group: dict, *, power: float = 0.7, penalty: float = 0.1, words: Positive = 6
+    group: dict, *, power: Amount = 0.7, penalty: Share = 0.1, words: Positive = 6
 ) -> list[float]:
     """r_i = p(a_i)^power (1 - penalty clip((w_i - words) / words, 0, 1)), in [0, 1]; an abstention earns 0. 2511.16672.
 
@@ -139,9 +141,9 @@ def _judge_scores(group: dict) -> list[float | None]:
     return [response["judge"]["score"] for response in group["responses"]]
 
 
-def judged(group: dict, *, base: Literal["frequency", "gated-frequency"] = "frequency", threshold: float = 0.85,
-           unparsed: Literal["neutral", "zero"] = "neutral", lam_fmt: float = 0.5,
-           lam_pos: float = 0.2, lam_neg: float = 0.2, t_h: float = 0.95, t_l: float = 0.40,
+def judged(group: dict, *, base: Literal["frequency", "gated-frequency"] = "frequency", threshold: Share = 0.85,
+           unparsed: Literal["neutral", "zero"] = "neutral", lam_fmt: Amount = 0.5,
+           lam_pos: Amount = 0.2, lam_neg: Share = 0.2, t_h: Share = 0.95, t_l: Share = 0.40,
            tau_h: Positive = 0.02, tau_l: Positive = 0.05) -> list[float]:  # fmt: skip
     """r_i = base_i g(s_i), in [0, 1 + lam_pos); the paper's default takes off lam_fmt = .5. 2603.21289 §3.2-3.3.
 
@@ -195,7 +197,7 @@ def supervised(group: dict) -> list[float]:
     return [float(bool(answers.is_correct(response["text"], gold, choices))) for response in group["responses"]]
 
 
-def random(group: dict, *, seed: int = 0) -> list[float]:
+def random(group: dict, *, seed: Seed = 0) -> list[float]:
     """r_i = a fair coin, in {0, 1}: the control that must not help (after 2506.10947).
 
     The coin is a hash of (seed, step, uid, i), so neither the order of the groups nor the process matters.
@@ -282,15 +284,15 @@ class Config(Typed):
     """folder of rollout shards (judged ones too)"""
     out: Path
     """folder for the scored shards; another one than --rollouts"""
-    reward: str = "majority"
+    reward: Name = "majority"
     """a name of REWARDS, settings inline: 'gated-frequency(threshold=.9)'; or FILE.py:NAME"""
-    advantage: str = "group-norm"
+    advantage: Name = "group-norm"
     """a name of ADVANTAGES, settings inline: 'energy(beta=2)'; or FILE.py:NAME"""
-    min_share: float = 0
+    min_share: Share = 0
     """skip groups whose majority share is below this"""
-    max_share: float = 1
+    max_share: Share = 1
     """skip groups whose majority share is above this"""
-    seed: int | None = None
+    seed: Seed | None = None
     """seed of variants that draw; default: the seed of the rollouts' manifest"""
 
 
@@ -307,6 +309,7 @@ def _score_shards(config: Config, paths: list[Path], seed: int) -> Iterator[dict
         del groups  # one shard in memory: this one must be gone before the next is read
 
 
+@alone
 def main(config: Config) -> dict[str, float]:
     """Score a folder of shards into another; returns the summary that it prints."""
     config = replace(config, rollouts=shards.stage_folder(config.rollouts))
@@ -327,7 +330,7 @@ def main(config: Config) -> dict[str, float]:
     for role in ("reward", "advantage"):
         if digest := variants.source_digest(settings[role]):
             settings[f"{role}_file"] = digest  # a function of one's own may change between two runs of this stage
-    if manifests.check(config.out, settings, ignore=FREE) is None:
+    if manifests.check(config.out, "rewards", settings, ignore=FREE) is None:
         identity = {"model": source.get("model"), "adapter": source.get("adapter")}
         manifests.write(config.out, stage="rewards", config=settings, seed=seed, **identity)
     shards.link_images(config.rollouts, config.out)

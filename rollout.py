@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, replace
 from upt import data, model, stages
 from upt.groups import manifests, shards
 from upt.run import cli, progress
+from upt.run.locking import alone
+from upt.run.resuming import check_data, keep_data
 from upt.run.settings import Rollout
 from upt.run.stopping import stop_on_signal
 
@@ -32,21 +34,23 @@ class Config(Rollout):
     """Settings left at None take the preset's value, else the default for the model (see upt/run/presets.py)."""
 
 
+@alone
 def main(config: Config) -> None:
     """Sample the steps whose shards are not there yet."""
     config = replace(config).resolve()
     questions = data.load(config.data, config.split, config.seed, limit=config.limit)
     folder = config.out
     model.model_config(config.model)  # raises PolicyError for a model that is not there
-    manifests.check(folder, asdict(config), ignore=FREE)
+    manifests.check(folder, "rollout", asdict(config), ignore=FREE)
+    taken = {"data": data.fingerprint.of_questions(questions)}
+    check_data(folder, taken)
     much = f"{config.steps} steps of {min(config.questions_per_step, len(questions))} x {config.group_size} responses"
     print(f"sampling {config.model} on {questions.describe()}: {much}, into {folder}", file=sys.stderr)
     if questions.weights:
         print(data.shares(questions, config.questions_per_step), file=sys.stderr)
     policy = model.Policy.load(config.model, **config.loading())
-    manifests.write(
-        folder, stage="rollout", config=asdict(config), seed=config.seed, model=config.model, adapter=config.adapter
-    )
+    identity = {"seed": config.seed, "model": config.model, "adapter": config.adapter}
+    manifests.write(folder, stage="rollout", config=asdict(config), data=keep_data(folder, taken), **identity)
     with stop_on_signal(folder) as check:
         for step in range(config.steps):
             if not shards.is_complete(shards.shard_path(folder, step)):

@@ -28,7 +28,10 @@ from upt import data, model, prompts, stages
 from upt.errors import SettingError
 from upt.files import write_whole
 from upt.groups import filters, manifests
+from upt.ranges import Count
 from upt.run import cli
+from upt.run.locking import alone
+from upt.run.resuming import check_data, keep_data
 from upt.run.settings import Asking, Rollout, hidden
 from upt.run.stopping import stop_on_signal
 
@@ -44,7 +47,7 @@ class Config(Asking, Rollout):
     out: Path = Path("runs/questions")
     """folder of the data set to write"""
     preset: None = hidden(None)
-    steps: int | None = hidden(None)
+    steps: Count | None = hidden(None)
 
     def resolve(self) -> "Config":
         super().resolve()
@@ -52,6 +55,7 @@ class Config(Asking, Rollout):
         return self
 
 
+@alone
 def main(config: Config) -> dict:
     """Ask, filter, answer, write; returns the counts."""
     config, asking = replace(config).resolve(), stages.asking
@@ -64,11 +68,13 @@ def main(config: Config) -> dict:
     settings = asdict(config)
     if config.ask_prompt:
         settings["ask_prompt_file"] = prompts.asking_digest(config.mode, config.ask_prompt)
-    manifests.check(config.out, settings, ignore=FREE)
+    manifests.check(config.out, "synthesize", settings, ignore=FREE)
+    taken = {"data": data.fingerprint.of_questions(questions)}
+    check_data(config.out, taken)
     policy = model.Policy.load(config.model, **config.loading())
-    manifests.write(
-        config.out, stage="synthesize", config=settings, seed=config.seed, model=config.model, adapter=config.adapter
-    )
+    identity = {"seed": config.seed, "model": config.model, "adapter": config.adapter}
+    kept = keep_data(config.out, taken)
+    manifests.write(config.out, stage="synthesize", config=settings, data=kept, **identity)
     with stop_on_signal(config.out) as check:
         candidates = asking.candidates_of(asking.ask(policy, questions, config, check), config)
         if set(config.chosen()) & set(filters.ANSWERS):

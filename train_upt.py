@@ -38,14 +38,16 @@ from eval.follow import Followed
 from upt import answers, data, model, prompts, run, stages
 from upt.data import names
 from upt.errors import SettingError, Stopped
-from upt.files import read_json, write_whole
+from upt.files import read_json, write_whole, writing
 from upt.groups import manifests, scoring, shards, variants
 from upt.model.folders import check_adapter
 from upt.model.origin import check_base, origin_of
+from upt.ranges import Amount, Count, Name
 from upt.run import cli, health, progress
+from upt.run.locking import alone
 from upt.run.metrics import Clock, Metrics
-from upt.run.resuming import STORED, claim, jsonable, prepare
-from upt.run.settings import Evaluation, Judge, Reward, Rollout, Rounds, Update, at_least
+from upt.run.resuming import STORED, claim, fingerprints, jsonable, prepare
+from upt.run.settings import Evaluation, Judge, Reward, Rollout, Rounds, Update
 from upt.run.stopping import stop_on_signal
 
 if TYPE_CHECKING:
@@ -62,15 +64,15 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
     """take every setting from the run in --out and go on with it"""
     from_shards: Path | None = None
     """train on these scored (or sampled) shards, one step each, instead of sampling"""
-    init_adapter: str | None = None
+    init_adapter: Name | None = None
     """PEFT adapter to go on training, of whatever rank; judge and reference are the model without it"""
-    gpus: int = 1
+    gpus: Count = 1
     """processes; more than one is not supported yet"""
-    feature_cache_gib: float = 0.0
+    feature_cache_gib: Amount = 0.0
     """keep image features from step to step, up to this much memory"""
-    save_every: int = 10
+    save_every: Count = 10
     """steps between checkpoints"""
-    keep: int = 2
+    keep: Count = 2
     """checkpoints to keep; the last one that is known to be healthy is kept besides"""
     stop_on_collapse: bool = False
     """end the run at the first alarm (see upt/run/health.py), with the last healthy checkpoint's adapter"""
@@ -102,14 +104,9 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
             raise SettingError(f"--split {self.split}: sets are mixed for training on their train split only")
         if self.temperature == 0 or self.group_size < 2:
             raise SettingError("training needs samples that differ: --temperature above 0, a group size of 2 or more")
-        at_least(
-            self, 1, "eval_samples", "eval_limit", "save_every", "keep", "lora_rank", "lora_alpha", "update_tokens"
-        )
         if bool(self.eval) != (self.eval_every > 0):
             raise SettingError("--eval NAME=FOLDER and --eval-every N follow a benchmark: give both or neither")
-        if self.eval_questions < 0:
-            raise SettingError(f"--eval-questions must be 0 (no evaluation) or more, not {self.eval_questions}")
-        if not 1 <= self.minibatches <= self.questions_per_step:
+        if self.minibatches > self.questions_per_step:
             raise SettingError(
                 f"--minibatches {self.minibatches}: from 1 to --questions-per-step ({self.questions_per_step})"
             )
@@ -117,6 +114,8 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
             raise SettingError("signals of --from-shards are the shards' own: no --stop-on-collapse, no --select")
         if self.reward == STORED and variants.band(self):
             raise SettingError("--min-share and --max-share change rewards: give --reward or --advantage besides")
+        if self.lora_targets != model.TARGETS:
+            model.check_targets(self.model, self.lora_targets)  # brings torch, so last
         return self
 
     def files(self) -> dict[str, str]:
@@ -212,7 +211,7 @@ def targets(groups: list[dict], style: str) -> list[dict]:
 def train(
     policy: "Policy", questions: "data.Questions | None", followed: Followed, config: Config, clock: Clock, check
 ) -> dict:
-    """All steps of the loop, from the latest checkpoint if there is one; how it ended (see `finish`).
+    """All steps of the loop, from the latest checkpoint if there is one; how it ended (see upt/run/ending.py).
 
     Raises `Stopped` after saving its state.
     """
@@ -229,16 +228,21 @@ def train(
         print(f"going on after step {start} of {config.steps}")
     metrics = Metrics(config.out / "metrics.jsonl", start)
     paths = shards.list_shards(config.from_shards) if config.from_shards else None
-    step, looked = start, {}  # the latter waits where a step is left out
+    looked = {}
 
     def save(step: int) -> None:
-        run.checkpoints.save_checkpoint(folder, step, policy, optimizer, schedule, clock.seconds)
+        with writing(folder / f"step-{step:06d}"):
+            run.checkpoints.save_checkpoint(folder, step, policy, optimizer, schedule, clock.seconds)
         # Checkpoint s is the policy that samples step s, so the latest one is known to be healthy a step later.
-        healthy = next((row["step"] for row in metrics.rows if row["alarms"]), step)
+        healthy = min(step, health.unhealthy_from(metrics.rows))
         keep = config.keep if config.select == "last" else config.steps
         run.checkpoints.prune_checkpoints(folder, keep, config.saves, healthy)
 
+    run.ending.check_finite(config, metrics.rows)
     left = range(start, config.steps)
+    if sampled_before := [step for step in left if shards.shard_path(config.out / "rollouts", step).exists()]:
+        first, last = sampled_before[0] + 1, sampled_before[-1] + 1
+        print(f"steps {first} to {last} had been sampled: their shards are used, and the updates made again")
     with progress.bar(left, initial=start, total=config.steps, desc="training", unit="step") as bar:
         for step in bar:
             before = dict(clock.seconds)
@@ -262,6 +266,11 @@ def train(
                 progress.say(
                     f"step {step + 1}/{config.steps}: left out, none of its questions can be used", file=sys.stderr
                 )
+                model.update.advance(schedule, config.minibatches)
+                metrics.leave_out(step, {"left_out": len(left_out)} | looked)
+                looked = {}
+                if config.saves(step + 1):
+                    save(step + 1)
                 continue
             if config.algorithm == "sft":
                 groups = targets(groups, config.prompt)
@@ -270,7 +279,8 @@ def train(
             measure_kl = config.kl_coef == 0 and config.kl_every > 0 and step % config.kl_every == 0
             rate = schedule.get_last_lr()[0]
             with clock("update"):
-                stats = model.update.update(policy, optimizer, schedule, encoded, groups, config, measure_kl)
+                bad = metrics.nonfinite_in_a_row
+                stats = model.update.update(policy, optimizer, schedule, encoded, groups, config, measure_kl, bad)
             extra = {"learning_rate": rate, "left_out": len(left_out), **looked}
             looked = {}
             progress.say(
@@ -279,30 +289,10 @@ def train(
             if config.stop_on_collapse and metrics.rows[-1]["alarms"]:
                 progress.say(f"step {step + 1}: stopped by --stop-on-collapse, {' '.join(metrics.rows[-1]['alarms'])}")
                 break
-            if config.saves(step + 1):
+            if config.saves(step + 1) or metrics.nonfinite_in_a_row >= health.NONFINITE:
                 save(step + 1)
-    return finish(policy, config, metrics.rows)
-
-
-def finish(policy: "Policy", config: Config, rows: list[dict]) -> dict:
-    """Write the adapter that the run ends with and put it on the policy; which one it is and the run's alarms."""
-    alarms = {row["step"]: row["alarms"] for row in rows if row["alarms"]}
-    folders = {run.checkpoints.step_of(path): path for path in run.checkpoints.checkpoints(config.out / "checkpoints")}
-    folders = {step: path for step, path in folders.items() if config.saves(step)}
-    chosen = made = rows[-1]["step"] + 1 if rows else 0
-    if config.select == "label-free" and folders:
-        chosen = health.best_checkpoint(rows, sorted(folders))
-    elif config.stop_on_collapse and alarms:
-        healthy = [step for step in folders if step < min(alarms)]
-        chosen = max(healthy, default=made)
-        if not healthy:
-            print("no checkpoint is from before the alarm, so the last one stays; lower --save-every", file=sys.stderr)
-    if chosen != made:
-        policy.load_adapter(folders[chosen] / "adapter")
-    if config.select == "label-free" or chosen != made:
-        print(f"ends with the adapter after {chosen} of {made} steps")
-    policy.save(config.out / "adapter")
-    return {"steps": made, "adapter_step": chosen, "alarms": alarms}
+            run.ending.check_finite(config, metrics.rows)
+    return run.ending.finish(policy, config, metrics.rows)
 
 
 def scored(policy: "Policy", questions: "data.Questions", name: str, config: Config, clock: Clock, check) -> dict:
@@ -365,6 +355,7 @@ def write_questions(**settings) -> dict:
     return synthesize.main(synthesize.Config(**settings))
 
 
+@alone
 def main(config: Config) -> dict:
     """Run the loop and return its summary. Stopped by a signal, it saves its state and raises `Stopped`."""
     config = prepare(config)
@@ -376,13 +367,15 @@ def main(config: Config) -> dict:
         where = config.eval_data or config.data
         held_out = data.load(where, config.eval_split, config.seed) if config.eval_questions else None
         check_questions(questions, held_out, config)
-        if questions is not None and rewards.needs_gold(config.reward):
+        supervised = questions is not None and rewards.needs_gold(config.reward)
+        taken = fingerprints(questions, held_out, config, supervised)
+        if supervised:
             questions = questions.with_gold()
         followed = Followed(config.eval, config.eval_limit)
         if config.rounds:
-            return stages.rounds.evolve(config, main, write_questions)
+            return stages.rounds.evolve(config, main, write_questions, taken)
         policy = starting_policy(config)
-        claim(config)
+        claim(config, taken)
     with stop_on_signal(config.out) as check:
         summary = {"before": scored(policy, held_out, "before", config, clock, check)} if held_out else {}
         summary["end"] = train(policy, questions, followed, config, clock, check)

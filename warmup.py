@@ -22,7 +22,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,8 +31,11 @@ from upt import data, model, prompts, warmup
 from upt.data import shapes
 from upt.errors import SettingError
 from upt.files import write_whole
+from upt.ranges import Count, Number, Rate, Seed, Share
 from upt.run import cli, presets
-from upt.run.settings import Rollout, Typed
+from upt.run.locking import alone
+from upt.run.settings import Rollout
+from upt.run.typed import Typed
 from upt.warmup.demonstrations import MODES, STYLES, demonstrate, demonstrate_mixed, poor_candidate
 
 SAMPLING = ("temperature", "top_p", "group_size", "max_new_tokens", "prompt", "max_prompt_tokens", "rollout_tokens")
@@ -42,37 +45,39 @@ SAMPLING = ("temperature", "top_p", "group_size", "max_new_tokens", "prompt", "m
 class Config(Typed):
     out: Path = Path("models/tiny")
     """folder to write the snapshot to"""
-    seed: int = 0
+    seed: Seed = 0
     """initial weights and demonstrations"""
-    questions: int | None = None
+    questions: Count | None = None
     """labelled questions, used over and over where there are more lessons; None: a new one for each lesson"""
-    clean_steps: int = 300
+    clean_steps: Number = 300
     """updates on right demonstrations"""
-    mixed_steps: int = 160
+    mixed_steps: Number = 160
     """updates on demonstrations of mixed quality"""
-    asking: int = 4
+    asking: Number = 4
     """pictures to ask about in one update of the mixed phase, besides the questions to answer"""
-    batch: int = 32
+    batch: Count = 32
     """questions in one update"""
-    learning_rate: float = 4e-3
+    learning_rate: Rate = 4e-3
     """peak of the clean phase, for Muon; AdamW takes half of it, and the vision tower's first layer a tenth of that"""
-    mixed_learning_rate: float = 6e-4
+    mixed_learning_rate: Rate = 6e-4
     """peak of the mixed phase, for AdamW"""
-    guess_share: float = 0.5
+    guess_share: Share = 0.5
     """share of quick guesses in the mixed phase"""
-    guess_wrong: float = 0.6
+    guess_wrong: Share = 0.6
     """share of quick guesses that are any plausible number instead of the right one"""
-    eval_questions: int = 256
+    eval_questions: Count = 256
     """validation questions for the scores after each phase"""
-    eval_samples: int = 2
+    eval_samples: Count = 2
     """samples for each of them"""
 
 
+@alone
 def main(config: Config) -> dict:
     """Train, write the snapshot and its scores; returns the scores by phase."""
+    config = replace(config)
+    if config.clean_steps + config.mixed_steps == 0:
+        raise SettingError("--clean-steps 0 and --mixed-steps 0 teach nothing: give one of them some updates")
     lessons, muon, tiny = warmup.lessons, warmup.muon, warmup.tiny
-    if min(config.eval_questions, config.eval_samples, config.batch, config.questions or 1) < 1:
-        raise SettingError("--batch, --questions, --eval-questions and --eval-samples must be at least 1")
     started = time.perf_counter()
     updates = f"{config.clean_steps} + {config.mixed_steps} updates, some minutes"
     print(f"making the tiny model in {config.out}, with labels: {updates}", flush=True)

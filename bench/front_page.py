@@ -22,7 +22,7 @@ from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -35,11 +35,12 @@ import train_upt
 from eval import heldout
 from upt import answers, data, prompts, stages
 from upt.errors import SettingError, suggest_path
-from upt.files import write_whole
+from upt.files import check_folder, write_whole
 from upt.groups.votes import counts, majority_key
+from upt.ranges import Name
 from upt.run import cli
 from upt.run.resuming import prepare
-from upt.run.settings import Typed
+from upt.run.typed import Typed
 
 if TYPE_CHECKING:
     from upt.data import Question
@@ -56,11 +57,11 @@ PIXELS = 72  # dots per inch at which a point, matplotlib's unit of text and lin
 
 @dataclass
 class Config(Typed):
-    run: tuple[Path, ...] = (Path("runs/train"),)
+    run: Annotated[tuple[Path, ...], "one or more"] = (Path("runs/train"),)
     """folders of finished runs; the example is from the first, training.png has a line for each"""
     out: Path = Path("docs")
     """folder for example.png and training.png"""
-    device: str = "auto"
+    device: Name = "auto"
     """auto, cpu, cuda or cuda:N; the responses have to come out as in the run, so take the run's"""
 
 
@@ -345,8 +346,6 @@ def panel(axes, title: str, numbers: str, top: float | None = None) -> None:
 
 def check_runs(folders: Sequence[Path]) -> None:
     """Raise SettingError for the first folder that does not hold a finished run with held-out scores."""
-    if not folders:
-        raise SettingError("--run needs the folder of a finished run")
     for folder in folders:
         if missing := [name for name in NEEDED if not (folder / name).exists()]:
             raise SettingError(
@@ -357,7 +356,8 @@ def check_runs(folders: Sequence[Path]) -> None:
 
 def curves(folder: Path) -> tuple[list[dict], dict]:
     """The metrics of a run's steps, and its summary."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["groups"]]  # of steps that were not left out
     return rows, json.loads((folder / "summary.json").read_text())
 
 
@@ -372,7 +372,8 @@ def write(figure: Figure, path: Path) -> None:
 
 def main(config: Config) -> Example:
     """Write both pictures, print the rule and its counts, and return what the example shows."""
-    folders = [Path(folder).expanduser() for folder in config.run]
+    folders = config.run
+    check_folder(config.out)
     check_runs(folders)
     found = example(folders[0], config.device)
     write(example_page(found), config.out / "example.png")

@@ -24,7 +24,6 @@ from typing import Literal
 from unittest.mock import patch
 
 import torch
-import tyro
 from PIL import Image
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -33,10 +32,14 @@ import train_upt
 from bench.kernels import naive_linear
 from bench.loop import hardware
 from upt import data
+from upt.errors import SettingError
 from upt.files import write_whole
 from upt.model import policy, update
 from upt.model.families import Qwen
 from upt.prompts import template
+from upt.ranges import Count
+from upt.run import cli
+from upt.run.typed import Typed
 from upt.stages import sampling
 from upt.warmup import tiny
 
@@ -63,22 +66,22 @@ MODELS = {
 
 
 @dataclass
-class Config:
+class Config(Typed):
     model: Literal["qwen2.5-vl-7b-random", "qwen2.5-vl-3b-random", "tiny-random"] = "qwen2.5-vl-7b-random"
     """whose configuration"""
-    questions: int = 16
+    questions: Count = 16
     """questions in a step"""
-    group_size: int = 8
+    group_size: Count = 8
     """responses to each"""
-    image_tokens: int = 960
+    image_tokens: Count = 960
     """tokens of the picture in a prompt, a multiple of 32; the text adds some tens"""
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
     """tokens of every response"""
-    steps: int = 2
+    steps: Count = 2
     """timed steps of either way"""
-    rollout_tokens: int = 400_000
+    rollout_tokens: Count = 400_000
     """token budget of one decoding batch"""
-    update_tokens: int = 16_384
+    update_tokens: Count = 16_384
     """token budget of one micro-batch"""
     save: bool = False
     """write bench/results/fullsize-<model>-<date>-<device>.json"""
@@ -206,7 +209,7 @@ class Loop:
 def main(config: Config) -> dict:
     """Measure, print the table and return what `--save` writes."""
     if config.image_tokens % 32:
-        raise ValueError(f"--image-tokens must be a multiple of 32, not {config.image_tokens}")
+        raise SettingError(f"--image-tokens must be a multiple of 32, not {config.image_tokens}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = torch.cuda.get_device_name() if device == "cuda" else hardware()
     loop, steps = Loop(config, device), {}
@@ -253,4 +256,4 @@ def table(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    cli.launch(main, Config)

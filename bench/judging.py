@@ -19,7 +19,6 @@ from pathlib import Path
 from time import perf_counter, strftime
 
 import torch
-import tyro
 
 from bench.loop import hardware
 from upt import data, stages
@@ -27,25 +26,27 @@ from upt.answers import keeps_format
 from upt.files import write_whole
 from upt.model.policy import Policy
 from upt.prompts import judge_turns, template
-from upt.run import presets
+from upt.ranges import Count, Name, Seed
+from upt.run import cli, presets
 from upt.run.settings import Judge, Rollout
+from upt.run.typed import Typed
 
 
 @dataclass
-class Config:
-    model: str = "models/tiny"
+class Config(Typed):
+    model: Name = "models/tiny"
     """snapshot folder of a Qwen2.5-VL"""
-    prompt: str = "judge-tiny"
+    prompt: Name = "judge-tiny"
     """judge prompt"""
-    groups: int = 15
+    groups: Count = 15
     """groups to judge, one at a time"""
-    group_size: int = 8
+    group_size: Count = 8
     """candidates in a group"""
-    judge_max_new_tokens: int = 16
+    judge_max_new_tokens: Count = 16
     """text mode: tokens of every judgement"""
-    seed: int = 0
+    seed: Seed = 0
     """questions and candidates"""
-    device: str = "auto"
+    device: Name = "auto"
     """auto, cpu, cuda or cuda:N"""
     save: bool = False
     """write bench/results/judging-<date>-<device>.json"""
@@ -155,4 +156,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    cli.launch(main, Config)

@@ -27,29 +27,32 @@ from pathlib import Path
 from time import perf_counter, strftime
 
 import torch
-import tyro
 
 import upt  # noqa: F401 - first, so that `kernels` is ours (upt/kernel_names.py)
 from bench.loop import hardware
 from kernels import group_advantage, grpo_loss, linear_logprob, row_id, sample, selective_log_softmax
+from upt.errors import SettingError
 from upt.files import write_whole
+from upt.ranges import Count, Name
+from upt.run import cli
+from upt.run.typed import Typed
 
 Forms = dict[str, Callable[[], object]]
 OURS = "upt"
 
 
 @dataclass
-class Config:
-    shapes: tuple[str, ...] = ()
+class Config(Typed):
+    shapes: tuple[Name, ...] = ()
     """N x V x D: tokens, vocabulary, hidden size. None: on a CPU 512x8192x512; on a GPU the 7B's and the 3B's at 8192
     tokens, a small and a large one"""
-    pairs: int = 15
+    pairs: Count = 15
     """CPU: how often the forms take turns"""
-    milliseconds: int = 1000
+    milliseconds: Count = 1000
     """GPU: how long each form is repeated"""
-    threads: int = 1
+    threads: Count = 1
     """CPU: threads"""
-    device: str = "auto"
+    device: Name = "auto"
     """auto, cpu or cuda"""
     save: bool = False
     """write the result into bench/results"""
@@ -404,7 +407,7 @@ def parsed(shape: str) -> tuple[int, int, int]:
     try:
         count, size, width = map(int, shape.split("x"))
     except ValueError:
-        raise ValueError(
+        raise SettingError(
             f"--shapes: expected tokens x vocabulary x hidden size, as 512x8192x512, not {shape!r}"
         ) from None
     return count, size, width
@@ -415,7 +418,7 @@ def main(config: Config) -> dict:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     torch.set_num_threads(config.threads)
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU is visible to torch")
+        raise SettingError("--device cuda: no GPU is visible to torch")
     shapes = [parsed(shape) for shape in config.shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES)]
     machine = torch.cuda.get_device_name() if device == "cuda" else hardware()
     packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
@@ -442,4 +445,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    cli.launch(main, Config)

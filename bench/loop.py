@@ -33,39 +33,42 @@ from time import perf_counter, strftime
 
 import datasets
 import torch
-import tyro
 from transformers import PrinterCallback, Qwen2_5_VLProcessor, TrainerCallback
 
 import rewards
 import train_upt
 from upt import data
 from upt.answers import vote_key
+from upt.errors import SettingError
 from upt.files import write_whole
 from upt.groups import shards
 from upt.model import update
 from upt.model.policy import Policy
 from upt.prompts import template
+from upt.ranges import Count, Name, Number, Seed
+from upt.run import cli
 from upt.run.metrics import Clock, Metrics
+from upt.run.typed import Typed
 from upt.stages import sampling
 
 
 @dataclass
-class Config:
+class Config(Typed):
     """What is measured. Everything not listed is the default of train_upt.py for the model."""
 
-    model: str = "models/tiny"
+    model: Name = "models/tiny"
     """snapshot folder of a Qwen2.5-VL"""
-    steps: int = 10
+    steps: Count = 10
     """timed steps on each side"""
-    warmup: int = 2
+    warmup: Number = 2
     """steps on each side before the clock counts"""
-    questions: int = 32
+    questions: Count = 32
     """questions in one step"""
-    group_size: int = 8
+    group_size: Count = 8
     """responses to each question, G"""
-    trl_accumulation: tuple[int, ...] = (1, 4)
+    trl_accumulation: tuple[Count, ...] = (1, 4)
     """numbers of micro-batches in a step to try for TRL; the fastest is measured"""
-    seed: int = 0
+    seed: Seed = 0
     """order of the questions, pictures, adapters and sampling"""
     save: bool = False
     """write bench/results/loop-<date>-cpu.json"""
@@ -223,7 +226,9 @@ def main(config: Config) -> dict:
     if find_spec("trl") is None:
         sys.exit("TRL is not installed: pip install -r requirements-bench.txt")
     if bad := [n for n in config.trl_accumulation if n < 1 or config.questions * config.group_size % n]:
-        raise ValueError(f"--trl-accumulation {bad[0]} does not divide questions x group size, the responses of a step")
+        raise SettingError(
+            f"--trl-accumulation {bad[0]} does not divide questions x group size, the responses of a step"
+        )
     before, tried = os.getloadavg()[0], {}
     with tempfile.TemporaryDirectory() as folder:
         ours = Ours(config, Path(folder) / "run")
@@ -250,4 +255,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    cli.launch(main, Config)

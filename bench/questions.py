@@ -18,25 +18,28 @@ questions. The same command again goes on.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-
-import tyro
+from typing import Annotated
 
 import synthesize
 import train_upt
 from eval import synthetic
+from upt.files import check_folder
 from upt.groups.stats import average, markdown, t_interval
+from upt.ranges import Count, Name, Seed
+from upt.run import cli
+from upt.run.typed import Typed
 
 METRICS = ("mean", "greedy", "maj", "pass")
 MODES = ("in-context", "direct")
 
 
 @dataclass
-class Config:
-    model: str = "models/tiny"
+class Config(Typed):
+    model: Name = "models/tiny"
     """the base"""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], "one or more"] = (0, 1, 2)
     """seeds; each varies pictures, questions, sampling and adapter"""
-    steps: int | None = None
+    steps: Count | None = None
     """steps of each training; None: the default"""
     unfiltered: bool = False
     """train on the questions in context without filters, too"""
@@ -89,6 +92,7 @@ def by_kind(runs: dict[str, list[dict]]) -> str:
 
 
 def main(config: Config) -> None:
+    check_folder(config.out)
     runs: dict[str, list[dict]] = {}
     for seed in config.seeds:
         own = {mode: str(written(config, mode, seed)) for mode in MODES}
@@ -113,4 +117,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    cli.launch(main, Config)

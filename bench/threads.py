@@ -17,8 +17,9 @@ from pathlib import Path
 from time import perf_counter
 
 from upt.groups.stats import markdown
+from upt.ranges import Count, Name
 from upt.run import cli
-from upt.run.settings import Typed
+from upt.run.typed import Typed
 
 NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 # The first is that of libgomp: neither variable as `import upt` would set it.
@@ -32,9 +33,9 @@ BUSY = "while True: pass"
 
 @dataclass
 class Config(Typed):
-    model: str = "models/tiny"
+    model: Name = "models/tiny"
     """the embedded model"""
-    updates: int = 7
+    updates: Count = 7
     """updates to time, after one that is not"""
 
 

@@ -14,7 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from upt.errors import DataError
+from upt.data.choices import lettered as lettered
+from upt.errors import DataError, in_words
 
 NAMES = ("mathvision", "mathverse", "mathvista", "wemath", "logicvista", "dynamath")
 
@@ -119,13 +120,17 @@ class Benchmark:
             of_split = found.setdefault(split, {})
             for where, key, row in rows(file, pictures):
                 try:
+                    if not isinstance(row, dict):
+                        raise TypeError(f"it is {type(row).__name__}, not an object with fields")
                     question = self.question(key, row, split)
                     if not isinstance(question.text, str):
                         raise TypeError(f"its text is {type(question.text).__name__}")
                     if file.suffix != ".parquet" and isinstance(question.image, str) and question.image:
                         question = question._replace(image=str(inner / question.image))
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    raise DataError(f"{where} is no {self.title} question: {error!r}") from None
+                    raise DataError(
+                        f"{where} is no {self.title} question: {in_words(error)}; fetch the file again"
+                    ) from None
                 if question.id in of_split:
                     raise DataError(f"{where}: the id {question.id!r} was there before; remove one of the two")
                 of_split[question.id] = question
@@ -235,26 +240,11 @@ def picture(row: dict, *names: str) -> str | bytes:
     return value
 
 
-def lettered(text: str) -> tuple[str, ...]:
-    """The options of a text that names them A, B, …, as in `A. 5; B. 7`, `(A) 5 (B) 7`, `A:5\nB:7`; () for none."""
-    starts, at = [], 0
-    for letter in "ABCDEFGH":
-        mark = re.compile(rf"(?:^|(?<=[\s;,]))\(?{letter}[).:]").search(text, at)
-        if not mark:
-            break
-        starts.append(mark.span())
-        at = mark.end()
-    if len(starts) < 2:
-        return ()
-    ends = [start for start, _ in starts[1:]] + [len(text)]
-    return tuple(text[start:end].strip(" \t\r\n;") for (_, start), end in zip(starts, ends, strict=True))
-
-
 def _parsed(where: str, text: str):
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is no JSON: {error}") from None
+        raise DataError(f"{where} is no JSON: {error}; mend the line, or fetch the file again") from None
 
 
 def _unique(pairs: list[tuple]) -> dict:

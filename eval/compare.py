@@ -29,18 +29,19 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import tyro
 
 from eval.score import figures
-from upt.errors import DataError
-from upt.files import write_whole
+from upt.errors import DataError, in_words
+from upt.files import check_file, write_whole
 from upt.groups.stats import FEW_NOTE, counted, markdown
+from upt.ranges import Seed
 from upt.run import cli
-from upt.run.settings import Typed
+from upt.run.typed import Typed
 
 RESAMPLES = 10_000
 AT_ONCE = 500  # resamples held in memory
@@ -71,7 +72,7 @@ class Config(Typed):
     """the same of the other side; differences are B - A"""
     out: Path | None = None
     """JSON file to write the result to; None: print only"""
-    seed: int = 0
+    seed: Seed = 0
     """of the bootstrap's resamples"""
 
 
@@ -108,11 +109,15 @@ def read_scores(file: Path) -> dict[str, list[dict]]:
         where = f"{file}:{number}"
         try:
             row = json.loads(line)
+            if not isinstance(row, dict):
+                raise TypeError(f"it is {type(row).__name__}, not an object with fields")
             for name, (expected, holds) in FIELDS.items():
                 if not holds(row[name]):
                     raise TypeError(f"{name} is {row[name]!r}, expected {expected}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{where} is no score: {error!r}; score the responses again with eval.score") from None
+            raise DataError(
+                f"{where} is no score: {in_words(error)}; score the responses again with eval.score"
+            ) from None
         uid, sample = row["id"], row["sample"]
         if (uid, sample) in places:
             raise DataError(
@@ -143,6 +148,8 @@ def origin(a: Path, b: Path) -> dict:
     for path in (a.with_suffix(".summary.json"), b.with_suffix(".summary.json")):
         try:
             summary = json.loads(path.read_bytes()) if path.is_file() else {}
+            if not isinstance(summary, dict):
+                raise ValueError(f"it is {type(summary).__name__}, not an object with fields")
             made = (summary.get("responses") or {}).get("config") or {}
             known = {name: summary.get(name) for name in ("benchmark", "protocol", "extractor")}
             sides.append((known, {name: made[name] for name in SETTINGS if name in made}, summary.get("metrics") or {}))
@@ -322,6 +329,9 @@ def report(found: dict) -> str:
 
 def main(config: Config) -> dict:
     """Compare, write `out`, print; returns {"a", "b", "seed", "benchmarks": {name: what compare returns}}."""
+    config = replace(config)
+    if config.out is not None:
+        check_file(config.out)
     a, b = score_files(config.a), score_files(config.b)
     if not (common := [name for name in a if name in b]):
         raise DataError(

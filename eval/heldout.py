@@ -26,10 +26,11 @@ import numpy as np
 from upt import data, prompts, stages
 from upt.answers import grade, vote_key
 from upt.errors import DataError, SettingError
-from upt.files import write_whole
+from upt.files import check_file, write_whole
 from upt.groups.stats import FEW, FEW_NOTE, counted
+from upt.ranges import Count, Name
 from upt.run import cli, progress, trained
-from upt.run.settings import Rollout, at_least
+from upt.run.settings import Rollout
 
 if TYPE_CHECKING:
     from upt.model import Policy
@@ -46,13 +47,13 @@ FROM_RUN += "min_pixels max_pixels dtype".split()
 class Config(Rollout):
     run: Path | None = None
     """a training run, or a checkpoint of one: its model, adapter and settings are taken, and its held-out data"""
-    split: str | None = None
+    split: Name | None = None
     """split of the data to evaluate on; None: that of --run, else test"""
     out: Path | None = None
     """JSON file to write the scores to; None: print only"""
-    eval_questions: int | None = None
+    eval_questions: Count | None = None
     """number of questions; None: as the model's defaults say"""
-    eval_samples: int | None = None
+    eval_samples: Count | None = None
     """samples for each question, k; None: as many as --run, else 8"""
 
     def resolve(self) -> "Config":
@@ -66,9 +67,9 @@ class Config(Rollout):
             trained.take(self, settings, names | {"split": "eval_split"})
         self.split = "test" if self.split is None else self.split
         self.eval_samples = 8 if self.eval_samples is None else self.eval_samples
-        super().resolve()
-        at_least(self, 1, "eval_questions", "eval_samples")
-        return self
+        if self.out is not None:
+            check_file(self.out)
+        return super().resolve()
 
 
 def interval(values, seed: int = 0, resamples: int = 2000) -> dict[str, float]:
@@ -230,7 +231,6 @@ def main(config: Config) -> dict:
     if bad := questions.report_bad():
         print(bad, file=sys.stderr)
     if config.out:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         write_whole(config.out, [json.dumps(scores, indent=1).encode()])
     return scores
 

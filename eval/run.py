@@ -27,10 +27,12 @@ from eval import score
 from eval.benchmark import NAMES, Benchmark, Question, benchmark, folder_of, has_picture, picture_path
 from upt import data, prompts, stages
 from upt.errors import SettingError, ShardError
-from upt.files import write_whole
+from upt.files import write_whole, writing
 from upt.groups import manifests
 from upt.groups.stats import markdown
+from upt.ranges import Count, Name, Temperature
 from upt.run import cli, presets, progress, trained
+from upt.run.locking import alone, holding
 from upt.run.settings import Rollout, hidden
 
 if TYPE_CHECKING:
@@ -51,40 +53,38 @@ class Config(Rollout):
 
     benchmark: Literal[*NAMES, "all"] = "all"
     """which questions; all: every benchmark that has a folder of its name in --data"""
-    data: str | None = None
+    data: Name | None = None
     """folder in the owners' layout, or hub id; with all, the folder of the benchmarks' folders"""
     out: Path = Path("runs/benchmarks")
     """folder to write to; with all, there is a folder for each benchmark in it"""
     run: Path | None = None
     """a training run, or a checkpoint of one: its model, adapter, prompt, lengths and pixel limits are taken"""
-    adapter: str | None = None
+    adapter: Name | None = None
     """PEFT adapter"""
-    prompt: str | None = None
+    prompt: Name | None = None
     """official (the owners' style), mm-upt, self-judge, boxed, think-boxed, or a file with {question} in it"""
-    split: str | None = None
+    split: Name | None = None
     """file of questions, such as test; None: the one with most pictures"""
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: Count | None = None
     """questions with longer prompts count as answered wrong"""
-    limit: int | None = None
+    limit: Count | None = None
     """the first K questions only"""
-    n: int = 1
+    n: Count = 1
     """responses to each question"""
-    temperature: float = 0.0
+    temperature: Temperature = 0.0
     """sampling temperature; 0 is greedy"""
     protocol: Literal["official", "ours"] = "official"
     """official: the owners' rule; ours: equality of vote keys"""
     extractor: Literal["rules", "model"] = "rules"
     """model: the model itself reads what the rules found no answer in"""
     preset: None = hidden(None)
-    steps: int | None = hidden(None)
-    questions_per_step: int | None = hidden(None)
-    group_size: int | None = hidden(None)
+    steps: Count | None = hidden(None)
+    questions_per_step: Count | None = hidden(None)
+    group_size: Count | None = hidden(None)
 
     def resolve(self) -> "Config":
         if self.data is None:
             raise SettingError("--data is missing: a benchmark's folder or hub id; for all, the folder of theirs")
-        if self.n < 1 or (self.limit is not None and self.limit < 1):
-            raise SettingError(f"--n and --limit must be at least 1, not {self.n} and {self.limit}")
         if self.n > 1 and self.temperature == 0:
             raise SettingError(f"--n {self.n} at temperature 0 gives the same response each time: give --temperature 1")
         if self.run is not None:
@@ -145,6 +145,8 @@ def ask(bench: Benchmark, folder: Path, question: Question, style: str) -> data.
         if Path(image).is_absolute() or ".." in Path(image).parts or not has_picture(folder, question):
             raise data.BadRow(question.id, f"missing image file: {image}")
         image = picture_path(folder, question).read_bytes()
+    elif not image and data.PLACEHOLDER.search(question.text):
+        raise data.BadRow(question.id, "no image where the text announces one")
     text = bench.prompt(question) if style == "official" else question.text
     text = data.PLACEHOLDER.sub(" ", text).strip() or "Answer the question in the picture."
     choices = None if style == "official" or bench.choices_in_text else list(question.choices)
@@ -223,16 +225,14 @@ def answer(
     done, missing = answered(path, config.n), {}
     todo = [question for question in questions if question.id not in done]
     total = len(questions) * config.n
-    with (
-        open(path, "a", encoding="utf-8") as file,
-        progress.bar(total=total, initial=total - len(todo) * config.n, desc=bench.title, unit="response") as bar,
-    ):
+    with progress.bar(total=total, initial=total - len(todo) * config.n, desc=bench.title, unit="response") as bar:
         for start in range(0, len(todo), per_turn):
             rows, left_out = respond(policy, bench, folder, todo[start : start + per_turn], config, bar.update)
             missing |= left_out
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
+            with writing(path), open(path, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.flush()
+                os.fsync(file.fileno())
     for uid, reason in list(missing.items())[:SHOWN]:
         print(f"left out {uid}: {reason}", file=sys.stderr)
     if len(missing) > SHOWN:
@@ -253,6 +253,11 @@ class Job(NamedTuple):
     settings: dict
 
 
+def pictured(job: Job) -> int:
+    """How many of the questions of a job have a picture that is there."""
+    return sum(question.image != "" and has_picture(job.folder, question) for question in job.questions)
+
+
 def prepare(name: str, source: str, config: Config, out: Path) -> Job:
     """A job whose folder is fresh or holds the same job's responses; raises ShardError otherwise."""
     folder = folder_of(source)
@@ -265,7 +270,7 @@ def prepare(name: str, source: str, config: Config, out: Path) -> Job:
     job = Job(name, folder, questions, out, {key: v for key, v in known.items() if key not in unused} | digests)
     if (out / "responses.jsonl").exists() and not (out / "manifest.json").exists():
         raise ShardError(f"{out} has responses of unknown settings (no manifest.json there); use another --out")
-    manifests.check(out, job.settings, ignore=FREE)
+    manifests.check(out, "eval", job.settings, ignore=FREE)
     return job
 
 
@@ -303,6 +308,7 @@ def status(summary: dict) -> str:
     return ", ".join(parts)
 
 
+@alone
 def main(config: Config) -> dict:
     """Run, score and print; returns the object of the last line: that of eval.score or, of all, one by name."""
     config = replace(config).resolve()
@@ -323,7 +329,7 @@ def main(config: Config) -> dict:
             print(f"{name} is left out: {error}", file=sys.stderr)
     if not jobs:
         raise SettingError(f"no benchmark runs from {config.data}: it needs folders such as {', '.join(NAMES[:2])} …")
-    many = ", ".join(f"{len(job.questions)} questions of {job.name}" for job in jobs)
+    many = ", ".join(f"{len(job.questions)} questions of {job.name}, {pictured(job)} with a picture" for job in jobs)
     what = config.model + (f" with {config.adapter}" if config.adapter else "")
     print(
         f"asking {what} {many}: {config.n} responses each, prompt {config.prompt}, into {config.out}", file=sys.stderr
@@ -332,7 +338,8 @@ def main(config: Config) -> dict:
     try:
         for job in jobs:
             try:
-                summaries[job.name] = evaluate(policy, job, config)
+                with holding(*[job.out] if every else []):  # of a single one it is --out itself
+                    summaries[job.name] = evaluate(policy, job, config)
             except ValueError as error:  # such as that all pictures are broken
                 if not every:
                     raise

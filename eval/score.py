@@ -19,18 +19,21 @@ it gives is scored like a boxed answer, and counted as `model`.
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from eval.benchmark import NAMES, Benchmark, Question, benchmark, folder_of, rows
+from upt import model
 from upt.answers import answer_key, vote_key
-from upt.errors import DataError
-from upt.files import write_whole
+from upt.errors import DataError, SettingError, in_words
+from upt.files import check_file, write_whole
 from upt.groups import manifests
 from upt.groups.stats import FEW_NOTE, counted, markdown
+from upt.model.folders import check_adapter
+from upt.ranges import Name
 from upt.run import cli
-from upt.run.settings import Typed
+from upt.run.typed import Typed
 
 FIELDS = ("id", "sample", "key", "correct", "method", "vote_key", "categories")
 
@@ -39,7 +42,7 @@ FIELDS = ("id", "sample", "key", "correct", "method", "vote_key", "categories")
 class Config(Typed):
     benchmark: Literal[*NAMES]
     """whose questions and protocol"""
-    data: str
+    data: Name
     """folder in the owners' layout, or hub id"""
     responses: Path
     """JSONL with id and response, or the owners' JSON"""
@@ -49,13 +52,13 @@ class Config(Typed):
     """official: the owners' rule; ours: equality of vote keys"""
     extractor: Literal["rules", "model"] = "rules"
     """model: a model reads what the rules found no answer in"""
-    model: str | None = None
+    model: Name | None = None
     """snapshot folder or hub id of that model"""
-    adapter: str | None = None
+    adapter: Name | None = None
     """its PEFT adapter"""
     any_base: bool = False
     """take it although it was made for another model"""
-    device: str = "auto"
+    device: Name = "auto"
     """auto, cpu, cuda or cuda:N"""
 
 
@@ -63,6 +66,8 @@ def read_responses(path: Path, bench: Benchmark) -> Iterator[tuple[str, int, str
     """(id, sample, text) of every response; null is an empty text. Raises ValueError naming the place."""
     for where, key, row in rows(path):
         try:
+            if not isinstance(row, dict):
+                raise TypeError(f"it is {type(row).__name__}, not an object with fields")
             uid, text = bench.response(key, row)
             sample = row.get("sample", 0)
             if type(sample) is not int:
@@ -70,7 +75,9 @@ def read_responses(path: Path, bench: Benchmark) -> Iterator[tuple[str, int, str
             if not isinstance(text, str | None):
                 raise TypeError(f"the response is {type(text).__name__}, not text")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{where} is no response: {error!r}; expected id and response") from None
+            raise DataError(
+                f"{where} is no response: {in_words(error)}; expected an object with id and response"
+            ) from None
         yield uid, sample, text or ""
 
 
@@ -109,14 +116,14 @@ def verdicts(config: Config, bench: Benchmark, questions: dict[str, Question], p
                 f"{config.responses}: the owners publish no answer to question {uid!r}; score another split"
             )
         if (question.id, sample) in seen:
-            raise DataError(f"{config.responses}: two responses to question {uid!r} with sample {sample}")
+            raise DataError(f"{config.responses}: two responses to question {uid!r} with sample {sample}; keep one")
         seen.add((question.id, sample))
         row = {"id": question.id, "sample": sample, "categories": question.categories}
         found.append(row | verdict(bench, question, text))
         if is_missing(found[-1]):
             unread.append((found[-1], question, text))
     if not found:
-        raise DataError(f"{config.responses} holds no response")
+        raise DataError(f"{config.responses} holds no response; give the file that eval.run wrote, or your own")
     if config.extractor == "model" and unread:
         from eval import extractor  # torch is loaded for this alone
 
@@ -153,13 +160,24 @@ def figures(metrics: dict, name: str = "") -> list[tuple[str, str]]:
     return found
 
 
+def check_extractor(config: Config) -> None:
+    """Raise UserError for a model that cannot read, whether or not the rules leave it anything."""
+    if config.model is None:
+        raise SettingError("--extractor model needs the model that is to read: give --model")
+    check_adapter(config.adapter, "--adapter ")
+    model.model_config(config.model)
+    model.checked_device(config.device)
+
+
 def score(config: Config, policy=None, asked: dict | None = None) -> dict:
     """Score the responses, write `out` and its summary; returns the summary.
 
     `policy`: see `verdicts`. `asked` goes into the summary: what eval.run knows of the questions besides.
     """
-    if config.extractor == "model" and policy is None and config.model is None:
-        raise DataError("--extractor model needs the model that is to read: give --model")
+    config = replace(config)
+    check_file(config.out)
+    if config.extractor == "model" and policy is None:
+        check_extractor(config)
     if config.out.resolve() == config.responses.resolve():
         raise DataError(f"--out {config.out} would replace the responses: give another file")
     bench = benchmark(config.benchmark)

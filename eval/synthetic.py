@@ -14,18 +14,18 @@ by kind, too. The last two need responses, which `--filters none` does not sampl
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from upt import data
 from upt.answers import answer_key
 from upt.data import shapes
-from upt.errors import DataError
+from upt.errors import DataError, in_words
 from upt.groups import manifests, shards
 from upt.groups.stats import average, markdown
 from upt.groups.votes import keys_of, majority_key
 from upt.run import cli
-from upt.run.settings import Typed
+from upt.run.typed import Typed
 
 
 @dataclass
@@ -58,7 +58,7 @@ def row(name: str, found: list[dict]) -> tuple[str, ...]:
 
 def main(config: Config) -> list[dict]:
     """Print the table; returns what was found of each candidate."""
-    config.questions = Path(config.questions)
+    config = replace(config)
     asked = manifests.read(config.questions)["config"]
     if asked.get("data") != "shapes":
         raise DataError(
@@ -75,7 +75,9 @@ def main(config: Config) -> list[dict]:
         candidates = [json.loads(line) for line in path.read_text().splitlines()]
         found = [diagnose(c, items[c["source"]], groups.get(c["uid"])) for c in candidates]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: a line is no question of these ({error!r}); run synthesize.py again") from error
+        raise DataError(
+            f"{path}: a line is no question of these ({in_words(error)}); run synthesize.py again"
+        ) from error
     kept = [c for c in found if c["kept"]]
     rows = [row("candidates", found), row("kept", kept)]
     rows += [row(f"kept, {kind}", [c for c in kept if c["kind"] == kind]) for kind in shapes.KINDS]

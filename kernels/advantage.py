@@ -7,7 +7,7 @@ exactly rounded (fsum), so the order of the responses changes no bit.
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ def mean(rewards: list[float]) -> list[float]:
     return [r - mu for r in rewards]
 
 
-def group_norm(rewards: list[float], *, eps: float = 1e-6) -> list[float]:
+def group_norm(rewards: list[float], *, eps: Annotated[float, "at least 0"] = 1e-6) -> list[float]:
     """A_i = (r_i - mean r) / (std r + eps), sample std (n - 1). GRPO, 2402.03300."""
     centred = mean(rewards)
     std = math.sqrt(math.fsum(d * d for d in centred) / (len(rewards) - 1))
@@ -37,7 +37,7 @@ def rloo(rewards: list[float]) -> list[float]:
     return [d * len(rewards) / (len(rewards) - 1) for d in mean(rewards)]
 
 
-def energy(rewards: list[float], *, beta: float = 1.0) -> list[float]:
+def energy(rewards: list[float], *, beta: Annotated[float, "above 0"] = 1.0) -> list[float]:
     """A_i = beta r_i - logsumexp_j(beta r_j) <= 0. 2603.21289 §3.3, as printed.
 
     The log-probability of response i under the distribution that the rewards induce on the group, so exp(A) sums to 1.
@@ -49,7 +49,7 @@ def energy(rewards: list[float], *, beta: float = 1.0) -> list[float]:
     return [(v - top) - log_sum for v in x]
 
 
-def energy_centred(rewards: list[float], *, beta: float = 1.0) -> list[float]:
+def energy_centred(rewards: list[float], *, beta: Annotated[float, "above 0"] = 1.0) -> list[float]:
     """A_i = beta (r_i - mean r): what the released code of 2603.21289 computes.
 
     There the printed energy enters a GRPO step that subtracts the group's mean. logsumexp is the same number for all i

@@ -100,7 +100,8 @@ def grpo_loss(
     logratio = torch.where(seen, logprob - old_logprob.flatten(), 0.0)
     tokens = torch.zeros(count, dtype=torch.int64, device=owner.device).index_add(0, owner, seen.long())  # (R,)
     if ratio_level == "sequence":
-        logratio = (logratio.new_zeros(count).index_add(0, owner, logratio) / tokens.clamp(min=1))[owner]
+        mean = logratio.new_zeros(count).index_add(0, owner, logratio) / tokens.clamp(min=1)  # (R,)
+        logratio = mean.index_select(0, owner)  # the backward pass of mean[owner] would add with threads in a race
     weight = response_weights(tokens, aggregation, max_length) if weight is None else weight
     weight = torch.where(seen, weight.to(logprob.dtype)[owner], 0.0)
     advantage = advantage.flatten() if advantage.shape != (count,) else advantage[owner]

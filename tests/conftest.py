@@ -98,3 +98,17 @@ def snapshots(tokenizer, tmp_path_factory) -> dict:
 def tiny(snapshots) -> str:
     """A random Qwen2.5-VL snapshot."""
     return snapshots["qwen2_5_vl"]
+
+
+@pytest.fixture
+def caches(tmp_path_factory, monkeypatch):
+    """Own, empty caches of data sets and no network, whatever the machine has."""
+    import datasets
+    import huggingface_hub
+
+    home = tmp_path_factory.mktemp("hf")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return home

@@ -260,7 +260,9 @@ def test_logicvista_by_skill_in_both_layouts(tmp_path):
     prompted = {uid: {"answer": f"Is it A or B? The answer is D. ASSISTANT: {text}"} for uid, text in texts.items()}
     scored("logicvista", tmp_path, prompted)
     assert correct(tmp_path) == {"v1_0": True, "v1_1": True, "v1_2": False, "v1_3": False}
-    with pytest.raises(ValueError, match="v1_0 is no response: KeyError"):  # the questions, whose answers are gold
+    with pytest.raises(
+        ValueError, match="v1_0 is no response: it has no 'response'"
+    ):  # the questions, whose answers are gold
         scored("logicvista", tmp_path, rows)
 
 
@@ -333,7 +335,7 @@ def test_worst_case_over_variants_by_hand(tmp_path):
 
 def test_a_float_question_needs_a_number(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps({"1": dyna("long")}))
-    with pytest.raises(ValueError, match="dataset.json:1 is no DynaMath question: ValueError.*'long'"):
+    with pytest.raises(ValueError, match="dataset.json:1 is no DynaMath question: .*'long'; fetch"):
         dynamath.BENCHMARK.questions(tmp_path)
 
 

@@ -54,6 +54,10 @@ MISTAKES = [  # command, what its one line says; TINY is a model that is there
     ("train_upt.py --data geoqua", "did you mean 'geoqa'?"),
     ("train_upt.py --data ./nothing.jsonl", "'./nothing.jsonl' is neither shapes"),
     ("train_upt.py --model models/nothing", "there is no model folder models/nothing"),
+    ("train_upt.py --model nothing", "there is no model folder nothing: check the path, or give a hub id, org/name"),
+    ("train_upt.py --learning-rate nan", "--learning-rate must be a finite number, not nan"),
+    ("train_upt.py --kl-coef -.5", "--kl-coef must be at least 0, not -0.5"),
+    ("ablate.py --max-grad-norm -1 --model TINY", "--max-grad-norm must be at least 0, not -1.0"),
     ("train_upt.py --adapter nothing", "--adapter nothing: no PEFT adapter there"),
     ("train_upt.py --init-adapter nothing --model TINY", "--init-adapter nothing: no PEFT adapter there"),
     ("train_upt.py --prompt think-boxd", "did you mean 'think-boxed'?"),
@@ -135,7 +139,8 @@ def test_files_of_a_run_that_are_damaged(tiny, tmp_path):
     for name, said in (
         ("before.json", "before.json: not JSON"),
         ("metrics.jsonl", "a line is no record of a step"),
-        ("checkpoints/step-000001/state.pt", "its state cannot be read"),
+        ("checkpoints/step-000001/state.json", "its state cannot be read"),
+        ("checkpoints/step-000001/optimizer.safetensors", "its state cannot be read"),
         ("manifest.json", "manifest.json: no usable 'stage' in it"),
     ):
         shutil.copytree(tmp_path / "run", tmp_path / name)
@@ -190,7 +195,7 @@ def test_debug_shows_the_traceback_and_a_notebook_the_error(shell, tiny):
 def test_a_file_that_cannot_be_written_is_one_line(shell, tiny, tmp_path):
     (tmp_path / "file").write_text("")
     done = shell("rollout.py", "--model", tiny, "--steps", "1", "--out", str(tmp_path / "file" / "below"))
-    assert done.returncode == 2 and done.stderr.strip().split("\n")[-1].startswith(f"error: {tmp_path}/file")
+    assert done.returncode == 2 and f"error: --out {tmp_path}/file/below: {tmp_path}/file is no folder" in done.stderr
 
 
 def test_ends_that_are_no_mistake():
@@ -322,6 +327,10 @@ def test_a_finished_run_says_how_to_go_on(tiny, tmp_path):
         SettingError, match=rf"a finished run with 1 steps.*--init-adapter {out}/adapter --steps 2 --out"
     ):
         train_upt.main(train_upt.Config(model=tiny, steps=3, out=out, **small))
+    with pytest.raises(
+        SettingError, match=rf"a finished run with 1 steps.*--init-adapter {out}/adapter --steps 5 --out"
+    ):
+        train_upt.main(train_upt.Config(out=out, resume=True, steps=6))
     # As it says: the adapter that was trained goes on, in a run of its own.
     further = train_upt.Config(model=tiny, steps=1, out=tmp_path / "more", init_adapter=str(out / "adapter"), **small)
     assert train_upt.main(further)["end"]["steps"] == 1
@@ -339,7 +348,7 @@ def of_a_picture(group):
 """
 
 
-def test_a_reward_of_ones_own_that_cannot_work_is_refused_before_a_model_is_loaded(tmp_path):
+def test_a_reward_of_ones_own_that_cannot_work_is_refused_before_a_model_is_loaded(tiny, tmp_path):
     import train_upt
 
     (tmp_path / "own.py").write_text(OWN)
@@ -351,8 +360,8 @@ def test_a_reward_of_ones_own_that_cannot_work_is_refused_before_a_model_is_load
         ("as_elsewhere", "expected 4 finite numbers"),
     ):
         with pytest.raises(SettingError, match=said):
-            train_upt.Config(model="unused", reward=f"{tmp_path}/own.py:{name}").resolve()
-    train_upt.Config(model="unused", reward=f"{tmp_path}/own.py:of_a_picture").resolve()  # it may work on real groups
+            train_upt.Config(model=tiny, reward=f"{tmp_path}/own.py:{name}").resolve()
+    train_upt.Config(model=tiny, reward=f"{tmp_path}/own.py:of_a_picture").resolve()  # it may work on real groups
 
 
 def test_a_run_that_made_no_step_says_that_it_can_go_and_loses_nothing(tiny, tmp_path, capsys):
@@ -363,7 +372,7 @@ def test_a_run_that_made_no_step_says_that_it_can_go_and_loses_nothing(tiny, tmp
     def config(seed: int) -> train_upt.Config:
         return train_upt.Config(model=tiny, steps=1, out=tmp_path / "run", seed=seed, **small)
 
-    train_upt.claim(train_upt.prepare(config(1)))  # as far as a run got that failed at its first step
+    train_upt.claim(train_upt.prepare(config(1)), {})  # as far as a run got that failed at its first step
     manifest = (tmp_path / "run/manifest.json").read_bytes()
     with pytest.raises(UserError, match=rf"seed: 1 there, 2 now.*has not made a step.*rm -r {tmp_path}/run"):
         train_upt.main(config(2))

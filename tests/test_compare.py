@@ -219,9 +219,9 @@ def test_the_last_sentence_where_many_small_gains_stand_beside_great_losses(tmp_
     [
         ([], r"b\.jsonl holds no score"),
         (["\n"], r"b\.jsonl holds no score"),
-        ([line(1, 1), '{"id": "2", "sam'], r"b\.jsonl:2 is no score: JSONDecodeError"),
-        (["[" * 100_000], r"b\.jsonl:1 is no score: RecursionError"),
-        (["[1]\n"], r"b\.jsonl:1 is no score: TypeError"),
+        ([line(1, 1), '{"id": "2", "sam'], r"b\.jsonl:2 is no score: not JSON .Unterm"),
+        (["[" * 100_000], r"b\.jsonl:1 is no score: not JSON"),
+        (["[1]\n"], r"b\.jsonl:1 is no score: it is list, not an object"),
         ([line(1, 1) | {"id": 1}], r"b\.jsonl:1 is no score: .*id is 1, expected text"),
         ([line(1, 1) | {"sample": "0"}], r"b\.jsonl:1 is no score: .*sample is '0', expected a whole number"),
         ([line(1, 1) | {"correct": None}], r"b\.jsonl:1 is no score: .*correct is None, expected true or false"),
@@ -242,7 +242,7 @@ def test_bad_files_are_refused(rows, message, tmp_path):
 @pytest.mark.parametrize("name", ["id", "sample", "correct", "vote_key", "categories"])
 def test_a_missing_field_is_named(name, tmp_path):
     row = {field: value for field, value in line(2, 1).items() if field != name}
-    with pytest.raises(ValueError, match=rf"a\.jsonl:2 is no score: KeyError\('{name}'\)"):
+    with pytest.raises(ValueError, match=rf"a\.jsonl:2 is no score: it has no '{name}'"):
         compare.read_scores(write(tmp_path / "a.jsonl", [line(1, 1), row]))
 
 

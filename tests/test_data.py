@@ -1,5 +1,6 @@
 """upt/data: every layout, every split combination and every kind of bad row, with real files and without a network."""
 
+import errno
 import io
 import json
 import logging
@@ -13,38 +14,20 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
-import huggingface_hub
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from datafiles import jsonl, only, parquet, picture, plain
 from hubcache import make_hub_dataset
 from PIL import Image
 
 from upt.data import BadRow, DataError, Question, load
 from upt.data import rows as reading
 
+pytestmark = pytest.mark.usefixtures("caches")
 ROOT = Path(__file__).resolve().parents[1]
 GEOMETRY_HUB = Path(os.environ.get("UPT_GEOMETRY_HUB", ROOT.parent / "shared/data/geometry_hub"))
 needs_geometry = pytest.mark.skipif(
     not GEOMETRY_HUB.is_dir(), reason=f"no folder {GEOMETRY_HUB}: set UPT_GEOMETRY_HUB to a copy of geometry_hub"
 )
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path_factory, monkeypatch):
-    """Own, empty caches and no network, whatever the machine has."""
-    home = tmp_path_factory.mktemp("hf")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    return home
-
-
-def picture(colour="red", size=(40, 30), kind="PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def noise(kind) -> bytes:
@@ -64,28 +47,6 @@ def bomb(width=20_000, height=20_000) -> bytes:
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
     )
-
-
-def jsonl(path: Path, rows) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-def parquet(path: Path, rows) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
-
-
-def plain(n, start=0, **more):
-    return [{"problem": f"What is {i} + 1?", "answer": str(i + 1), **more} for i in range(start, start + n)]
-
-
-def only(folder: Path, row: dict) -> Question:
-    """The question that one row gives, in a set of its own."""
-    jsonl(folder / "train.jsonl", [row])
-    return load(folder)[0]
 
 
 # ---- what a row says
@@ -257,7 +218,7 @@ def _bad(questions, i) -> str:
         ({"problem": ""}, "no question text"),
         ({"problem": "<image> ", "image": "ok.png"}, "no question text"),
         ({"problem": None}, "no question text"),
-        ({"problem": [{"role": "user", "content": "What?"}]}, "no question text"),
+        ({"problem": [{"role": "assistant", "content": "7"}]}, "no turn of the user among assistant"),
         ({"answer": "7"}, "no question text"),
         ({"problem": "What?", "choices": "one or two"}, "choices are no list"),
         ({"problem": "What?", "choices": 4}, "choices are no list"),
@@ -648,6 +609,56 @@ def test_unusable_folders(tmp_path):
     for name in ("geoqqa", str(tmp_path / "gone"), "gone.jsonl", "a/gone.parquet", "./gone", "a/b/c"):
         with pytest.raises(DataError, match="neither shapes, geoqa, geometry3k, mmr1, nor a hub id.*DATA="):
             load(name)
+
+
+@pytest.mark.parametrize("card", [False, True])
+def test_a_cache_that_cannot_be_written_is_not_the_datas_fault(tmp_path, monkeypatch, card):
+    folder = parquet(tmp_path / "set/train.parquet", plain(4)).parent
+    if card:  # another way into the library
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train.parquet\n---\n"
+        )
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(DataError) as caught:
+        load(folder)
+    said = str(caught.value)
+    assert said.startswith(f"the cache {tmp_path}/file/cache cannot be written: a file stands where a folder has to be")
+    assert said.endswith("HF_DATASETS_CACHE=DIR before the command puts the cache elsewhere") and "etch" not in said
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "CACHE/x.lock"), "cannot be written: permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "CACHE/x.lock"), "cannot be written: the disk is read-only"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot be written: no space left on the disk"),
+        (OSError("Not enough disk space. Needed: 3 GB (download: 1 GB)"), "Not enough disk space. Needed: 3 GB"),
+        (PermissionError(errno.EACCES, "Permission denied", "DATA/train.parquet"), "train.parquet: permission denied"),
+    ],
+)
+def test_what_the_disk_refuses_is_said_of_the_disk(tmp_path, monkeypatch, error, said):
+    folder = parquet(tmp_path / "set/train.parquet", plain(4)).parent
+    places = {"CACHE": str(datasets.config.HF_DATASETS_CACHE), "DATA": str(folder)}
+    if error.filename:
+        error.filename = error.filename.replace(*next(pair for pair in places.items() if pair[0] in error.filename))
+
+    def refused(*args, **options):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", refused)
+    with pytest.raises(DataError, match=said) as caught:
+        load(folder)
+    assert "unreadable parquet" not in str(caught.value) and "Fetch it again" not in str(caught.value)
+
+
+def test_what_a_network_refuses_is_not_said_of_the_disk(monkeypatch):
+    def refused(*args, **options):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+    monkeypatch.setattr(datasets, "load_dataset", refused)
+    with pytest.raises(DataError, match="did not come from the hub: .*Connection refused. Fetch it"):
+        load("org/nothing-of-that-name")
 
 
 def test_shapes():

@@ -324,25 +324,28 @@ def test_all_of_a_root_names_what_is_missing(tmp_path, tiny, capsys):
 def test_a_long_prompt_counts_as_wrong_and_a_lost_picture_is_left_out(tmp_path, tiny, capsys):
     folder = vision_folder(tmp_path / "data", pictures=2)
     lines = [json.dumps(vision("0")), json.dumps(vision("1", question="word " * 400)), json.dumps(vision("2"))]
+    lines.append(json.dumps(vision("3", image="")))  # its text has a mark
     (folder / "testmini.jsonl").write_text("\n".join(lines))
     run.main(config(folder, tmp_path / "out", tiny, split="testmini", max_prompt_tokens=300))
     rows = responses(tmp_path / "out")
     assert [r["id"] for r in rows] == ["0", "1"] and (rows[1]["response"], rows[1]["tokens"]) == ("", 0)
     printed = capsys.readouterr()
-    assert "3 questions of the split testmini, 1 left out, 1 too long" in printed.out
+    assert "4 questions of the split testmini, 2 left out, 1 too long" in printed.out
     summary = json.loads((tmp_path / "out/scores.summary.json").read_text())
-    assert (summary["asked"], summary["left_out"], summary["too_long"], summary["questions"]) == (3, 1, 1, 2)
+    assert (summary["asked"], summary["left_out"], summary["too_long"], summary["questions"]) == (4, 2, 1, 2)
     said = printed.err
     assert "1: prompt of" in said and "left out 2: missing image file: images/2.png" in said
+    assert "left out 3: no image where the text announces one" in said
+    assert "4 questions of mathvision, 2 with a picture" in said
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"n": 2}, "--n 2 at temperature 0 gives the same response"),
-        ({"limit": 0}, "--n and --limit must be at least 1"),
+        ({"limit": 0}, "--limit must be at least 1, not 0"),
         ({"prompt": "nothing"}, "no prompt 'nothing'"),
-        ({"temperature": -1.0}, "sampling needs temperature >= 0"),
+        ({"temperature": -1.0}, "--temperature must be 0"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, tiny, changed, message):
@@ -359,7 +362,7 @@ def test_prompts_go_by_name(tmp_path, tiny):
 # -------------------------------------------------------------------------------------------- a model as extractor
 
 
-def test_a_model_reads_what_the_rules_cannot(tmp_path, monkeypatch):
+def test_a_model_reads_what_the_rules_cannot(tiny, tmp_path, monkeypatch):
     folder = vision_folder(tmp_path / "data")
     path = tmp_path / "a.jsonl"
     texts = [r"\boxed{5}", "Five of them can be seen there", "Nobody knows"]
@@ -389,6 +392,16 @@ def test_a_model_reads_what_the_rules_cannot(tmp_path, monkeypatch):
     assert read_by == {"official": {"number": 1}, "ours": {"model": 1}}  # it has no vote key
     with pytest.raises(ValueError, match="--extractor model needs the model"):
         score.score(score.Config(*given, extractor="model"))
+    # Whether or not the rules leave it anything to read, and before the responses are looked at.
+    monkeypatch.setattr(score, "folder_of", lambda name: pytest.fail("the benchmark was read first"))
+    for settings, said in (
+        ({"model": "nope"}, "there is no model folder nope"),
+        ({"model": "runs/nope"}, "'runs/nope', which is no folder here"),
+        ({"model": tiny, "adapter": "nope"}, "--adapter nope: no PEFT adapter there"),
+        ({"model": tiny, "device": "gpu"}, "--device gpu: no such kind of device"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            score.score(score.Config(*given, extractor="model", **settings))
 
 
 def test_the_extractor_shows_the_question_and_the_end_of_the_response(tiny, monkeypatch):

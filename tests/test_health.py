@@ -100,7 +100,8 @@ def test_a_status_line_shows_alarms_and_counts(tmp_path):
         response |= {"reward": 1.0, "advantage": 0.0, "judge": {"score": score, "parsed": score is not None}}
     update = {"clip_low": 0.0, "clip_high": 0.0, "nonfinite": 0, "no_signal": 1}
     lines = [metrics.write(step, [group], update, {}, {"left_out": 0}) for step in range(12)]
-    assert "judge 0.750" in lines[0] and "UNPARSED 1" in lines[0] and "COLLAPSE" not in lines[-1]
+    assert "judge 0.750" in lines[0] and "no signal for 1 update: not made, UNPARSED 1 judgement" in lines[0]
+    assert "COLLAPSE" not in lines[-1]
     for response in group["responses"]:
         response["key"] = "a"
     lines = [metrics.write(12 + step, [group], update, {}, {"left_out": 0}) for step in range(5)]

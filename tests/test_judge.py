@@ -207,7 +207,7 @@ def test_prompts_are_checked(tmp_path):
     with pytest.raises(PolicyError, match="no judge prompt 'nosuch'"):
         judge_turns("nosuch")
     with pytest.raises(ValueError, match="judge-repeats must be at least 1"):
-        settings(judge_repeats=0).check_judge()
+        judge.Config(judge_repeats=0)
 
 
 SMALL = {"questions_per_step": 3, "group_size": 4, "max_new_tokens": 12}
@@ -245,6 +245,7 @@ def test_the_stage_goes_on_where_it_stopped_and_refuses_other_settings(tiny, tmp
     rollout.main(rollout.Config(model=tiny, out=tmp_path / "rollouts", steps=2, **SMALL))
     config = judge.Config(rollouts=tmp_path / "rollouts", out=tmp_path / "judged")
     assert judge.main(config)["responses"] == 24
+    assert "24 responses to 6 questions judged, 6 with a picture; mean score 0." in capsys.readouterr().out
     first, second = shards.list_shards(tmp_path / "judged")
     kept, content = first.stat().st_mtime_ns, second.read_bytes()
     second.unlink()

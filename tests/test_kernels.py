@@ -460,6 +460,21 @@ def test_a_small_kl_keeps_its_digits(device):
     assert float(stats["kl"]) == pytest.approx(2e-8, rel=2e-3)
 
 
+def test_the_loss_is_read_backwards_without_a_race(device):
+    """`mean[owner]` would read one value for all tokens of a response: its backward pass is a parallel scatter."""
+    logprob = torch.zeros(6, device=device, requires_grad=True)
+    loss, _ = grpo_loss(
+        logprob, torch.zeros(6, device=device), torch.ones(2, device=device),
+        lengths=torch.tensor([4, 2], device=device), ratio_level="sequence",
+    )  # fmt: skip
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        seen.add(node.name())
+        left += [after for after, _ in node.next_functions if after is not None]
+    assert len(seen) > 1 and "IndexBackward0" not in seen and "GatherBackward0" not in seen
+
+
 def test_sequence_ratio_is_the_geometric_mean(device):
     # Two responses: log ratios (0.1, 0.3) and (-0.2). GSPO's ratios are e^0.2 and e^-0.2.
     logprob, old, advantage, weight = tensors(device, [0.1, 0.3, -0.2], [0.0] * 3, [1.0, 1.0], [0.25, 0.5])

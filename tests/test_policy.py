@@ -1,6 +1,8 @@
 """The packed forward against a plain one, response by response, and what the policy saves."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from tests.conftest import FAMILIES
 from upt.data import Question, shapes
 from upt.errors import PolicyError
-from upt.model.packing import Row, layout, pack, packed_mask
+from upt.model.packing import Row, layout, pack, packed_mask, predicting
 from upt.model.policy import Policy
 from upt.prompts import template
 
@@ -173,7 +175,8 @@ def test_a_response_sees_the_prompt_and_itself():
     from upt.model.packing import Prompt
 
     prompt = Prompt("u", [1, 2, 3], torch.tensor([[0, 1, 2]] * 3), None)
-    ids, positions, segment, sources, targets = layout([Row(prompt, [[4, 5], [6, 7, 8]], []), Row(prompt, [[9]], [])])
+    rows = [Row(prompt, [[4, 5], [6, 7, 8]], []), Row(prompt, [[9]], [])]
+    ids, positions, segment, sources, targets = layout(rows)
     assert ids.tolist() == [[1, 2, 3, 4, 6, 7], [1, 2, 3, 0, 0, 0]]  # the last token of a response is no input
     assert positions[0].tolist() == [[0, 1, 2, 3, 3, 4], [0, 1, 2, 0, 0, 0]]
     mask = packed_mask(segment)
@@ -185,7 +188,40 @@ def test_a_response_sees_the_prompt_and_itself():
         [1, 1, 1, 0, 1, 0],
         [1, 1, 1, 0, 1, 1],
     ]
-    assert sources.tolist() == [2, 3, 2, 4, 5, 6 + 2] and targets.tolist() == [4, 5, 6, 7, 8, 9]
+    assert sources.tolist() == [12, 3, 13, 4, 5, 14] and targets.tolist() == [4, 5, 6, 7, 8, 9]
+    # What stands behind the 2 x 6 states are the prompts' last ones, at 2 and at 6 + 2, once for each response.
+    states = torch.arange(12.0).view(2, 6, 1)
+    assert predicting(states, rows)[sources, 0].tolist() == [2, 3, 2, 4, 5, 6 + 2]
+
+
+def test_no_state_is_read_twice_by_an_index(tiny):
+    """The backward pass of an index that repeats adds up in whatever order the threads come."""
+    policy = Policy.load(tiny, dtype="fp32", device="cpu")
+    prompts, _ = policy.encode(questions(), template("boxed"))
+    for budget in (120, 10_000):
+        for batch in pack(prompts, responses(policy, 4), budget):
+            sources = layout(batch)[3]
+            assert len(sources.unique()) == len(sources)
+
+
+def test_backward_passes_of_two_threads_agree_beside_a_busy_process(tiny):
+    policy = with_lora(tiny)
+    prompts, _ = policy.encode(questions()[:1], template("boxed"))
+    draw = torch.Generator().manual_seed(2)
+    # 128 responses to one prompt, whose last state each of them starts from: (896, 64) values, enough for two threads.
+    answers = torch.randint(256, (128, 7), generator=draw).tolist()
+    (batch,) = pack(prompts, [answers], 10_000)
+    weights = torch.randn(128 * 7, generator=draw)
+    busy, threads = subprocess.Popen([sys.executable, "-c", "while True: pass"]), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        passes = [torch.autograd.grad(policy.logprobs(batch)[0] @ weights, policy.trainable()) for _ in range(8)]
+    finally:
+        torch.set_num_threads(threads)
+        busy.kill()
+        busy.wait()
+    for again in passes[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(passes[0], again))
 
 
 def test_feature_cache_returns_the_same_and_keeps_its_limit(tiny):

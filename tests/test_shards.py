@@ -329,14 +329,17 @@ def test_manifest_names_the_commit_and_whether_the_code_was_changed(tmp_path, mo
 
 
 def test_resuming_with_other_settings_names_what_differs(tmp_path):
-    assert manifests.check(tmp_path, {"a": 1}) is None
+    assert manifests.check(tmp_path, "s", {"a": 1}) is None
     manifests.write(tmp_path, stage="s", config={"a": 1, "b": (1, 2), "out": "x"}, seed=0, model=None)
-    assert manifests.check(tmp_path, {"a": 1, "b": (1, 2), "out": "y"}, ignore=("out",))["stage"] == "s"
+    assert manifests.check(tmp_path, "s", {"a": 1, "b": (1, 2), "out": "y"}, ignore=("out",))["stage"] == "s"
     with pytest.raises(ShardError) as error:
-        manifests.check(tmp_path, {"a": 2, "b": [1, 2], "c": None}, ignore=("out",))
+        manifests.check(tmp_path, "s", {"a": 2, "b": [1, 2], "c": None}, ignore=("out",))
     message = str(error.value)
     assert "a: 1 there, 2 now" in message and "c: '(none)' there, None now" in message and "--out" in message
     assert "b:" not in message and "out:" not in message
+    with pytest.raises(ShardError) as error:  # of another stage no setting is named
+        manifests.check(tmp_path, "judge", {"z": 1})
+    assert str(error.value) == f"{tmp_path} holds the output of a s stage, not of a judge stage: use another --out"
 
 
 def test_going_on_needs_the_same_model_files(tmp_path):
@@ -344,22 +347,22 @@ def test_going_on_needs_the_same_model_files(tmp_path):
     config = {"model": str(model)}
     manifests.write(tmp_path / "run", stage="s", config=config, seed=0, model=model)
     (model / "warmup.json").write_text("{}")
-    assert manifests.check(tmp_path / "run", config)
+    assert manifests.check(tmp_path / "run", "s", config)
     (model / "model.safetensors").write_text("others")
     with pytest.raises(ShardError, match="other files of the model"):
-        manifests.check(tmp_path / "run", config)
+        manifests.check(tmp_path / "run", "s", config)
 
 
 def test_unknown_manifests_are_refused(tmp_path):
     shards.write_shard(tmp_path / "step-000000.jsonl", [make_group()])
     with pytest.raises(ShardError, match="no manifest.json"):
-        manifests.check(tmp_path, {})
+        manifests.check(tmp_path, "s", {})
     with pytest.raises(ShardError, match="no such file"):
         manifests.read(tmp_path)
     for text in ("{", "[]", '{"schema": "upt.group/9"}'):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(ShardError, match="manifest.json: "):
-            manifests.check(tmp_path, {})
+            manifests.check(tmp_path, "s", {})
 
 
 def make_model(folder):

@@ -443,7 +443,7 @@ def test_each_mode_has_its_prompt(tmp_path, tiny):
         ({"filters": "length,,repeat"}, "--filters length,,repeat: '' is no filter"),
         ({"filters": "none,repeat"}, "'none' is no filter; give all or none by itself"),
         ({"per_image": 0}, "--per-image must be at least 1"),
-        ({"min_agreement": 0.9, "max_agreement": 0.5}, "shares go from 0 to 1"),
+        ({"min_agreement": 0.9, "max_agreement": 0.5}, "--min-agreement 0.9 is above --max-agreement 0.5"),
         ({"ask_max_new_tokens": 0}, "--ask-max-new-tokens must be at least 1"),
         ({"temperature": 0.0}, "--temperature 0 writes the same question again"),
         ({"temperature": 0.0, "per_image": 1, "filters": "all"}, "the filter agreement needs several samples"),

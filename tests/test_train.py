@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
 import rewards
@@ -18,7 +19,8 @@ import rollout
 from train_upt import Config, main
 from upt import data
 from upt.data import shapes
-from upt.groups import shards
+from upt.errors import Diverged, SettingError, ShardError
+from upt.groups import shards, variants
 from upt.model import update
 from upt.model.policy import Policy
 from upt.run.metrics import accuracy
@@ -217,7 +219,26 @@ def test_a_non_finite_update_is_skipped_counted_and_shown(tiny, tmp_path, monkey
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["nonfinite"] for row in rows] == [1, 0] and rows[0]["loss"] is None
     assert all(value.isfinite().all() for value in adapter(out).values())
-    assert "NONFINITE 1" in capfd.readouterr().out
+    assert "NONFINITE 1 update: not made" in capfd.readouterr().out
+
+
+def test_a_step_without_a_signal_says_so_in_words(tiny, tmp_path, monkeypatch, capfd):
+    def odd(group):  # questions of odd numbers have a response that is better than the others
+        return [float(i == 0 and group["uid"][-1] in "13579") for i in range(4)]
+
+    monkeypatch.setitem(rewards.REWARDS, "odd", odd)
+    out = run(tiny, tmp_path / "r", steps=1, reward="odd", minibatches=4)  # one question each
+    row = json.loads((out / "metrics.jsonl").read_text())
+    even = sum(group["uid"][-1] in "02468" for group in shards.ShardReader(out / "rollouts"))
+    assert 1 < even < 4 and row["no_signal"] == even and type(row["no_signal"]) is int
+    assert f"no signal for {even} updates: not made" in capfd.readouterr().out
+
+
+def test_a_gradient_norm_of_0_clips_nothing_and_is_measured(tiny, tmp_path):
+    runs = {norm: run(tiny, tmp_path / str(norm), steps=2, max_grad_norm=norm) for norm in (0, 1e9, 1e-6)}
+    norms = {n: json.loads((out / "metrics.jsonl").read_text().split("\n")[0])["grad_norm"] for n, out in runs.items()}
+    assert norms[0] == norms[1e9] == norms[1e-6] > 1e-3
+    assert same(runs[0], runs[1e9]) and not same(runs[0], runs[1e-6])
 
 
 # ------------------------------------------------------------------------------------------------ stopping, going on
@@ -286,13 +307,65 @@ def test_resume_takes_the_settings_of_the_run(tiny, two_steps, tmp_path):
     again = main(Config(out=two_steps, resume=True))
     assert again["config"]["lora_rank"] == 2 and again["config"]["model"] == tiny
     assert again["config"]["update_tokens"] == 150
-    with pytest.raises(ValueError, match="steps=2 .* not 3"):
+    with pytest.raises(ValueError, match="a finished run with 2 steps.*--init-adapter .*/adapter --steps 1"):
         main(Config(out=two_steps, resume=True, steps=3))
     with pytest.raises(ValueError, match="lora_rank"):
         run(tiny, two_steps, steps=2, rollout_tokens=1, update_tokens=150, lora_rank=3)
 
 
+def test_a_checkpoint_that_is_a_pickle_is_not_opened(tiny, two_steps, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "exploded",))
+
+    out = shutil.copytree(two_steps, tmp_path / "r")
+    for path in (out / "checkpoints").glob("step-*"):
+        (path / "state.json").unlink()
+        torch.save({"step": 2, "optimizer": Bomb()}, path / "state.pt")
+    with pytest.raises(ShardError, match="state.pt, of an earlier version, is a pickle.*--init-adapter"):
+        main(Config(out=out, resume=True))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_code_in_a_file_is_executed_only_where_it_is_named(tiny, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        f"open({str(tmp_path / 'log')!r}, 'a').write('x')\ndef coin(group): return [float(i % 2) for i in range(4)]\n"
+    )
+    spec = f"{tmp_path / 'mine.py'}:coin"
+    out = run(tiny, tmp_path / "r", steps=1, reward=spec)
+    # As a stranger's folder would: nothing of it has been imported in this process.
+    variants._execute.cache_clear()
+    (tmp_path / "log").unlink()
+    with pytest.raises(SettingError, match=f"its reward is code in a file, {spec}, which .* repeat it"):
+        main(Config(out=out, resume=True))
+    assert not (tmp_path / "log").exists()
+    rewards.main(rewards.Config(rollouts=out / "rollouts", out=tmp_path / "scored", reward=spec))
+    with pytest.raises(SettingError, match=f"scored: its reward is code in a file, {spec}"):
+        main(
+            Config(from_shards=tmp_path / "scored", out=tmp_path / "s", **SMALL | {"reward": None, "advantage": "mean"})
+        )
+    assert main(Config(out=out, resume=True, reward=spec))["end"]["steps"] == 1
+
+
 # ------------------------------------------------------------------------------------------------ what a run leaves
+
+
+def test_what_a_run_leaves_can_be_opened_without_executing_anything(tiny, tmp_path):
+    out = run(tiny, tmp_path / "r", steps=1, eval_questions=2, eval_samples=1)
+    kinds = set()
+    for path in (path for path in out.rglob("*") if path.is_file()):
+        kinds.add(path.suffix)
+        if path.suffix == ".png":
+            assert path.read_bytes().startswith(b"\x89PNG")
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                assert all(file.get_tensor(name).isfinite().all() for name in file.keys())
+        elif path.suffix == ".md":
+            assert path.read_text("utf-8")
+        else:
+            lines = path.read_text("utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text("utf-8")]
+            assert path.suffix in (".json", ".jsonl") and all(map(json.loads, lines)), path
+    assert kinds == {".json", ".jsonl", ".md", ".png", ".safetensors"}
 
 
 def test_what_a_run_leaves(tiny, tmp_path):
@@ -338,7 +411,7 @@ def test_without_gold_the_metrics_are_label_free(tiny, tmp_path, monkeypatch, ca
         ({"gpus": 2}, "one process"),
         ({"judge_prompt": "nosuch"}, "no judge prompt"),
         ({"reward": "judged(base='nonsense')"}, "base"),
-        ({"min_share": 0.9, "max_share": 0.2}, "min_share"),
+        ({"min_share": 0.9, "max_share": 0.2}, "--min-share 0.9 is above --max-share 0.2"),
         ({"reward": "nonsense"}, "nonsense"),
         ({"advantage": "nonsense"}, "nonsense"),
         ({"temperature": 0.0}, "temperature"),
@@ -385,9 +458,62 @@ def test_a_step_without_a_usable_question_is_left_out(tiny, tmp_path, monkeypatc
         "step_batch",
         lambda p, q, step, c: sampling.Batch([], [], {"u": "bad"}) if step == 0 else real(p, q, step, c),
     )
-    out = run(tiny, tmp_path / "r", steps=2)
-    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1]
+    out = run(tiny, tmp_path / "r", steps=2, save_every=1)
+    first, second = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    assert first == {"step": 0, "groups": 0, "nonfinite_in_a_row": 0, "left_out": 1, "alarms": []}
     assert "left out" in capfd.readouterr().err
+    # It has taken its part of the schedule, and its checkpoint is there: going on from it ends the same.
+    assert (second["step"], second["learning_rate"]) == (1, pytest.approx(1e-2 * update.learning_rate_factor(1, 3, 2)))
+    assert (out / "checkpoints" / "step-000001").is_dir()
+    cut = shutil.copytree(
+        out, tmp_path / "cut", ignore=shutil.ignore_patterns("step-000002", "adapter", "summary.json")
+    )
+    shutil.copytree(out / "checkpoints/step-000001/adapter", cut / "checkpoints/step-000001/adapter")
+    capfd.readouterr()
+    assert same(run(tiny, cut, steps=2, save_every=1), out)
+    said = capfd.readouterr().out
+    assert "going on after step 1 of 2\nsteps 2 to 2 had been sampled: their shards are used" in said
+
+
+def test_the_last_step_of_a_run_may_be_left_out(tiny, tmp_path, monkeypatch):
+    real = sampling.step_batch
+    monkeypatch.setattr(
+        sampling, "step_batch", lambda p, q, step, c: sampling.Batch([], []) if step == 1 else real(p, q, step, c)
+    )
+    out = run(tiny, tmp_path / "r", steps=2, select="label-free")
+    assert json.loads((out / "summary.json").read_text())["end"] == {"steps": 2, "adapter_step": 2, "alarms": {}}
+    assert same(out, out / "checkpoints" / "step-000002")
+
+
+def test_updates_that_stay_non_finite_end_the_run(tiny, tmp_path, monkeypatch, capfd):
+    real, made = update.grpo_loss, []
+
+    def broken(*args, **kwargs):
+        loss, stats = real(*args, **kwargs)
+        made.append(1)
+        return (loss * float("nan") if len(made) in (2, *range(6, 99)) else loss), stats
+
+    monkeypatch.setattr(update, "grpo_loss", broken)
+    monkeypatch.setitem(rewards.REWARDS, "even", lambda group: [0.0, 1.0] * 2)  # a signal in every update
+    out, settings = tmp_path / "r", dict(steps=9, save_every=1, keep=1, minibatches=2, reward="even", max_new_tokens=4)
+    with pytest.raises(Diverged, match="stopped at step 5 of 9: the last 5 updates .* --init-adapter .*step-000001/"):
+        run(tiny, out, **settings)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["nonfinite"] for row in rows] == [1, 0, 1, 2, 2]
+    assert [row["nonfinite_in_a_row"] for row in rows] == [1, 0, 1, 3, 5]
+    assert [row["alarms"] for row in rows] == [["nonfinite"], [], ["nonfinite"], ["nonfinite"], ["nonfinite"]]
+    found = {path.name for path in (out / "checkpoints").iterdir()}
+    assert found == {"step-000001", "step-000005"}  # the last healthy one, whatever --keep, and where it stopped
+    assert all(value.isfinite().all() for value in adapter(out / "checkpoints" / "step-000005").values())
+    # The same command again says the same, and neither samples nor trains.
+    calls = len(made)
+    with pytest.raises(Diverged, match="has stopped at step 5 of 9"):
+        run(tiny, out, **settings)
+    assert len(made) == calls and not (out / "adapter").exists()
+    made.clear()
+    stop = settings | {"stop_on_collapse": True, "steps": 3}
+    main(Config(model=tiny, out=tmp_path / "stop", **SMALL | stop))
+    assert "step 1: stopped by --stop-on-collapse, nonfinite" in capfd.readouterr().out
 
 
 def test_presets_carry_their_recipe(tiny):

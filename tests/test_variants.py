@@ -111,7 +111,7 @@ def test_unknown_names_and_settings_list_what_there_is(call, message):
     [
         ("majority(ties='last')", "ties is 'last', expected 'none' or 'first'"),
         ("majority(ties=1)", "ties is 1, expected 'none' or 'first'"),
-        ("majority(lam_fmt='big')", "lam_fmt is 'big', expected the like of 0.0"),
+        ("majority(lam_fmt='big')", "lam_fmt is 'big', expected a number at least 0"),
         ("majority(lam_fmt=True)", "lam_fmt is True"),
         ("majority(clip=1)", "clip is 1, expected True or False"),
         ("gated-frequency(threshold=1e999)", "threshold is inf"),
@@ -123,8 +123,8 @@ def test_unknown_names_and_settings_list_what_there_is(call, message):
         ("continuous-consistency(words=0)", "words is 0, expected a number above 0"),
         ("continuous-consistency(words=-1)", "words is -1"),
         ("dirichlet(alpha=0)", "alpha is 0, expected a number above 0"),
-        ("majority(min_share=-.1)", "expected 0 <= min_share <= max_share <= 1"),
-        ("majority(max_share=1.1)", "expected 0 <= min_share <= max_share <= 1"),
+        ("majority(min_share=-.1)", "min_share is -0.1, expected a number from 0 to 1"),
+        ("majority(max_share=1.1)", "max_share is 1.1, expected a number from 0 to 1"),
         ("majority(min_share=.6,max_share=.5)", "min_share is 0.6 and max_share 0.5"),
     ],
 )

@@ -1,6 +1,9 @@
 """Errors that a user can mend. A script prints them in one line and exits with 2; a notebook sees them raised."""
 
+import errno
+import json
 import os
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,6 +31,18 @@ class ShardError(UserError):
     """A record, shard, picture or manifest can't be trusted, or belongs to other settings."""
 
 
+class StorageError(UserError):
+    """A file or folder can't be written: no room, no permission, something else in its place."""
+
+
+class FolderInUse(UserError):
+    """Another process is writing to a folder."""
+
+
+class Diverged(UserError):
+    """Loss or gradient of a run are not finite any more, update after update; its state has been saved."""
+
+
 class RunsFailed(RuntimeError):
     """Some of the runs of a comparison failed; their logs have been shown."""
 
@@ -38,6 +53,40 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signal: int, name: str):
         super().__init__(f"stopped by {name}")
         self.signal = signal
+
+
+ROOM = "what was written before is whole: make room and give the same command again; a run goes on where it was"
+TROUBLE = {  # what to make of an error of the operating system
+    errno.ENOSPC: f"no space left on the disk; {ROOM}",
+    errno.EDQUOT: f"no space left in your quota of the disk; {ROOM}",
+    errno.EFBIG: f"no larger files may be written here (ulimit -f); {ROOM}",
+    errno.EACCES: "permission denied: give another path, or change the permissions (ls -ld shows them)",
+    errno.EPERM: "not permitted: give another path, or change the permissions (ls -ld shows them)",
+    errno.EROFS: "the disk is read-only: give another path",
+    errno.EEXIST: "something of that name is in the way: move it, or give another path",
+    errno.ENOTDIR: "a file stands where a folder has to be: move it, or give another path",
+    errno.EISDIR: "a folder stands where a file has to be: give the path of a file",
+    errno.ENOENT: "no such file or folder: check the path",
+    errno.ENAMETOOLONG: "the name is too long: give a shorter path",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n 4096)",
+}
+
+
+def trouble(error: BaseException) -> str | None:
+    """What the operating system refused and what to do, of an OSError or what a library made of one; None of others."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"(?:os error |Errno )(\d+)", str(error))):  # of Rust, of shutil
+        number = int(found[1])
+    return TROUBLE.get(number, os.strerror(number) if isinstance(number, int) else None)
+
+
+def in_words(error: BaseException) -> str:
+    """What an error says of a record, for a message about it: a KeyError says but a name, a parser but a place."""
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0]!r}"
+    if isinstance(error, json.JSONDecodeError | RecursionError):
+        return f"not JSON ({error})"
+    return str(error) or type(error).__name__
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -79,8 +79,6 @@ class Run:
 
 def plan(config, variants) -> list[Run]:
     """Every run of the comparison, seed by seed, with its command line."""
-    if config.seeds < 1 or (config.jobs or 1) < 1:
-        raise SettingError(f"--seeds and --jobs must be at least 1, not {config.seeds} and {config.jobs}")
     extra = shlex.split(config.train)
     for flag in extra:
         if flag.startswith("--") and flag[2:].split("=")[0].replace("_", "-") in OURS:

@@ -6,11 +6,12 @@ from upt.errors import DataError
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules={"names", "questions", "rows", "sources", "mixture", "shapes"},
+    submodules={"fingerprint", "names", "questions", "rows", "sources", "marks", "images", "mixture", "shapes"},
     submod_attrs={
         "names": ["ALIASES", "is_mixture", "parts"],
         "questions": ["Question", "Questions", "BadRow"],
-        "rows": ["PLACEHOLDER", "decode"],
+        "marks": ["PLACEHOLDER"],
+        "images": ["decode"],
         "mixture": ["load", "quotas", "shares"],
     },
 )

@@ -3,14 +3,14 @@
     load("shapes", seed=0)              drawn on the spot: needs no file and no network
     load("geoqa"), load("geometry3k"), load("mmr1")
     load("org/name", "test")            any data set of the hub; a copy in the hub cache is used as it is
-    load("~/data/mine")                 a folder of parquet in the hub schema, or of JSONL with image paths; or one file
+    load("~/data/mine")                 a folder of parquet, JSONL, JSON or CSV, or of save_to_disk; or one file
     load("shapes,runs/questions")       several as one, also by weight: shapes:3,runs/questions:1
 
 Without weights every question of every set counts alike: an epoch is all of them in a new order. With weights each set
 has its own epochs, and every step takes from each its part, in whole questions and at least one.
 
 Held-out splits (`validation`, `test`) are those of the first set. A uid that an earlier set has is written `2:uid`
-where the second set has it too. sources.py says what splits and uids a set has.
+where the second set has it too. splits.py says what splits and uids a set has.
 """
 
 from dataclasses import replace
@@ -38,7 +38,9 @@ def load(name_or_path: str | Path, split: str = "train", seed: int = 0, limit: i
         name = named[0][0]
     if name == SHAPES:
         made = shapes.questions(split, seed, limit)
-        return Questions(name, split, list(made.uids), made.__getitem__, True, f"seed {seed}", len(made.uids))
+        drawn = Questions(name, split, list(made.uids), made.__getitem__, True, f"seed {seed}", len(made.uids))
+        drawn.stored = made.stored
+        return drawn
     return sources.load_set(name, split, limit)
 
 
@@ -61,6 +63,7 @@ def mix(sets: list[tuple[Questions, float | None]]) -> Questions:
     note = " + ".join(f"{len(q)} of {q.name}" + (f" ({q.note})" if q.note else "") for q in every)
     name, has_gold = ",".join(q.name for q in every), any(q.has_gold for q in every)
     mixed = Questions(name, every[0].split, uids, read, has_gold, note, sum(q.pictures for q in every))
+    mixed.stored = lambda: (row for q in every for row in q.stored())
     if sets[0][1] is not None:
         mixed.weights = [(len(questions), weight) for questions, weight in sets]
     return mixed

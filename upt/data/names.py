@@ -3,6 +3,7 @@
 `a,b` has the questions of both sets, `a:3,b:1` three of a to one of b in every step (mixture.py).
 """
 
+import math
 import os
 import re
 
@@ -33,6 +34,6 @@ def parts(name: str) -> list[tuple[str, float | None]]:
         raise DataError(f"{name!r}: a data set is missing beside a comma; write a,b or a:3,b:1")
     if 0 < len(weights) < len(found):
         raise DataError(f"{name!r}: give a weight to every data set (a:3,b:1), or to none (a,b)")
-    if not all(weight > 0 for weight in weights):
+    if not all(0 < weight < math.inf for weight in weights):
         raise DataError(f"{name!r}: weights are above 0; leave out a set that is not wanted")
     return [(part, weight) for (part, _), weight in zip(found, weights or [None] * len(found), strict=True)]

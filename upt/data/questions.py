@@ -33,7 +33,7 @@ class Question:
 class Questions:
     """The questions of one split. `read(i)` gives what question i is made of, or raises `BadRow`; `note` goes along.
 
-    `pictures` is how many of the rows hold a picture, or what is to be one.
+    `pictures` is how many of them have a picture, as far as shows without opening one.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Questions:
         self.pictures = pictures
         self.bad: dict[str, str] = {}  # uid → reason, of the rows met so far
         self.weights: list[tuple[int, float]] | None = None  # (rows, weight) of sets that are drawn by weight
+        self.stored: Callable[[], Iterator[dict]] | None = None  # the rows as they lie there (fingerprint.py)
         self._read, self._blind, self._labelled = read, False, False
 
     def __len__(self) -> int:

@@ -1,124 +1,119 @@
 """What a row of a data set says: question, choices, gold answer and picture, or why it can't be used."""
 
-import ast
-import json
-import re
-from contextlib import suppress
-from io import BytesIO
-from pathlib import Path
+from dataclasses import dataclass
+from string import ascii_uppercase
 
-from PIL import Image, ImageOps
-
+from upt.data import chat
+from upt.data.choices import Options, options_of
+from upt.data.columns import BROKEN, FOLDER, Columns, is_nothing
+from upt.data.golds import final_answer, gold_of, meant
+from upt.data.images import decode
+from upt.data.marks import VIDEO, Marks, take_out
+from upt.data.pictures import Files, held, looks_like_one
 from upt.data.questions import BadRow, Question
 
-MAX_PIXELS = 50_000_000  # read from the header, before a decompression bomb is unpacked
-MIN_SIDE, MAX_ASPECT = 2, 200  # pixels, and long to short side: beyond these the Qwen image processors refuse
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not EPS: Pillow runs Ghostscript on it
 
-# Of several names, the first that a set has is used.
-QUESTION = ("problem", "question", "query", "prompt", "text")
-ANSWER = ("answer", "solution", "gold", "label", "final_answer", "ground_truth")
-CHOICES = ("choices", "options")
-IMAGE = ("decoded_image", "images", "image", "img", "image_path")  # beside `decoded_image`, `image` is only a name
-UID = ("uid", "id", "pid")
-# Qwen's own tokens too: in a question's text they would be counted as places for visual features.
-PLACEHOLDER = re.compile(r"[ \t]*(?:<image ?\d*>|<\|(?:vision_start|image_pad|vision_end)\|>)[ \t]*", re.I)
-FOLDER, BROKEN = "__folder__", "__broken__"  # our columns beside those of JSONL: where a line is from, what ails it
+class Unseen(BadRow):
+    """The row has no picture but in a column that is not read."""
+
+    def __init__(self, uid: str, column: str):
+        super().__init__(uid, f"picture in a column that is not read: {column}, rename it to image")
+        self.column = column
 
 
-def pick(columns: list[str], names: tuple[str, ...]) -> str | None:
-    """The first of `names` that a set has as a column, as the set spells it; None for none."""
-    by_lower = {column.lower(): column for column in columns}
-    return next((by_lower[name] for name in names if name in by_lower), None)
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a set are read."""
+
+    columns: Columns
+    files: Files
+    classes: list[str] | None = None
+    """what the numbers in the column of answers stand for, where its type says so"""
+    base: int | None = None
+    """0 or 1 where golds are numbers of options, counted from there"""
 
 
-def question_of(uid: str, row: dict, columns: list[str | None], folder: Path | None) -> Question:
-    """The question of a row, from its columns of question, answer and choices; paths of pictures lie in `folder`.
+@dataclass(frozen=True)
+class Row:
+    """A row whose picture, if it has one, is not opened yet."""
+
+    text: str
+    options: Options | None
+    picture: bytes | str | None
+    gold: str | None
+    unread: bool
+    """whether there is an answer that is no gold: a list of several, a mapping of something else"""
+    follows: bool
+    """whether it is the last of several questions in a chat"""
+
+
+def question_of(uid: str, row: dict, layout: Layout) -> Question:
+    """The question of a row.
 
     Raises BadRow for a row without text, without the picture that it announces, or with one that can't be used.
     """
-    said, gold, choices = (row.get(column) for column in columns)
-    text = PLACEHOLDER.sub(" ", said if isinstance(said, str) else "").encode(errors="ignore").decode().strip()
-    if row.get(BROKEN) or not text:
-        raise BadRow(uid, row.get(BROKEN) or "no question text")
-    image = _image(uid, row, folder)
-    if image is None and PLACEHOLDER.search(said):
-        raise BadRow(uid, "no image where the text announces one")
-    return Question(uid, text, _choices(uid, choices), image, gold_of(gold))
+    read = read_row(uid, row, layout)
+    image = None
+    if read.picture is not None:
+        image = decode(uid, layout.files.read(uid, read.picture, row.get(FOLDER)))
+    return Question(uid, read.text, read.options and read.options.texts, image, read.gold)
 
 
-def gold_of(value) -> str | None:
-    """The answer in a cell, without <answer> tags; None where there is none."""
-    text = "" if value is None or value != value else str(value)  # a missing number is NaN, which differs from itself
-    tags = re.findall(r"<answer>(.*?)</answer>", text, re.I | re.S)
-    return (tags[-1] if tags else text).strip() or None
-
-
-def _choices(uid: str, value) -> list[str] | None:
-    """A list, a mapping from letter to text, or either of them written as JSON or Python → the texts in order."""
-    for parse in (json.loads, ast.literal_eval):
-        if isinstance(value, str) and value.strip():
-            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                value = parse(value)
-    if isinstance(value, dict):
-        value = [value[letter] for letter in sorted(value)]
-    if value and not isinstance(value, list | tuple):
-        raise BadRow(uid, f"choices are no list: {str(value)[:40]!r}")
-    return [str(text) for text in value or [] if text is not None] or None
-
-
-def _image(uid: str, row: dict, folder: Path | None) -> Image.Image | None:
-    lower = {column.lower(): value for column, value in row.items()}
-    value = next((lower[name] for name in IMAGE if lower.get(name) not in (None, "", [])), None)
-    stored = [v for v in (value if isinstance(value, list) else [value]) if v is not None]
-    if len(stored) > 1:
-        raise BadRow(uid, f"several images are not supported: {len(stored)} in this row")
-    content = stored[0] if stored else None
-    if isinstance(content, dict):
-        content = content.get("path") if content.get("bytes") is None else content["bytes"]
-    if content is None or isinstance(content, bytes):
-        return None if content is None else decode(uid, content)
-    path = str(content)[:80]
-    if folder is None or not isinstance(content, str) or "\0" in content:
-        raise BadRow(uid, f"neither image bytes nor a path to a file: {path!r}")
+def read_row(uid: str, row: dict, layout: Layout) -> Row:
+    """The same without a look at the picture. Raises BadRow."""
+    if row.get(BROKEN):
+        raise BadRow(uid, row[BROKEN])
     try:
-        # In the hub cache the files of a snapshot are links to `blobs`, beside `snapshots`.
-        root = (folder.parents[1] if folder.parent.name == "snapshots" else folder).resolve()
-        file = (Path(row.get(FOLDER, folder)) / content).resolve()
-        if not file.is_relative_to(root):
-            raise BadRow(uid, f"image path outside the data folder: {path}")
-        if not file.is_file():
-            raise BadRow(uid, f"missing image file: {path}")
-        content = file.read_bytes()
-    except (OSError, RuntimeError) as error:  # too long a name, links in a circle, no permission
-        raise BadRow(uid, f"unreadable image path: {path}: {first_line(error)}") from error
-    return decode(uid, content)
+        return _read(uid, row, layout)
+    except RecursionError as error:
+        raise BadRow(uid, "a cell is nested too deeply") from error
 
 
-def decode(uid: str, content: bytes) -> Image.Image:
-    """Encoded bytes → an RGB picture, upright by its EXIF orientation, what is transparent turned white."""
-    try:
-        image = Image.open(BytesIO(content), formats=FORMATS)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise BadRow(uid, f"over the pixel limit: {width} × {height} > {MAX_PIXELS:,}")
-        if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
-            raise BadRow(uid, f"image shape not supported: {width} × {height}")
-        image = ImageOps.exif_transpose(image)  # from here on all of the file is read, `open` reads but its header
-        if image.mode.startswith("I"):  # 16 bits of grey, which `convert("RGB")` would clip to white
-            image = image.convert("I").point(lambda grey: grey / 256).convert("L")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except BadRow:
-        raise
-    except Exception as error:  # decoders meet damaged bytes with nearly anything, struct.error and SyntaxError too
-        kinds = {Image.DecompressionBombError: "over the pixel limit", Image.UnidentifiedImageError: "not an image"}
-        kind = "truncated image" if "truncated" in str(error).lower() else "undecodable image"
-        raise BadRow(uid, f"{kinds.get(type(error), kind)}: {first_line(error)}") from error
+def _read(uid: str, row: dict, layout: Layout) -> Row:
+    columns = layout.columns
+    asked = _asked(uid, row.get(columns.question))
+    if not asked.text:
+        raise BadRow(uid, "no question text")
+    options = options_in(uid, row, columns)
+    marks = asked.marks + (options.marks if options else Marks())
+    picture = _picture(uid, row, columns, marks, asked.pictures)
+    cell = asked.reply if columns.answer is None else row.get(columns.answer)
+    gold = final_answer(cell or "") if columns.answer is None else gold_of(cell, layout.classes)
+    gold = None if gold is None else meant(gold, options, layout.base)
+    unread = gold is None and not is_nothing(cell.strip() if isinstance(cell, str) else cell)
+    return Row(asked.text, options, picture, gold, unread, asked.follows)
 
 
-def first_line(error: BaseException | None) -> str:
-    """The first line of what an error says, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def _asked(uid: str, cell) -> chat.Asked:
+    if turns := chat.turns(cell):
+        return chat.asked(uid, turns)
+    said = cell if isinstance(cell, str) else ""
+    if video := VIDEO.search(said):
+        raise BadRow(uid, f"video and audio are not supported: {video[0]}")
+    return chat.Asked(*take_out(said), [])
+
+
+def options_in(uid: str, row: dict, columns: Columns) -> Options | None:
+    """The options of a row, in its columns of choices. Raises BadRow."""
+    if columns.letters:
+        texts = {letter: row.get(name) for letter, name in zip(ascii_uppercase, columns.letters)}
+        return options_of(uid, {letter: text for letter, text in texts.items() if not is_nothing(text)})
+    return options_of(uid, row.get(columns.choices))
+
+
+def _picture(uid: str, row: dict, columns: Columns, marks: Marks, in_turns: list) -> bytes | str | None:
+    """The one picture of a row: of its columns, else of the turns of its chat, else of the paths in its marks."""
+    if any(not is_nothing(row.get(name)) for name in columns.videos):
+        raise BadRow(uid, "video and audio are not supported")
+    cells = (held(uid, row.get(name)) for name in columns.pictures)
+    found = next(filter(None, cells), []) + [p for name in columns.numbered for p in held(uid, row.get(name))]
+    found = found or next((held(uid, row[name]) for name in columns.files if looks_like_one(row.get(name))), [])
+    found = found or in_turns or held(uid, list(marks.paths))
+    if not found and (unseen := next((name for name in columns.others if looks_like_one(row.get(name))), None)):
+        raise Unseen(uid, unseen)
+    if len(found) > 1:
+        raise BadRow(uid, f"several images are not supported: {len(found)} in this row")
+    if marks.count > len(found):
+        what = "no image where the text announces one" if not found else "fewer images than the text announces"
+        raise BadRow(uid, what if marks.count == 1 else f"{what}: {len(found)} for {marks.count} marks")
+    return found[0] if found else None

@@ -19,7 +19,7 @@ pictures that no label was given for.
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
@@ -86,6 +86,10 @@ class Items(Sequence):
             seen.add(digest)
             self.items.append(Item(f"shapes/{split}/{len(self.items):06d}", kind, scene, *ask(kind, scene, rng)))
         self.uids = [item.uid for item in self.items]
+
+    def stored(self) -> Iterator[dict]:
+        """The questions as fingerprint.py takes them, with what is drawn in place of the picture."""
+        return ({"question": i.question, "picture": repr(i.scene), "answers": i.gold} for i in self.items)
 
     def __len__(self) -> int:
         return len(self.items)

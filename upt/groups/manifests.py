@@ -64,9 +64,10 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version()} | {name: installed.get(name) for name in PACKAGES}
 
 
-def write(folder: Path | str, *, stage: str, config: dict, seed: int | None, model, adapter=None) -> None:
+def write(folder: Path | str, *, stage: str, config: dict, seed: int | None, model, adapter=None, data=None) -> None:
     """Write folder/manifest.json. `model` and `adapter` are a path, a hub id, None, or the entry of an earlier stage's
-    manifest. `dirty`: tracked code files differed from the commit (null without git)."""
+    manifest. `data` is what resuming.keep_data gives. `dirty`: tracked code files differed from the commit (null
+    without git)."""
 
     def identity(which: Path | str | dict | None) -> dict | None:
         carried = which is None or isinstance(which, dict)
@@ -84,6 +85,7 @@ def write(folder: Path | str, *, stage: str, config: dict, seed: int | None, mod
         "dirty": None if changes is None else changes != "",
         "model": identity(model),
         "adapter": identity(adapter),
+        "data": data,
     }
     text = json.dumps(manifest, indent=2, allow_nan=False, default=str)  # a Path becomes its string
     write_whole(Path(folder) / "manifest.json", [text.encode() + b"\n"])
@@ -120,17 +122,18 @@ def sampled_by(manifest: dict) -> dict:
     return manifest
 
 
-def check(folder: Path | str, config: dict, ignore: Iterable[str] = ()) -> dict | None:
-    """May this config go on in this folder? None: the folder is fresh. The manifest: same config, go on.
+def check(folder: Path | str, stage: str, config: dict, ignore: Iterable[str] = ()) -> dict | None:
+    """May this config go on in this folder? None: the folder is fresh. The manifest: same stage and config, go on.
 
-    ShardError names each field that differs, old and new, or the model or adapter whose files have changed since.
-    Fields in `ignore` (paths, devices) are not compared.
+    ShardError names the other stage, or each field that differs, old and new, or the model or adapter whose files have
+    changed since. Fields in `ignore` (paths, devices) are not compared.
     """
     folder = Path(folder)
     if not (folder / "manifest.json").exists():
         if list_shards(folder):
             raise ShardError(f"{folder}: shards of unknown settings (no manifest.json there); use another --out")
         return None
+    check_stage(folder, stage)
     manifest = read(folder)
     if differ := differences(manifest["config"], config, ignore):
         said = "; ".join(
@@ -141,6 +144,13 @@ def check(folder: Path | str, config: dict, ignore: Iterable[str] = ()) -> dict 
         raise ShardError(f"{folder} was written with other settings: {said}; {fix}")
     check_files(folder, manifest, {role: config.get(role) for role in ("model", "adapter")})
     return manifest
+
+
+def check_stage(folder: Path | str, stage: str) -> None:
+    """ShardError for a folder that holds the output of another stage; one without a manifest holds none."""
+    folder = Path(folder)
+    if (folder / "manifest.json").exists() and (found := read(folder)["stage"]) != stage:
+        raise ShardError(f"{folder} holds the output of a {found} stage, not of a {stage} stage: use another --out")
 
 
 def differences(old: dict, new: dict, ignore: Iterable[str] = ()) -> dict[str, tuple]:

@@ -32,10 +32,9 @@ def bind_reward(
         bound["seed"] = run_seed
     # Applied here, once, for every variant; a variant may declare a default of its own.
     lam_fmt, clip, min_share, max_share = (bound.pop(name) for name in COMMON)
-    if not 0 <= min_share <= max_share <= 1:
+    if min_share > max_share:
         raise SettingError(
-            f"reward {variant!r}: min_share is {min_share} and max_share {max_share}, "
-            "expected 0 <= min_share <= max_share <= 1"
+            f"reward {variant!r}: min_share is {min_share} and max_share {max_share}, expected min_share <= max_share"
         )
     function = functools.partial(function, **bound)
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from upt.errors import ShardError, suggest_path
-from upt.files import write_whole
+from upt.files import write_whole, writing
 
 SCHEMA = "upt.group/1"
 _SHARD_NAME = re.compile(r"step-(\d{6,})\.jsonl")
@@ -268,7 +268,8 @@ def link_images(source_folder: Path | str, out_folder: Path | str) -> None:
     source, out = (Path(source_folder) / "images").resolve(), Path(out_folder) / "images"
     if not source.is_dir():
         return  # text-only questions
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     if out.resolve() == source:
         return
     if out.is_symlink():

@@ -5,7 +5,7 @@
     my/rewards.py:name(x=.1)   the same from a file of your own, which needs no row
 
 A setting must be like its default (a number, a bool, a string) and as its annotation says, where that is a Literal or
-Positive. Whatever is wrong with a spec is a SettingError here, before a model is loaded.
+has a range (upt/ranges.py). Whatever is wrong with a spec is a SettingError here, before a model is loaded.
 """
 
 import ast
@@ -20,12 +20,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 from upt.errors import SettingError, suggest
+from upt.ranges import Amount, Share, outside, range_of
 
 COMMON = {"lam_fmt": 0.0, "clip": False, "min_share": 0.0, "max_share": 1.0}  # settings that every reward has
-Positive = Annotated[float, "above 0"]  # annotation of a setting that is divided by, or whose logarithm is taken
+KINDS = {"lam_fmt": Amount, "min_share": Share, "max_share": Share}
 
 _SPEC = re.compile(r"\s*((?:[^()'\"]+\.py:)?[^\W\d][\w-]*)\s*(?:\((.*)\))?\s*", re.DOTALL)
 _PIECE = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|.", re.DOTALL)  # a quoted string or one character
@@ -58,6 +59,11 @@ def parse_variant(spec: str) -> tuple[str, dict]:
             value = ast.unparse(keyword.value)
             raise SettingError(f"{spec!r}: {keyword.arg}={value} is no number or quoted string") from error
     return match[1].strip(), settings
+
+
+def is_from_file(spec: str) -> bool:
+    """Whether a variant is a function in a file of the user's."""
+    return ":" in parse_variant(spec)[0]
 
 
 def split_variants(text: str) -> list[str]:
@@ -136,10 +142,11 @@ def _expected(value, default, annotation) -> str | None:
         return None if value in legal else " or ".join(map(repr, legal))
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "True or False"
-    if annotation is Positive or isinstance(default, int | float):
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if annotation is Positive:
-            return None if number and value > 0 else "a number above 0"
+    if range := range_of(annotation):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return None if number and not outside(value, annotation) else f"a number {range}"
+    if isinstance(default, int | float):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         return None if number else f"the like of {default!r}"
     return None if not isinstance(default, str) or isinstance(value, str) else f"the like of {default!r}"
 
@@ -165,7 +172,9 @@ def bind(
             raise SettingError(
                 f"{kind} {spec!r} has no setting {setting!r}{near}; it has: {', '.join(known) or 'none'}"
             )
-        if expected := _expected(value, known[setting], own[setting].annotation if setting in own else None):
+        if expected := _expected(
+            value, known[setting], own[setting].annotation if setting in own else KINDS.get(setting)
+        ):
             raise SettingError(f"{kind} {spec!r}: {setting} is {value!r}, expected {expected}")
     if twice := sorted({*settings} & {*inline}):
         raise SettingError(f"{kind} {spec!r}: {', '.join(twice)} given inline and as an argument; give it once")

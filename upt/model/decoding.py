@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from kernels import sample
+from upt.errors import PolicyError
 from upt.model.packing import Prompt
 from upt.model.policy import Policy
 
@@ -171,7 +172,11 @@ def _decode(
     stop_ids = torch.tensor(generation_config.eos_token_id, device=device)
     for position in range(shape[1]):
         logits = logits_processor(tokens, model.lm_head(hidden))  # (R, V); we set no processor
-        token, logprob, entropy, certainty = draw(logits, row_ids=keys, position=position)
+        try:
+            token, logprob, entropy, certainty = draw(logits, row_ids=keys, position=position)
+        except ValueError as error:
+            fix = "if this was trained, start from an earlier checkpoint with a lower --learning-rate"
+            raise PolicyError(f"nothing can be sampled: {error}; {fix}") from error
         ids[open_rows, position] = token
         logprobs[open_rows, position] = logprob
         entropies[open_rows, position] = entropy

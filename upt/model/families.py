@@ -6,6 +6,7 @@ family is one more class and its row in FAMILIES. A family is expected to be a t
 What `Family` answers itself holds for a plain language model, which counts its tokens on one axis.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ class Family(ABC):
         """Raise PolicyError for a configuration that the packed forward pass does not serve."""
         if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
             raise PolicyError(f"{name} uses sliding-window attention, which packed rows do not support")
+
+    @classmethod
+    def may_adapt(cls, layer: str) -> bool:
+        """Whether a module, by its whole name, is one of those that may get an adapter."""
+        return re.fullmatch(rf"{cls.adapter_layers}\..+", layer) is not None
 
     @abstractmethod
     def __init__(self, name: str, min_pixels: int | None, max_pixels: int | None):

@@ -1,6 +1,7 @@
 """Whether a folder holds what it should, a model or an adapter, asked before anything is loaded."""
 
 import json
+import re
 from pathlib import Path
 
 from upt.errors import PolicyError, suggest_path
@@ -17,14 +18,17 @@ PLAIN |= {"use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "l
 PLAIN |= {"qalora_group_size", "init_lora_weights"}
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # other initialisations change the model's own weights
 MERGE = "merge it with PEFT (merge_and_unload, then save_pretrained), where it was made, and give that as --model"
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
+EDGES = (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))  # of areas: newer and older names
 
 
 def check_model(name: str) -> None:
-    """Raise PolicyError for a folder that is not there or holds no whole model; what is no path may be a hub id."""
+    """Raise PolicyError for a folder that is not there or holds no whole model; what reads org/name may be a hub id."""
     path = Path(name).expanduser()
-    if name.startswith((".", "/", "~", "models/")) and not path.is_dir():
+    is_path = name.startswith((".", "/", "~", "models/")) or not re.fullmatch(HUB_ID, name)
+    if is_path and not path.is_dir():
         hint = "run `make warmup` to make it" if path.name == "tiny" else "check the path"
-        raise PolicyError(f"there is no model folder {name}: {hint}, or give a hub id{suggest_path(name)}")
+        raise PolicyError(f"there is no model folder {name}: {hint}, or give a hub id, org/name{suggest_path(name)}")
     if not path.is_dir():
         return
     if not (path / "config.json").is_file():
@@ -33,6 +37,29 @@ def check_model(name: str) -> None:
         raise PolicyError(f"{name} holds an adapter beside the model: move it to a folder of its own, for --adapter")
     if missing := [file.name for file in weight_files(path) if not file.is_file()]:
         raise PolicyError(f"{name} lacks {listed(missing)} of {WEIGHTS}.index.json; fetch the model again")
+
+
+def check_pixels(name: str, least: int | None, most: int | None) -> None:
+    """Raise PolicyError for limits of an image's area, in pixels, that no picture can keep.
+
+    None stands for the snapshot's own limit, which is known of a folder alone.
+    """
+    try:
+        own = json.loads((Path(name).expanduser() / "preprocessor_config.json").read_text("utf-8"))
+        size = own.get("size") or {}
+        own_least, own_most = (size.get(edge, own.get(old)) for edge, old in EDGES)
+        side = own.get("patch_size", 14) * own.get("merge_size", 2)
+    except (OSError, ValueError, AttributeError, TypeError):  # a hub id, or a file that the loading code says more of
+        own_least, own_most, side = None, None, 28
+    of_least = "" if least is not None else " (the snapshot's own)"
+    of_most = "" if most is not None else " (the snapshot's own)"
+    least, most = least or own_least, most or own_most
+    if most is not None and most < side**2:
+        needs = f"one token of a picture takes {side} x {side} pixels: give {side**2} or more"
+        raise PolicyError(f"--max-pixels {most}{of_most}: {needs}")
+    if None not in (least, most) and least > most:
+        fix = "lower the one or raise the other"
+        raise PolicyError(f"--min-pixels {least}{of_least} is above --max-pixels {most}{of_most}: {fix}")
 
 
 def check_adapter(folder: Path | str | None, setting: str = "") -> None:

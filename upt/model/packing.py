@@ -66,22 +66,23 @@ def pack(prompts: Sequence[Prompt], responses: Sequence[Sequence[list[int]]], bu
 def layout(batch: Sequence[Row]) -> tuple[torch.Tensor, ...]:
     """Pack rows into tensors: ids (B, L), positions (axes, B, L), segment (B, L), sources (N,), targets (N,).
 
-    `segment` is 0 for the prompt, i for the i-th response, -1 for padding; `sources` are the places, in the flattened
-    batch, whose hidden states predict the response tokens `targets`.
+    `segment` is 0 for the prompt, i for the i-th response, -1 for padding; `sources` are the places, in what
+    `predicting` makes of the hidden states, that predict the response tokens `targets`. No place is there twice.
     """
     length = max(len(row) for row in batch)
     ids = torch.zeros(len(batch), length, dtype=torch.long)
     axes = len(batch[0].prompt.positions)
     positions = torch.zeros(axes, len(batch), length, dtype=torch.long)
     segment = torch.full((len(batch), length), -1)
-    sources, targets = [], []
+    sources, targets, count = [], [], 0
     for b, row in enumerate(batch):
         size = len(row.prompt.ids)
         flat, first = list(row.prompt.ids), int(row.prompt.positions.max()) + 1
         place, segments = [row.prompt.positions], [0] * size
         for number, response in enumerate(row.responses, 1):
             start = b * length + len(flat)
-            sources += [b * length + size - 1, *range(start, start + len(response) - 1)]
+            sources += [len(batch) * length + count, *range(start, start + len(response) - 1)]
+            count += 1
             targets += response
             flat += response[:-1]
             segments += [number] * (len(response) - 1)
@@ -90,6 +91,17 @@ def layout(batch: Sequence[Row]) -> tuple[torch.Tensor, ...]:
         positions[:, b, : len(flat)] = torch.cat(place, 1)
         segment[b, : len(flat)] = torch.tensor(segments)
     return ids, positions, segment, torch.tensor(sources), torch.tensor(targets)
+
+
+def predicting(hidden: torch.Tensor, batch: Sequence[Row]) -> torch.Tensor:
+    """The hidden states (B, L, D) of a batch as (B L + R, D): behind all of them the prompt's last, once a response.
+
+    That state predicts the first token of each of its responses. An index that repeats would do, but its backward pass
+    adds with threads in a race, so that rounding changes from run to run; `expand` has a sum there.
+    """
+    states, length = hidden.flatten(0, 1), hidden.shape[1]
+    ends = states[[b * length + len(row.prompt.ids) - 1 for b, row in enumerate(batch)]]  # (B, D)
+    return torch.cat([states, *(end.expand(len(row.responses), -1) for end, row in zip(ends, batch, strict=True))])
 
 
 def packed_mask(segment: torch.Tensor) -> torch.Tensor:

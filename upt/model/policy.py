@@ -29,13 +29,13 @@ from transformers.utils import cached_file
 
 from kernels import linear_logprob
 from upt.errors import PolicyError
-from upt.files import write_whole
+from upt.files import write_whole, writing
 from upt.model import TARGETS
 from upt.model.families import FAMILIES, Family, Features
 from upt.model.folders import check_adapter, check_model
 from upt.model.opening import calm, check_fit, load_weights, loading, open_adapter
 from upt.model.origin import BASE, check_base, origin_of
-from upt.model.packing import Prompt, Row, layout, packed_mask
+from upt.model.packing import Prompt, Row, layout, packed_mask, predicting
 
 PIXEL_VALUES_AT_ONCE = 2**25  # preprocessed pixel values given to the vision tower at once: 128 MiB in float32
 
@@ -159,7 +159,8 @@ class Policy:
         """
         if not isinstance(self.model, PeftModel):
             raise PolicyError("there is no adapter to save: call add_lora or load_adapter first")
-        self.model.save_pretrained(folder)
+        with writing(folder):
+            self.model.save_pretrained(folder)
         if self.origin:
             write_whole(Path(folder) / BASE, [json.dumps(self.origin, indent=1).encode()])
 
@@ -168,9 +169,9 @@ class Policy:
         trained = isinstance(self.model, PeftModel)
         if trained:
             self.model = self.model.merge_and_unload()
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        self.family.image_processor.save_pretrained(folder)
+        with writing(folder):
+            for part in (self.model, self.tokenizer, self.family.image_processor):
+                part.save_pretrained(folder)
         weights = origin_of(str(folder))
         if not trained and self.origin and self.origin["adapter"]:  # an adapter made for the one fits the other
             merged = self.origin | {"weights": weights["fingerprint"]}
@@ -300,7 +301,7 @@ class Policy:
         """
         ids, positions, segment, sources, targets = (part.to(self.device) for part in layout(batch))
         hidden = self.hidden(ids, positions, packed_mask(segment), [row.prompt for row in batch])
-        chosen = hidden.flatten(0, 1)[sources]  # (N, D)
+        chosen = predicting(hidden, batch)[sources]  # (N, D)
         return linear_logprob(chosen, self.base.lm_head.weight, targets, temperature)
 
 
@@ -311,7 +312,7 @@ def model_config(name: str):
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise PolicyError(
-            f"cannot read the model {name!r}: {error}\n"
+            f"cannot read the model {name!r}{'' if Path(name).is_dir() else ', which is no folder here'}: {error}\n"
             f"Give a snapshot folder or a hub id of one of {', '.join(FAMILIES)}; without a network, "
             f"fetch it elsewhere (`hf download {name} --local-dir DIR`) and give the folder."
         ) from error

@@ -16,11 +16,15 @@ from upt.model.policy import Policy
 COUNTS = ("nonfinite", "no_signal")
 
 
-def update(policy: Policy, optimizer, schedule, prompts: list, groups: list[dict], config, measure_kl: bool) -> dict:
-    """One step's updates of the adapter; returns their statistics, averaged over the minibatches.
+def update(
+    policy: Policy, optimizer, schedule, prompts: list, groups: list[dict], config, measure_kl: bool, in_a_row: int = 0
+) -> dict:
+    """One step's updates of the adapter; returns their statistics, averaged over the minibatches; COUNTS are
+    how many of the updates were not made, since something was not finite or nothing carried a signal.
 
     `config` has the loss settings of train_upt.Config. With `measure_kl` the KL to the reference is measured before
-    each update, without touching it; with a kl_coef it is part of the loss and measured anyway.
+    each update, without touching it; with a kl_coef it is part of the loss and measured anyway. `in_a_row` updates
+    before this step were not finite, one after the other; `nonfinite_in_a_row` says so of the end of this step.
     """
     policy.model.train()
     kept = [i for i, group in enumerate(groups) if not group.get("skipped")]
@@ -36,24 +40,25 @@ def update(policy: Policy, optimizer, schedule, prompts: list, groups: list[dict
     for part, old in zip(parts, olds, strict=True):
         stats = {"kl": kl_to_reference(policy, prompts[part], groups[part], config)} if measure_kl else {}
         stats |= accumulate(policy, prompts[part], groups[part], old, config)
-        norm = torch.nn.utils.clip_grad_norm_(policy.trainable(), config.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(policy.trainable(), config.max_grad_norm or math.inf).item()
         stats |= {"grad_norm": norm, "nonfinite": 0, "no_signal": 0}
         if all(p.grad is None for p in policy.trainable()):
             stats["no_signal"] = 1
         elif not (math.isfinite(stats["loss"]) and math.isfinite(norm)):
             stats["nonfinite"] = 1
+            in_a_row += 1
         else:
             optimizer.step()
+            in_a_row = 0
         optimizer.zero_grad()
-        with warnings.catch_warnings():  # a step without a signal advances the schedule alone
-            warnings.simplefilter("ignore", UserWarning)
-            schedule.step()
+        advance(schedule)
         steps.append(stats)
-    for _ in range(config.minibatches - count):  # the schedule counts on as many
-        schedule.step()
+    advance(schedule, config.minibatches - count)  # it counts on as many
+    sums = {name: sum(s[name] for s in steps) for name in steps[0]}
+    means = {name: value if name in COUNTS else value / len(steps) for name, value in sums.items()}
     if not groups:
-        return steps[0] | {name: None for name in steps[0] if name == "kl"}  # of no token
-    return {name: sum(s[name] for s in steps) / (1 if name in COUNTS else len(steps)) for name in steps[0]}
+        means |= {name: None for name in means if name == "kl"}  # of no token
+    return means | {"nonfinite_in_a_row": in_a_row}
 
 
 def accumulate(policy: Policy, prompts: list, groups: list[dict], old: dict | None, config) -> dict[str, float]:
@@ -155,6 +160,14 @@ def optimizer_of(policy: Policy, config) -> tuple[torch.optim.Optimizer, torch.o
         optimizer, lambda n: learning_rate_factor(n, config.warmup_steps, updates)
     )
     return optimizer, schedule
+
+
+def advance(schedule: torch.optim.lr_scheduler.LambdaLR, updates: int = 1) -> None:
+    """Take the schedule further by so many updates, made or not."""
+    with warnings.catch_warnings():  # of torch, that the optimizer has not moved
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(updates):
+            schedule.step()
 
 
 def learning_rate_factor(n: int, warmup: int, total: int) -> float:

@@ -4,5 +4,18 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules={"checkpoints", "cli", "health", "metrics", "presets", "progress", "resuming", "settings", "stopping"},
+    submodules={
+        "checkpoints",
+        "cli",
+        "ending",
+        "health",
+        "locking",
+        "metrics",
+        "presets",
+        "progress",
+        "resuming",
+        "settings",
+        "stopping",
+        "typed",
+    },
 )

@@ -1,10 +1,14 @@
 """Checkpoints of a run.
 
-A checkpoint is a folder `step-000010` with the adapter, the optimizer, the scheduler, the random state and the step to
-go on with. It is written whole under a temporary name and then renamed, so one that exists is complete, and it gives
-back every tensor bit for bit.
+A checkpoint is a folder `step-000010`:
+    adapter/                 as PEFT writes it
+    optimizer.safetensors    what AdamW keeps of every parameter: "0.exp_avg" and so on, by its place in the list
+    state.json               all else: step, settings of the optimizer, schedule, seconds, random state
+Nothing of it is a pickle: opening one runs no code of whoever wrote it. It is written whole under a temporary name and
+then renamed, so one that exists is complete, and it gives back every tensor bit for bit.
 """
 
+import json
 import os
 import random
 import re
@@ -14,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from upt.errors import ShardError
 
@@ -38,14 +43,17 @@ def save_checkpoint(folder: Path, step: int, policy, optimizer, schedule, second
         draft = folder / f".{path.name}.partial"
         shutil.rmtree(draft, ignore_errors=True)
         policy.save(draft / "adapter")
+        kept = optimizer.state_dict()
+        tensors = {f"{i}.{name}": value for i, of in kept["state"].items() for name, value in of.items()}
+        save_file(tensors, draft / "optimizer.safetensors")
         state = {
             "step": step,
-            "optimizer": optimizer.state_dict(),
+            "optimizer": kept["param_groups"],
             "schedule": schedule.state_dict(),
             "seconds": dict(seconds),
-            "random": {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()},
+            "random": random_state(),
         }
-        torch.save(state, draft / "state.pt")
+        (draft / "state.json").write_text(json.dumps(state))
         for file in draft.rglob("*"):
             if file.is_file():
                 with open(file, "rb") as handle:
@@ -72,15 +80,40 @@ def load_checkpoint(path: Path, optimizer, schedule) -> tuple[int, dict[str, flo
 
     The adapter is opened apart from it, by `Policy.load_adapter(path / "adapter")`.
     """
-    # The file is this run's own and holds Python's random state, which is more than bare tensors.
+    if not (path / "state.json").exists() and (path / "state.pt").exists():
+        raise ShardError(
+            f"{path}/state.pt, of an earlier version, is a pickle, which can run code and is not opened: check out the "
+            f"code that wrote it to go on, or train its adapter further, --init-adapter {path}/adapter --out ANOTHER"
+        )
     try:
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=False)
-    except Exception as error:  # of pickle, of zip files, of the disk
+        state = json.loads((path / "state.json").read_text("utf-8"))
+        tensors = load_file(path / "optimizer.safetensors")
+        kept: dict[int, dict] = {}
+        for name, value in tensors.items():
+            place, _, name = name.partition(".")
+            kept.setdefault(int(place), {})[name] = value
+        optimizer.load_state_dict({"state": kept, "param_groups": state["optimizer"]})
+        schedule.load_state_dict(state["schedule"])
+        set_random_state(state["random"])
+        return state["step"], state["seconds"]
+    except Exception as error:  # of JSON, safetensors, torch and the disk, which have no common parent
         fix = "remove that checkpoint to go on from the one before it"
         raise ShardError(f"{path}: its state cannot be read ({type(error).__name__}: {error}); {fix}") from error
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    random.setstate(state["random"]["python"])
-    np.random.set_state(state["random"]["numpy"])
-    torch.set_rng_state(state["random"]["torch"])
-    return state["step"], state["seconds"]
+
+
+def random_state() -> dict:
+    """The state of Python's, NumPy's and torch's random generators, as JSON can hold it."""
+    name, words, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, words.tolist(), *rest],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+    }
+
+
+def set_random_state(state: dict) -> None:
+    """Put back what `random_state` gave."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch"]), dtype=torch.uint8))

@@ -23,8 +23,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
-from upt.errors import RunsFailed, Stopped, UserError, suggest
+from upt.errors import RunsFailed, Stopped, UserError, suggest, trouble
 from upt.run import presets
+from upt.run.typed import flag, meant
 
 DEBUG = "--debug"
 
@@ -54,9 +55,9 @@ def launch(
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, on one line; of an OSError also where."""
+    """What an error says, on one line; of an OSError where, and what to do."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return ": ".join(str(part) for part in (error.filename, trouble(error)) if part)
     return " ".join(str(error).split())
 
 
@@ -102,18 +103,18 @@ def parse(config_class: type, arguments: Sequence[str]):
 def explained(config_class: type, arguments: Sequence[str], message: str) -> str:
     """What is wrong with the flag that a message of tyro's is about, in our words; else the message as it is."""
     hints, docs = get_type_hints(config_class), documented(config_class)
-    flags = {f"--{f.name.replace('_', '-')}": f for f in fields(config_class)}
-    flag = next((word for word in re.findall(r"--[\w-]+", message) if word in flags), None)
-    if flag is None and message.startswith("Required options"):
+    flags = {flag(f.name): f for f in fields(config_class)}
+    about = next((word for word in re.findall(r"--[\w-]+", message) if word in flags), None)
+    if about is None and message.startswith("Required options"):
         needed = " and ".join(f.name for f in fields(config_class) if f.default is MISSING)
         return f"give {needed}; --help says what they are"
-    if flag is None:
+    if about is None:
         return message
-    name = flags[flag].name
+    name = flags[about].name
     written = [word.replace("_", "-") if word.startswith("--") else word for word in arguments]
-    if not any(word.split("=")[0] == flag for word in written):
-        return f"{flag} is missing: {docs.get(name, '')}"
-    at = next(i for i, word in enumerate(written) if word.split("=")[0] == flag)
+    if not any(word.split("=")[0] == about for word in written):
+        return f"{about} is missing: {docs.get(name, '')}"
+    at = next(i for i, word in enumerate(written) if word.split("=")[0] == about)
     value = arguments[at].partition("=")[2] or (arguments[at + 1] if at + 1 < len(arguments) else "")
     allowed = (hints[name], *get_args(hints[name]))
     choices = [str(choice) for kind in allowed if get_origin(kind) is Literal for choice in get_args(kind)]
@@ -121,20 +122,21 @@ def explained(config_class: type, arguments: Sequence[str], message: str) -> str
     wanted = [text for kind, text in kinds.items() if kind in allowed]
     expected = f"one of {', '.join(choices)}" if choices else wanted[0] if wanted else "a value"
     if not value or value.startswith("--"):
-        return f"{flag} needs {expected if expected == 'a value' else f'a value: {expected}'}"
-    return f"{flag} {value}: expected {expected}{suggest(value, choices)}"
+        return f"{about} needs {expected if expected == 'a value' else f'a value: {expected}'}"
+    return f"{about} {value}: expected {expected}{suggest(value, choices)}"
 
 
 def groups(config_class: type) -> list[type]:
     """A dataclass for each group of flags, in the order of --help."""
-    hints, docs = get_type_hints(config_class, include_extras=True), documented(config_class)
+    hints, bare = get_type_hints(config_class, include_extras=True), get_type_hints(config_class)
+    docs = documented(config_class)
     owners = [c for c in reversed(config_class.__mro__) if is_dataclass(c)]
     found: dict[str, list] = {owner.__name__: [] for owner in owners[:-1] if owner.__name__ != LAST} | {LAST: []}
     for f in fields(config_class):
         owner = next(c for c in owners if f.name in vars(c).get("__annotations__", ()))
         if not f.metadata.get("hidden"):
             own = f.name in vars(config_class).get("__annotations__", ())
-            says = argument(f, hints[f.name], docs.get(f.name, ""), {} if own else TABLES)
+            says = argument(f, bare[f.name], docs.get(f.name, ""), {} if own else TABLES)
             row = (f.name, Annotated[hints[f.name], says], default(f))
             found[LAST if owner is config_class else owner.__name__].append(row)
     return [make_dataclass(name.lower(), rows) for name, rows in found.items() if rows]
@@ -154,16 +156,6 @@ def argument(f, hint, doc: str, tables: dict[str, dict]):
     return tyro.conf.arg(help=doc, **found)
 
 
-# What TRL, verl and transformers call it.
-ELSEWHERE = {
-    "lr": "learning-rate", "num-generations": "group-size", "n": "group-size", "per-device-train-batch-size":
-    "questions-per-step", "batch-size": "questions-per-step", "train-batch-size": "questions-per-step", "max-steps":
-    "steps", "num-train-steps": "steps", "beta": "kl-coef", "kl-loss-coef": "kl-coef", "epsilon": "clip-low",
-    "epsilon-high": "clip-high", "max-completion-length": "max-new-tokens", "max-response-length": "max-new-tokens",
-    "max-prompt-length": "max-prompt-tokens", "model-name-or-path": "model", "dataset-name": "data", "dataset": "data",
-    "output-dir": "out", "save-steps": "save-every", "lora-r": "lora-rank", "loss-type": "aggregation", "reward-funcs":
-    "reward", "resume-from-checkpoint": "resume", "adv-estimator": "advantage",
-}  # fmt: skip
 LAST = "Run"  # the group that a Config's own fields belong to
 TABLES = {"with the tiny model": presets.TINY, "with others": presets.REAL}
 
@@ -188,16 +180,18 @@ def documented(config_class: type) -> dict[str, str]:
 
 
 def check_names(config_class: type, arguments: Sequence[str]) -> None:
-    """Raise UserError for the first flag that is none, with the nearest one that is."""
+    """Raise UserError for the first flag that is none, with the nearest one that is, or whose path is empty."""
     shown = [f for f in fields(config_class) if not f.metadata.get("hidden")]
-    known = {f"--{f.name.replace('_', '-')}" for f in shown} | {"--help", "-h"}
+    known = {flag(f.name) for f in shown} | {"--help", "-h"}
     known |= {f"--no-{f.name.replace('_', '-')}" for f in shown if isinstance(f.default, bool)}
-    for word in arguments:
+    hints = get_type_hints(config_class)
+    paths = {flag(f.name) for f in shown if Path in (hints[f.name], *get_args(hints[f.name]))}
+    for word, after in zip(arguments, [*arguments[1:], None], strict=False):
         name = word.split("=")[0].replace("_", "-")
         if re.match(r"--[a-zA-Z]", word) and name not in known:
-            other = f"--{ELSEWHERE.get(name[2:], '')}"
-            near = f"; it is called {other} here" if other in known else suggest(name, known)
-            raise UserError(f"{name} is no setting{near or '; --help lists them'}")
+            raise UserError(f"{name} is no setting{meant(name, known) or '; --help lists them'}")
+        if name in paths and (word.partition("=")[2] if "=" in word else after) == "":
+            raise UserError(f"{name} is empty: give a path")  # of which Path makes the current folder
 
 
 def plain(box: str) -> str:

@@ -21,6 +21,10 @@ The rule looks at means over the last WINDOW steps, once there are two windows, 
     kl            mean KL to the starting model over 0.5 nats a token (where it is measured)
 Each is an alarm, and none is proof: a wrong majority that stays varied takes labels to see. How often they were right
 is in docs/results.md.
+
+One alarm does not wait for windows:
+    nonfinite     loss or gradient of an update were not finite, so that it was not made
+After NONFINITE of these one after the other a run ends, with `Diverged`.
 """
 
 import math
@@ -30,6 +34,7 @@ from collections.abc import Sequence
 from upt.groups import votes
 
 WINDOW = 5
+NONFINITE = 5  # updates in a row
 SIGNALS = ("majority_share", "entropy", "answer_entropy", "information", "abstention_share", "length", "kl")
 
 
@@ -74,8 +79,9 @@ class Watch:
             self.first = now
         if self.seen >= WINDOW:
             self.best = max(self.best, now["information"])
+        at_once = ["nonfinite"] if row.get("nonfinite") else []
         if self.seen < 2 * WINDOW:
-            return []
+            return at_once
         first = self.first
         rise = now["majority_share"] - first["majority_share"]
         alarms = {
@@ -88,13 +94,26 @@ class Watch:
             "length": not 0.5 * first["length"] <= now["length"] <= 2 * first["length"],
             "kl": now.get("kl", 0.0) > 0.5,
         }
-        return [name for name, raised in alarms.items() if raised]
+        return at_once + [name for name, raised in alarms.items() if raised]
 
 
 def window(rows: Sequence[dict]) -> dict[str, float]:
     """Means of the signals over some steps; one that none of them measured is left out."""
     values = {name: [row[name] for row in rows if row.get(name) is not None] for name in SIGNALS}
     return {name: math.fsum(seen) / len(seen) for name, seen in values.items() if seen}
+
+
+def unhealthy_from(rows: Sequence[dict]) -> float:
+    """The step from which on a run is not known to be healthy: that of the first alarm, else infinity.
+
+    An update that was not finite was not made, so it counts only while it is followed by no other update.
+    """
+    found = min((row["step"] for row in rows if set(row["alarms"]) - {"nonfinite"}), default=math.inf)
+    for row in reversed(rows):
+        if not row.get("nonfinite_in_a_row"):
+            break
+        found = min(found, row["step"])
+    return found
 
 
 def best_checkpoint(rows: Sequence[dict], steps: Sequence[int]) -> int:
@@ -106,8 +125,7 @@ def best_checkpoint(rows: Sequence[dict], steps: Sequence[int]) -> int:
     """
     by_step = {row["step"]: row for row in rows}
     at = {n: n if n in by_step else n - 1 for n in steps}
-    alarm = next((row["step"] for row in rows if row["alarms"]), math.inf)
-    healthy = [n for n in steps if n < alarm] or steps
+    healthy = [n for n in steps if n < unhealthy_from(rows)] or steps
 
     def information(n: int) -> float:
         seen = [by_step[s] for s in range(at[n] - WINDOW + 1, at[n] + 1) if s in by_step]

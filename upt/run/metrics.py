@@ -12,8 +12,8 @@ from pathlib import Path
 
 from kernels.advantage import mean_of
 from upt.answers import answer_key
-from upt.errors import ShardError
-from upt.files import write_whole
+from upt.errors import ShardError, in_words
+from upt.files import write_whole, writing
 from upt.groups.votes import abstentions, distinct, keys_of, majority_share
 from upt.run import health
 
@@ -57,9 +57,20 @@ class Metrics:
             self.rows = [row for line in lines if (row := json.loads(line))["step"] < start]
         except (ValueError, TypeError, KeyError) as error:
             fix = "mend the line, or move the file away: the log then begins where the run goes on"
-            raise ShardError(f"{path}: a line is no record of a step ({error}); {fix}") from error
+            raise ShardError(f"{path}: a line is no record of a step ({in_words(error)}); {fix}") from error
         write_whole(path, [f"{json.dumps(row)}\n".encode() for row in self.rows])
-        self.watch = health.Watch(self.rows)
+        self.watch = health.Watch([row for row in self.rows if row.get("groups")])
+
+    @property
+    def nonfinite_in_a_row(self) -> int:
+        """How many updates were not finite, one after the other, up to now."""
+        return self.rows[-1].get("nonfinite_in_a_row", 0) if self.rows else 0
+
+    def leave_out(self, step: int, extra: dict) -> None:
+        """Append the line of a step none of whose questions could be used: it has no group."""
+        self._append(
+            {"step": step, "groups": 0, "nonfinite_in_a_row": self.nonfinite_in_a_row} | extra | {"alarms": []}
+        )
 
     def write(self, step: int, groups: list[dict], update: dict, seconds: dict, extra: dict) -> str:
         """Append the metrics of a step and return its status line."""
@@ -84,10 +95,13 @@ class Metrics:
             row["accuracy"] = accuracy(groups)
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         row["alarms"] = self.watch.add(row)
-        self.rows.append(row)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._append(row)
         return status(row)
+
+    def _append(self, row: dict) -> None:
+        self.rows.append(row)
+        with writing(self.path), open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def judged(responses: list[dict]) -> dict[str, float]:
@@ -103,6 +117,15 @@ def accuracy(groups: list[dict]) -> float:
     golds = [(answer_key(group["gold"], group["choices"]), group["responses"]) for group in groups]
     right = [r["key"] is not None and r["key"] == gold for gold, responses in golds for r in responses]
     return sum(right) / len(right)
+
+
+REMARKS = {  # by what counts, and in words what was counted
+    "left_out": ("LEFT OUT", "question", ""),
+    "nonfinite": ("NONFINITE", "update", ": not made"),
+    "no_signal": ("no signal for", "update", ": not made"),
+    "skipped": ("skipped", "group", ""),
+    "unparsed": ("UNPARSED", "judgement", ""),
+}
 
 
 def status(row: dict) -> str:
@@ -122,19 +145,11 @@ def status(row: dict) -> str:
     if row["tokens_per_second"] is not None:
         parts.append(f"{row['tokens_per_second']:.0f} tok/s")
     parts.append(f"{row['peak_memory_gib']:.1f} GiB")
-    parts += [
-        f"{name} {row[key]}"
-        for name, key in (
-            ("LEFT OUT", "left_out"),
-            ("NONFINITE", "nonfinite"),
-            ("no signal", "no_signal"),
-            ("skipped", "skipped"),
-            ("UNPARSED", "unparsed"),
-        )
-        if row.get(key)
-    ]
-    if row["alarms"]:
-        parts.append(f"COLLAPSE? {' '.join(row['alarms'])}")
+    for name, (before, what, after) in REMARKS.items():
+        if count := row.get(name):
+            parts.append(f"{before} {count} {what}{'s' * (count != 1)}{after}")
+    if alarms := [name for name in row["alarms"] if name != "nonfinite"]:  # which NONFINITE stands for
+        parts.append(f"COLLAPSE? {' '.join(alarms)}")
     return ", ".join(parts)
 
 

@@ -1,14 +1,17 @@
-"""The settings of a run: checked against the run that is in its folder, written down, and taken up again.
+"""The settings of a run and its data: checked against the run that is in its folder, written down, and taken up again.
 
 `config` is a train_upt.Config throughout.
 """
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from upt.errors import SettingError, ShardError
+from upt import data
+from upt.errors import DataError, SettingError, ShardError
+from upt.files import read_json, write_whole
 from upt.groups import manifests, shards, variants
 from upt.run import presets
 from upt.run.settings import Rollout
@@ -22,6 +25,7 @@ FREE += ("rollout_tokens", "judge_tokens", "update_tokens", "rounds", "any_base"
 def prepare(config):
     """The settings of a run in full, checked against the run that is in its folder, if there is one."""
     config = replace(config)
+    manifests.check_stage(config.out, "train")
     if config.resume:
         if not (config.out / "manifest.json").is_file():
             raise SettingError(f"--resume: there is no run in {config.out}; start one by leaving --resume out")
@@ -49,9 +53,9 @@ def check_settings(config) -> None:
         *out.glob("round-01"),
     ]
     try:
-        manifests.check(out, jsonable(config), ignore=FREE)
+        manifests.check(out, "train", jsonable(config), ignore=FREE)
     except ShardError as error:
-        if begun or manifests.read(out)["stage"] != "train":
+        if begun:
             raise
         raise ShardError(f"{error}; that run has not made a step, so its folder can be removed: rm -r {out}") from error
 
@@ -62,19 +66,25 @@ def check_steps(config) -> None:
         return
     differ = manifests.differences(manifests.read(config.out)["config"], jsonable(config), FREE)
     if [*differ] == ["steps"]:
-        made, asked = differ["steps"]
-        if asked < made:
-            fix = "leave --steps out, or use another --out"
-            raise SettingError(f"{config.out} holds a run of {made} steps, not {asked}: {fix}")
-        state = "a finished run" if (config.out / "summary.json").is_file() else "a run that was planned"
-        steps, further = asked - made, f"--init-adapter {config.out / 'adapter'}"
-        if config.adapter:
-            further += f" --model {config.out / 'start'}"  # which it was merged into
-        raise SettingError(
-            f"{config.out} holds {state} with {made} steps, over which its learning rate falls, and --steps says "
-            f"{asked}; to train its adapter further: {further} --steps {steps} --out ANOTHER "
-            f"(make train STEPS={steps} OUT=ANOTHER ARGS='{further}')"
-        )
+        refuse_steps(config, *differ["steps"])
+
+
+def refuse_steps(config, made: int, asked: int) -> None:
+    """Raise SettingError for another number of steps than that of the run in the folder, with how to train further."""
+    if asked < made:
+        fix = "leave --steps out, or use another --out"
+        raise SettingError(f"{config.out} holds a run of {made} steps, not {asked}: {fix}")
+    state, first = "a run that was planned", f"let it end, --steps {made}; "
+    if (config.out / "summary.json").is_file():
+        state, first = "a finished run", ""
+    steps, further = asked - made, f"--init-adapter {config.out / 'adapter'}"
+    if config.adapter:
+        further += f" --model {config.out / 'start'}"  # which it was merged into
+    raise SettingError(
+        f"{config.out} holds {state} with {made} steps, over which its learning rate falls, and --steps says "
+        f"{asked}; {first}to train its adapter further: {further} --steps {steps} --out ANOTHER "
+        f"(make train STEPS={steps} OUT=ANOTHER ARGS='{further}')"
+    )
 
 
 def resumed(config):
@@ -84,22 +94,87 @@ def resumed(config):
     known = {name: _typed(name, value) for name, value in manifest.items() if name in own}
     given = {name for name in known if getattr(config, name) != getattr(default, name)}
     if other := [name for name in sorted(given - {*FREE}) if getattr(config, name) != known[name]]:
+        if other == ["steps"]:
+            refuse_steps(config, known["steps"], config.steps)
         raise SettingError(
             f"--resume takes {other[0]}={known[other[0]]!r} from the run in {config.out}, not "
             f"{getattr(config, other[0])!r}; leave --{other[0].replace('_', '-')} out, or use another --out"
         )
+    for role in ("reward", "advantage"):
+        if role not in given:
+            refuse_code(role, known.get(role), config.out)
     return replace(config, **{name: value for name, value in known.items() if name not in given & {*FREE}})
 
 
-def claim(config) -> None:
-    """Write the manifests of a new run: of its folder, and of its rollouts, so that they are a stage's output too."""
+def refuse_code(role: str, spec: str | None, folder: Path) -> None:
+    """Raise SettingError for a variant that a folder's manifest names and that is code in a file, whoever wrote it."""
+    if spec and variants.is_from_file(spec):
+        raise SettingError(
+            f"{folder}: its {role} is code in a file, {spec}, which is executed only where it is asked for: repeat it, "
+            f"--{role} {spec!r}"
+        )
+
+
+def claim(config, taken: dict[str, dict]) -> None:
+    """Write the manifests of a new run: of its folder, and of its rollouts, so that they are a stage's output too.
+
+    `taken` are the fingerprints of its data.
+    """
     settings = jsonable(config)
     identity = {"seed": config.seed, "model": config.model, "adapter": config.adapter}
     if not (config.out / "manifest.json").exists():
         if not config.from_shards and not config.rounds:
             sampling = {field.name: settings[field.name] for field in fields(Rollout)}
             manifests.write(config.out / "rollouts", stage="rollout", config=sampling, **identity)
-        manifests.write(config.out, stage="train", config=settings, **identity)
+        manifests.write(config.out, stage="train", config=settings, data=keep_data(config.out, taken), **identity)
+
+
+def keep_data(folder: Path, taken: dict[str, dict]) -> dict[str, dict]:
+    """Write the digests of all rows to folder/fingerprint.json; the rest, for the manifest."""
+    write_whole(folder / "fingerprint.json", [json.dumps(taken).encode()])
+    return {part: {name: of[name] for name in ("count", "columns")} for part, of in taken.items()}
+
+
+def fingerprints(questions, held_out, config, supervised: bool) -> dict[str, dict]:
+    """Those of the data that a run works on; `supervised`: its training reads answers.
+
+    Raises DataError if they are not those of the run in its folder.
+    """
+    taken, graded = {}, ["shards", "held-out data"]
+    if questions is not None:
+        taken["training data"] = data.fingerprint.of_questions(questions)
+        graded += ["training data"] * supervised
+    else:
+        taken["shards"] = data.fingerprint.of_files(shards.list_shards(config.from_shards)[: config.steps])
+    if held_out is not None:
+        taken["held-out data"] = data.fingerprint.of_questions(held_out)
+    check_data(config.out, taken, graded)
+    return taken
+
+
+def check_data(folder: Path, taken: dict[str, dict], reads_answers: Iterable[str] = ()) -> None:
+    """Raise DataError if data is not what the folder's manifest says, with what has changed.
+
+    `taken` are fingerprints by what the data is for. Other answers are only said, but in the parts of `reads_answers`.
+    """
+    manifest = manifests.read(folder) if (folder / "manifest.json").is_file() else None
+    if manifest is None:
+        return
+    if not manifest.get("data"):
+        print(f"{folder} keeps no fingerprint of its data: whether that has changed is not checked", file=sys.stderr)
+        return
+    rows = read_json(folder / "fingerprint.json") if (folder / "fingerprint.json").is_file() else {}
+    for part, now in taken.items():
+        then = rows.get(part, {}) | manifest["data"].get(part, {})
+        what = data.fingerprint.difference(then, now)
+        if what is None and not data.fingerprint.same_answers(then, now):
+            what = "the answers differ"
+            if part not in reads_answers:
+                print(f"{part}: {what} from when {folder} was begun; training does not read them", file=sys.stderr)
+                continue
+        if what:
+            fix = "bring that data back, or use another --out"
+            raise DataError(f"{folder} was begun with other {part}: {what}; {fix}")
 
 
 def adopt(config) -> None:
@@ -127,8 +202,10 @@ def adopt(config) -> None:
         print(f"{config.from_shards} holds {count} shards: {count} steps")
         config.steps = count
     if manifest["stage"] == "rewards" and config.reward is None:
-        config.reward = STORED if config.advantage is None else manifest["config"]["reward"]
+        config.reward = STORED
         if config.advantage is not None:
+            config.reward = manifest["config"]["reward"]
+            refuse_code("reward", config.reward, config.from_shards)
             for name in ("min_share", "max_share"):
                 if name not in variants.band(config):
                     setattr(config, name, manifest["config"].get(name, getattr(config, name)))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import datasets
 
+from upt.data.marks import PLACEHOLDER
 from upt.data.questions import Question, Questions
-from upt.data.rows import PLACEHOLDER
 from upt.files import write_whole
 from upt.groups import filters, shards
 from upt.groups.stats import markdown

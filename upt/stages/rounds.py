@@ -22,7 +22,7 @@ from pathlib import Path
 
 from upt import data
 from upt.errors import SettingError
-from upt.files import read_json, write_whole
+from upt.files import read_json, write_whole, writing
 from upt.groups import manifests
 from upt.groups.stats import markdown
 from upt.model.policy import model_config
@@ -30,8 +30,9 @@ from upt.run.resuming import claim, jsonable
 from upt.run.settings import Asking, Rollout
 
 
-def evolve(config, train: Callable, ask: Callable) -> dict:
+def evolve(config, train: Callable, ask: Callable, taken: dict[str, dict]) -> dict:
     """All rounds; returns the summary. `config` is a resolved train_upt.Config, `train(config)` makes a run of one.
+    `taken` are the fingerprints of its data.
 
     `ask(**settings)` writes a data set of questions; the settings are those of synthesize.Config.
 
@@ -41,7 +42,7 @@ def evolve(config, train: Callable, ask: Callable) -> dict:
         size = len(data.load(config.data, config.split, config.seed, config.limit))
         data.quotas(config.questions_per_step, [(size, 1 - config.own_share), (sys.maxsize, config.own_share)])
     model_config(config.model)  # raises PolicyError for a model that is not there
-    claim(config)
+    claim(config, taken)
     keep_rounds(config)
     rounds, adapter = [], config.init_adapter
     for number in range(1, config.rounds + 1):
@@ -57,7 +58,8 @@ def evolve(config, train: Callable, ask: Callable) -> dict:
             write_whole(run.out / "before.json", [measured.read_bytes()])
         rounds.append({"questions": counts} | trained(run, train))
         adapter = str(run.out / "adapter")
-    shutil.copytree(adapter, config.out / "adapter", dirs_exist_ok=True)
+    with writing(config.out / "adapter"):
+        shutil.copytree(adapter, config.out / "adapter", dirs_exist_ok=True)
     summary = {"rounds": rounds, "config": jsonable(config)}
     summary |= {name: rounds[i][name] for name, i in (("before", 0), ("after", -1)) if name in rounds[i]}
     write_whole(config.out / "summary.json", [json.dumps(summary, indent=1).encode()])

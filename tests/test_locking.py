@@ -1,0 +1,151 @@
+"""One process a folder: who is refused, what a killed process leaves behind, and scripts one after the other."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import ablate
+import judge
+import rewards
+import rollout
+import synthesize
+import train_upt
+import warmup
+from eval import run as eval_run
+from upt.errors import FolderInUse, SettingError
+from upt.run import locking
+from upt.run.locking import holding
+
+ROOT = Path(__file__).parents[1]
+HOLDER = """
+import sys, time
+from pathlib import Path
+from upt.run.locking import holding
+with holding(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(folder: Path) -> subprocess.Popen:
+    """Another process that holds a folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_another_process_is_refused_until_the_first_is_gone(tmp_path, number):
+    out = tmp_path / "run"
+    process = holder(out)
+    try:
+        pid = process.pid
+        said = rf"{out} is in use by process {pid} on this machine \(.*\) since \d{{4}}-.*stop it \(kill {pid}\)"
+        with pytest.raises(FolderInUse, match=said), holding(out):
+            pytest.fail("both have it")
+        with holding(tmp_path / "another"):
+            pass
+    finally:
+        process.send_signal(number)
+        process.wait()
+    assert (out / ".lock").exists()  # a killed process leaves the file, not the lock
+    with holding(out):
+        assert json.loads((out / ".lock").read_text())["host"] == socket.gethostname()
+
+
+def test_a_folder_is_let_go_after_an_error_and_nothing_is_left(tmp_path):
+    out = tmp_path / "a" / "b"
+    for _ in range(2):
+        with pytest.raises(KeyError), holding(out):
+            assert out.is_dir()
+            raise KeyError
+        assert not (tmp_path / "a").exists()
+    with holding(out):
+        (out / "kept").write_text("")
+    assert [path.name for path in out.iterdir()] == ["kept"]
+    (tmp_path / "mine").mkdir()
+    with holding(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").is_dir()  # it was there before
+
+
+def test_several_folders_and_calls_within_a_process(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    with holding(two):
+        with pytest.raises(FolderInUse, match="this very process"), holding(one, two):
+            pytest.fail("it is held")
+        with holding(one):  # it was let go when the second could not be had
+            pass
+        found = []
+
+        def elsewhere():
+            try:
+                with holding(two):
+                    found.append("held")
+            except FolderInUse as error:
+                found.append(error)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert isinstance(found[0], FolderInUse)
+
+
+def test_a_lock_whose_file_is_removed_meanwhile_is_taken_again(tmp_path, monkeypatch):
+    """Between opening the file and locking it, its holder may let go and remove it: the lock is then on nothing."""
+    real, calls = locking.fcntl.flock, []
+
+    def late(file, how):
+        calls.append(1)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+        real(file, how)
+
+    monkeypatch.setattr(locking.fcntl, "flock", late)
+    with holding(tmp_path):
+        assert len(calls) == 2
+        with pytest.raises(FolderInUse), holding(tmp_path):
+            pytest.fail("both have it")
+
+
+def test_without_locks_the_work_goes_on(tmp_path, monkeypatch, capsys):
+    def no_locks(file, how):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(locking.fcntl, "flock", no_locks)
+    with holding(tmp_path / "run"):
+        (tmp_path / "run" / "kept").write_text("")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["kept"]
+    assert "no lock here (Operation not supported)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("main", "config"),
+    [
+        (train_upt.main, lambda out: train_upt.Config(out=out)),
+        (rollout.main, lambda out: rollout.Config(out=out)),
+        (judge.main, lambda out: judge.Config(out=out)),
+        (rewards.main, lambda out: rewards.Config(rollouts=out / "rollouts", out=out)),
+        (synthesize.main, lambda out: synthesize.Config(out=out)),
+        (warmup.main, lambda out: warmup.Config(out=out)),
+        (ablate.main, lambda out: ablate.Config(out=out)),
+        (eval_run.main, lambda out: eval_run.Config(out=out, data=str(out))),
+    ],
+)
+def test_every_script_that_writes_a_folder_holds_it(tmp_path, main, config):
+    with holding(tmp_path):
+        with pytest.raises(FolderInUse, match=f"{tmp_path} is in use"):
+            main(config(tmp_path))
+
+
+def test_a_mistake_leaves_no_folder(tiny, tmp_path):
+    for _ in range(2):
+        with pytest.raises(SettingError):
+            train_upt.main(train_upt.Config(model=tiny, out=tmp_path / "runs" / "x", reward="nonsense"))
+        assert not (tmp_path / "runs").exists()

@@ -1,0 +1,107 @@
+"""One process a folder: a lock that the system takes back when its process ends, however it ends.
+
+@alone
+def main(config): ...        holds config.out while it works
+"""
+
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
+from functools import wraps
+from pathlib import Path
+
+from upt.errors import FolderInUse
+from upt.files import check_folder, writing
+
+LOCK = ".lock"
+
+
+def alone(main: Callable) -> Callable:
+    """`main(config)` with the folder config.out held until it returns or raises. Raises as `holding` does."""
+
+    @wraps(main)
+    def held(config):
+        with holding(config.out):
+            return main(config)
+
+    return held
+
+
+@contextmanager
+def holding(*folders: Path) -> Iterator[None]:
+    """Inside, no other process that holds folders can have these, nor another call in this process.
+
+    They are made where they are not there, and are gone again if nothing was written to them. Where the file system
+    has no locks, as some network ones, this is said and the work goes on. Raises FolderInUse, at once, and
+    StorageError for a folder that cannot be written to.
+    """
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(_held(Path(folder)))
+        yield
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    check_folder(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    path = folder / LOCK
+    try:
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = _locked(path)
+        try:
+            yield
+        finally:
+            if file is not None:
+                path.unlink(missing_ok=True)  # before the lock goes: afterwards it could be another's
+                file.close()
+    finally:
+        for path in made:
+            with suppress(OSError):  # there is something in it
+                path.rmdir()
+
+
+def _locked(path: Path):
+    """The open file of a lock that is ours now, which says who has it; None where there are no locks."""
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # closed in a process that is started from here
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            said = file.read()
+            file.close()
+            raise FolderInUse(f"{path.parent} is in use by {_holder(said)}, or give another --out") from None
+        except OSError as error:
+            file.close()
+            path.unlink(missing_ok=True)
+            print(f"{path.parent}: no lock here ({error.strerror}), so let one process alone write to it",
+                  file=sys.stderr)  # fmt: skip
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()  # whoever had it has removed it after it was opened here
+    file.truncate(0)
+    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%F %T}"}, file)
+    file.flush()
+    return file
+
+
+def _holder(said: str) -> str:
+    """Who holds a lock, by what its file says, and how to end that."""
+    try:
+        pid, host, since = (json.loads(said)[name] for name in ("pid", "host", "since"))
+    except (ValueError, TypeError, KeyError):  # it is being written
+        return "another process: wait for it"
+    if host != socket.gethostname():
+        return f"process {pid} on {host} since {since}: wait for it, or stop it there (kill {pid})"
+    if pid == os.getpid():
+        return f"this very process, {pid}, since {since}: wait for that call"
+    return f"process {pid} on this machine ({host}) since {since}: wait for it, or stop it (kill {pid})"
