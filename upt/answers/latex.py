@@ -80,7 +80,7 @@ _REWRITES = [(hint, re.compile(pattern), new) for hint, pattern, new in (
     ("答案", r"^\s?(?:故|所以|因此|最终|正确)*答案(?:应该)?[是为选]?\s?[:,]?", ""),
     ("about ", r"(?i)^about (?=[0-9.$\\])", ""), ("pprox", r"(?i)^approx(?:imately|\.)? ?(?=[0-9.$\\])", ""),
     ("约", r"^大?约[为是]?", ""),
-    (" is ", rf"(?i)^(?!.{{0,40}}\bno?t?\b)[a-z ]{{1,40}} is (?={_VALUE})", ""),  # the area is 24
+    (" is ", rf"(?i)^(?!.{{0,40}}\b(?:no|not)\b)[a-z ]{{1,40}} is (?={_VALUE})", ""),  # the area is 24
     (":", rf"^[A-Z]?[a-z]{{2,20}}(?: [a-z]{{1,20}}){{0,4}} ?: ?(?={_VALUE})", ""),  # Area: 24
     ("为", rf"^[{_CJK}]{{1,12}}为(?={_VALUE})", ""), ("是", rf"^(?!.{{0,12}}不)[{_CJK}]{{1,12}}是(?={_VALUE})", ""),
     (" ", rf"(?<=[0-9)}}]) ({'|'.join(PAIRS)})(?![A-Za-z])", r" \\unit\1 "),  # 5 mg, but not 5mg
