@@ -7,12 +7,13 @@ from string import ascii_uppercase
 from upt.answers.closed_forms import unit_of
 from upt.answers.latex import MAX_CHARS, clean, text_key, tokenize
 from upt.answers.structure import key_of, parts_of, quantity_key
+from upt.answers.units import measure
 
 _LABEL_WORDS = {"the", "correct", "final", "right", "option", "options", "choice", "choices", "answer", "answers"}
 _CHINESE = re.compile("[本题应该因此所以故则正确选择项是为的答案有都]+")
 _FILLER = (
     _LABEL_WORDS
-    | {"it", "therefore", "so", "thus", "hence", "i", "choose", "select"}
+    | {"it", "therefore", "so", "thus", "hence", "i", "choose", "select", "only"}
     | {*"()[]{}.:,;/&*+|'", r"\{", r"\}", "and", "or", "both", "等", "以及"}
 )
 _SAID = {"correct", "right", "answer", "answers", "option", "options", "it"}  # beside these, "is" says nothing more
@@ -20,9 +21,6 @@ _DENIED = {"not", "no", "incorrect", "wrong", "false", "rejected", "neither", "n
 _MARKS = (")", "]", ".", ":")  # behind a letter, they make it a label
 _DASHES = ("-", ",", "=")
 LETTERS = ascii_uppercase[:10]  # where the options are not known
-_LENGTHS = {name: unit for unit, names in {
-    "mm": "mm millimeter", "cm": "cm centimeter", "dm": "dm", "m": "m \\unitm meter", "km": "km kilometer"
-}.items() for name in names.split()}  # fmt: skip
 
 
 def choice_key(tokens: list[str], choices: tuple[str, ...], multi: bool) -> str | None:
@@ -68,11 +66,11 @@ class _Options:
         tokens = [tokenize(clean(option)[:MAX_CHARS]) for option in choices]
         tokens = [_label(t, letter)[1] for t, letter in zip(tokens, ascii_uppercase, strict=False)]
         self.texts = [text_key(t) for t in tokens]
-        # Where all options are numbers with units, a single letter behind one is a unit too.
-        quantities = [quantity_key(t) for t in tokens]
-        self.quantities = all(quantities)
-        self.keys = quantities if self.quantities else [key_of(t) for t in tokens]
-        self.lengths = [_length(t) for t in tokens]
+        keys, quantities = [key_of(t) for t in tokens], [quantity_key(t) for t in tokens]
+        # Where all options are numbers with units, some of them a single letter, a letter is a unit in answers too.
+        self.quantities = all(quantities) and quantities != keys
+        self.keys = quantities if self.quantities else keys
+        self.units = [measure(unit_of(t)) for t in tokens]
 
     def reads(self, tokens: list[str]) -> str:
         """Letter of the option with this very text."""
@@ -80,12 +78,12 @@ class _Options:
         return ascii_uppercase[self.texts.index(text)] if text and text in self.texts else ""
 
     def means(self, tokens: list[str]) -> str | None:
-        """Letter of the only option with this key, and not with another length unit; None without one."""
+        """Letter of the only option with this key, and not of another measure; None without one."""
         key = (self.quantities and quantity_key(tokens)) or key_of(tokens)
         if not key or self.keys.count(key) != 1:
             return None
         place = self.keys.index(key)
-        units = {_length(tokens), self.lengths[place]} - {""}
+        units = {measure(unit_of(tokens)), self.units[place]} - {""}
         return ascii_uppercase[place] if len(units) < 2 else None
 
     def fits(self, tokens: list[str]) -> str | None:
@@ -95,11 +93,6 @@ class _Options:
 @lru_cache(maxsize=1024)
 def _options(choices: tuple[str, ...]) -> _Options:
     return _Options(choices)
-
-
-def _length(tokens: list[str]) -> str:
-    """The unit of a length, '' where there is none."""
-    return _LENGTHS.get(unit_of(tokens).lower().removesuffix("s").replace("metre", "meter"), "")
 
 
 def _label(tokens: list[str], letters: str) -> tuple[str, list[str]]:

@@ -61,6 +61,15 @@ _UPRIGHT = r"\\(?:text(?:rm|normal)?|mathrm|mbox)\s*\{([^{}]*)\}"
 _UNIT_WORD = re.compile(rf"(?<![A-Za-z\\])([{LETTERS}]|{'|'.join(PAIRS)})(?![A-Za-z])")
 _UNIT_MARK = r" \\unit\1 "
 _VALUE = r"[-+.0-9$\\]"
+# What a sentence may say the value of; other words may turn its sense: half of it is 5.
+_NAMED = (
+    "(?:(?:total|surface|shaded|maximum|minimum) )?(?:answer|result|value|area|perimeter|volume|length|width|height"
+    "|radius|diameter|circumference|angle|slope|distance|sum|difference|product|quotient|mean|median|mode|average|probability"
+    "|number|total|price|cost|speed|time|age|ratio)"
+)
+_NAMED_CJK = (
+    "(?:结果|值|面积|周长|体积|长度?|宽度?|高|半径|直径|角度|斜率|距离|和|差|积|商|平均数|中位数|众数|概率|速度|时间)"
+)
 _COMMANDS = (
     "[dtc]?frac|sqrt|pi|text|mathrm|left|right|cdot|times|angle|circ|theta|alpha|beta|triangle|le|ge|pm|infty|overline"
 )
@@ -80,9 +89,8 @@ _REWRITES = [(hint, re.compile(pattern), new) for hint, pattern, new in (
     ("答案", r"^\s?(?:故|所以|因此|最终|正确)*答案(?:应该)?[是为选]?\s?[:,]?", ""),
     ("about ", r"(?i)^about (?=[0-9.$\\])", ""), ("pprox", r"(?i)^approx(?:imately|\.)? ?(?=[0-9.$\\])", ""),
     ("约", r"^大?约[为是]?", ""),
-    (" is ", rf"(?i)^(?!.{{0,40}}\b(?:no|not)\b)[a-z ]{{1,40}} is (?={_VALUE})", ""),  # the area is 24
-    (":", rf"^[A-Z]?[a-z]{{2,20}}(?: [a-z]{{1,20}}){{0,4}} ?: ?(?={_VALUE})", ""),  # Area: 24
-    ("为", rf"^[{_CJK}]{{1,12}}为(?={_VALUE})", ""), ("是", rf"^(?!.{{0,12}}不)[{_CJK}]{{1,12}}是(?={_VALUE})", ""),
+    (" is ", rf"(?i)^(?:the )?(?:[a-z]|it|{_NAMED}(?: of [a-z ]{{1,30}})?) is (?={_VALUE})", ""),  # the area is 24
+    (":", rf"(?i)^(?:the )?{_NAMED} ?: ?(?={_VALUE})", ""), ("", rf"^{_NAMED_CJK}[为是](?={_VALUE})", ""),
     (" ", rf"(?<=[0-9)}}]) ({'|'.join(PAIRS)})(?![A-Za-z])", r" \\unit\1 "),  # 5 mg, but not 5mg
     ("m/s", r"(?<=[0-9)}])\s?m/s(?![A-Za-z])", r" \\unitm/\\units "),
     ("10", r"(?<=[0-9])\s?[xX]\s?(?=10\s?\^)", "*"),  # 3x10^8

@@ -13,7 +13,8 @@ _ORDERS = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}  
 _NOT_IN_NAMES = re.compile(
     r"[0-9+\-*/^<>!|&:]|\\(?:frac|sqrt|pi|pm|le|ge|ne|infty|cup|cap|ln|log|lg|exp|lfloor|lceil|begin|not|neg|notin"
     r"|\{|\\)(?![A-Za-z])"
-    r"|\\(?:sin|cos|tan|cot|sec|csc) [a-z](?: |$)"  # sin x = 1/2 says what sin x is, not what x is
+    r"|\\?\b(?:arc)?(?:sin|cos|tan|cot|sec|csc) (?:[a-z]|\\(?:theta|alpha|beta|phi))(?: |$)"  # says nothing of x
+    r"|\b(?:ln|log|lg|exp|max|min) "
 )
 _NUMBERED = re.compile(r"_ \{[^{}]*\}|(?<=\\angle) [0-9]+")  # x_{1}, \angle 1
 _ROOT = re.compile(r"x _ \{ [12] \}")
@@ -137,6 +138,8 @@ def _set_key(keys: list[str]) -> str:
 
 def _unknown(tokens: list[str], count: int = 1) -> str | None:
     """The name of which `name = value` says the value; of x_{1} and x_{2}, where these are two, x: they are roots."""
+    if _point(tokens, MAX_DEPTH):
+        return tokens[tokens[0] == "点"]
     sides, _ = _split(tokens, ("=",))
     if len(sides) < 2 or not _is_name(sides[0]):
         return None
@@ -204,7 +207,9 @@ def _is_name(tokens: list[str]) -> bool:
     name = _NUMBERED.sub("", " ".join(tokens))
     if _NOT_IN_NAMES.search(name) or _DENIALS & {token.casefold() for token in tokens}:
         return False
-    return any(c.isalpha() for c in name) and split_products(tokens) == tokens  # xy = 6 is a curve
+    words = name.split()
+    product = split_products(words) != words or sum(len(w) == 1 or w.isupper() for w in words if w.isalpha()) > 1
+    return any(c.isalpha() for c in name) and not (product and _are_letters(words))  # xy = 6 is a curve
 
 
 def _names(name: list[str], value: list[str]) -> bool:
@@ -220,6 +225,11 @@ def _names(name: list[str], value: list[str]) -> bool:
         return not any(symbol.isupper() or symbol in (r"\angle", r"\triangle") for symbol in symbols)
     siblings = next((group for group in _SIBLINGS if name[0] in group), name[0])
     return name[0] == "y" or (len(name[0]) == 1 and not {*"".join(symbols)} & {*siblings})
+
+
+def _are_letters(tokens: list[str]) -> bool:
+    """Whether tokens are letters and names of segments alone, not the area of ABC or m\\angle A."""
+    return all(len(token) <= 3 or token.isupper() for token in tokens) and r"\angle" not in tokens
 
 
 def _is_wordy(tokens: list[str]) -> bool:
@@ -268,7 +278,7 @@ def _union(tokens: list[str], depth: int) -> str | None:
 
 def _point(tokens: list[str], depth: int) -> str | None:
     """(1, 2) in A(1, 2) and 点A(1, 2)."""
-    tokens = tokens[tokens[0] == "点" :]
+    tokens = tokens[tokens[:1] == ["点"] :]
     start = 1 + (tokens[1:2] == ["'"])
     named = len(tokens) > 5 and len(tokens[0]) == 1 and tokens[0].isupper() and _is_bracket(tokens[start:])
     if not named or tokens[start] != "(" or not any(map(is_number, tokens)):

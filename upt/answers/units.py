@@ -30,6 +30,11 @@ _UNIT = (
 _UNITS = re.compile(rf"(?:[gmLN] / )?{_UNIT}(?: (?:(?:/|\*|per) )?(?:{_UNIT}|(?<=/ )(?:[hsL]|hr)(?: \^ [1-4])?))*")
 _WITH_LETTERS = re.compile(_UNITS.pattern.replace(r"\\unit[A-Za-z]+", rf"\\unit[A-Za-z]+|[{LETTERS}]"))
 _NAMED = re.compile(f"{_SHORT}|{_WORDS}|(?i:square|sq|cubic|cu)")
+_SHORTENED = {
+    "millimeter": "mm", "centimeter": "cm", "kilometer": "km", "meter": "m", "milligram": "mg", "kilogram": "kg",
+    "gram": "g", "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h",
+}  # fmt: skip
+_MEASURE = re.compile(r"(?:mm|cm|dm|m|km|mg|g|kg|s|min|h|day|week|month|year)(?:\^[23])?")
 MAX_TOKENS = 20  # a longer tail is no unit
 
 
@@ -47,3 +52,12 @@ def are_units(tokens: list[str], letters: bool = False) -> bool:
         return not tokens
     tail = " ".join(token for token in tokens if token not in "{}().")
     return not tail or (_WITH_LETTERS if letters else _UNITS).fullmatch(tail) is not None
+
+
+def measure(unit: str) -> str:
+    """A unit of length, area, volume, mass or time in its short form, '' for any other text."""
+    text = re.sub(r"[ {}().]|\\unit", "", unit.lower()).removesuffix("s") or unit
+    for long, short in [("metre", "meter"), *_SHORTENED.items()]:
+        text = text.replace(long, short)
+    text = re.sub(r"^(?:square|sq)(.*)", r"\1^2", re.sub(r"^(?:cubic|cu)(.*)", r"\1^3", text))
+    return text if _MEASURE.fullmatch(text) else ""
