@@ -24,6 +24,7 @@ metrics.jsonl, rollouts/ (shards), checkpoints/. With `--rounds` the model also 
 (upt/stages/rounds.py).
 """
 
+import inspect
 import json
 import shutil
 import sys
@@ -124,6 +125,10 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
         for role in ("reward", "advantage"):
             if digest := variants.source_digest(getattr(self, role) or STORED):
                 found[f"{role}_file"] = digest
+        # A row that a notebook has put into the table.
+        mine = rewards.REWARDS.get(variants.parse_variant(self.reward or STORED)[0])
+        if inspect.isfunction(mine) and mine.__module__ != rewards.__name__:
+            found["reward_code"] = variants.code_digest(mine)
         if self.reward not in (None, STORED) and rewards.needs_judge(self.reward):
             found["judge_prompt_file"] = prompts.judge_digest(self.judge_prompt)
         if self.rounds and self.ask_prompt:

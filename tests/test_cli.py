@@ -355,7 +355,7 @@ def test_a_reward_of_ones_own_that_cannot_work_is_refused_before_a_model_is_load
     for name, said in (
         (
             "nothing_of_a_group",
-            r"fails on group made-up: AttributeError: .*it takes one group, a dict: group\['responses'",
+            r"fails on a trial group of 4 responses: AttributeError: .*it takes one group, a dict: group\['responses'",
         ),
         ("as_elsewhere", "expected 4 finite numbers"),
     ):

@@ -16,7 +16,7 @@ from rewards import Config, advantage, bind_reward, g, main, reward, score
 from tests.test_shards import make_group
 from upt import answers
 from upt.answers import before_answer, extract_answer, keeps_format
-from upt.groups import manifests, shards, votes
+from upt.groups import manifests, shards, variants, votes
 from upt.run import presets
 from upt.run.metrics import summary
 
@@ -642,7 +642,7 @@ def test_the_command_takes_a_function_from_a_file(tmp_path):
     totals = stage(tmp_path, reward=spec)
     assert totals["reward_mean"] == 2 and stage(tmp_path, reward=spec) == totals
     (tmp_path / "mine.py").write_text("def f(group, *, x=1.0):\n    return [-x] * len(group['responses'])\n")
-    with pytest.raises(shards.ShardError, match="reward_file: the file has changed"):
+    with pytest.raises(shards.ShardError, match="reward_file: it has changed"):
         stage(tmp_path, reward=spec)
 
 
@@ -680,3 +680,24 @@ def test_importing_needs_no_torch():
     code = "import sys, rewards; from upt.groups import shards\n"
     code += "assert 'torch' not in sys.modules and 'PIL' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_reward_sees_gold_only_where_it_says_so(monkeypatch):
+    def cheat(group):
+        return [float(response["key"] == group["gold"]) for response in group["responses"]]
+
+    monkeypatch.setitem(rewards.REWARDS, "cheat", cheat)
+    group = {"uid": "g", "gold": "2", "choices": None, "responses": [{"key": key, "text": ""} for key in "23"]}
+    with pytest.raises(ValueError, match=r"reads group\['gold'\].*cheat.needs_gold = True"):
+        rewards.reward(group, "cheat")
+    cheat.needs_gold = True
+    assert rewards.reward(group, "cheat") == [1.0, 0.0]
+
+
+def test_a_function_is_known_by_what_it_does():
+    def power(n):
+        return lambda group, scale=n: [scale * p**2 for p in group]
+
+    first, same = power(2), power(2)
+    assert variants.code_digest(first) == variants.code_digest(same) != variants.code_digest(power(3))
+    assert variants.code_digest(first) != variants.code_digest(lambda group, scale=2: [scale * p**3 for p in group])

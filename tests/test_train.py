@@ -532,3 +532,12 @@ def test_an_abstention_is_never_right():
         return {"gold": gold, "choices": ["5", "7"], "responses": [{"key": key} for key in keys]}
 
     assert accuracy([group("9", None, None), group("7", "B", None)]) == 0.25  # no option reads 9: it has no key
+
+
+def test_a_reward_of_a_notebook_that_changed_is_noticed(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(rewards.REWARDS, "mine", lambda group: [1.0 for _ in group["responses"]])
+    first = Config(model=tiny, reward="mine", out=tmp_path).resolve().files()
+    monkeypatch.setitem(rewards.REWARDS, "mine", lambda group: [2.0 for _ in group["responses"]])
+    assert Config(model=tiny, reward="mine", out=tmp_path).resolve().files() != first
+    assert set(first) == {"reward_code"}
+    assert not Config(model=tiny, reward="majority", out=tmp_path).resolve().files()

@@ -137,7 +137,7 @@ def check(folder: Path | str, stage: str, config: dict, ignore: Iterable[str] = 
     manifest = read(folder)
     if differ := differences(manifest["config"], config, ignore):
         said = "; ".join(
-            f"{name}: the file has changed" if name.endswith("_file") else f"{name}: {there!r} there, {now!r} now"
+            f"{name}: it has changed" if name.endswith(("_file", "_code")) else f"{name}: {there!r} there, {now!r} now"
             for name, (there, now) in differ.items()
         )
         fix = "use another --out, or the same settings to go on where it stopped"

@@ -23,7 +23,8 @@ def bind_reward(
 ) -> Callable[[dict], list[float] | None]:
     """The function group -> G rewards that `variant` names; name and settings are checked here, once, at start-up.
 
-    It returns None for a group that is to be skipped. `run_seed` becomes the setting `seed` of a variant that draws
+    It returns None for a group that is to be skipped. A function that does not say `needs_gold` gets groups without
+    `gold`. `run_seed` becomes the setting `seed` of a variant that draws
     (`random`), unless that is set explicitly.
     """
     function, bound = variants.bind("reward", table, variant, settings, COMMON)
@@ -36,18 +37,30 @@ def bind_reward(
         raise SettingError(
             f"reward {variant!r}: min_share is {min_share} and max_share {max_share}, expected min_share <= max_share"
         )
+    blind = not getattr(function, "needs_gold", False)
     function = functools.partial(function, **bound)
 
     def called(group: dict) -> list[float] | None:
         try:
-            return function(group)
+            return function({name: value for name, value in group.items() if name != "gold"} if blind else group)
         except (UserError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except KeyError as error:
+            if error.args != ("gold",):
+                raise failed(group, error) from error
+            name = variants.parse_variant(variant)[0].rpartition(":")[2]
             raise SettingError(
-                f"reward {variant!r} fails on group {group.get('uid')}: {type(error).__name__}: {error}; it takes one "
-                "group, a dict: group['responses'][i]['key'] and the like (docs/runs.md, A group)"
-            ) from error
+                f"reward {variant!r} reads group['gold'], which label-free training does not have: if it may, write "
+                f"{name}.needs_gold = True behind the function"
+            ) from None
+        except Exception as error:
+            raise failed(group, error) from error
+
+    def failed(group: dict, error: Exception) -> SettingError:
+        return SettingError(
+            f"reward {variant!r} fails on {group.get('uid')}: {type(error).__name__}: {error}; it takes one group, a "
+            "dict: group['responses'][i]['key'] and the like (docs/runs.md, A group)"
+        )
 
     def reward_of(group: dict) -> list[float] | None:
         if not min_share <= majority_share(group) <= max_share or (r := called(group)) is None:
@@ -73,7 +86,7 @@ def try_out(reward_of: Callable, advantage_of: Callable) -> None:
     }
     group = {
         "schema": SCHEMA,
-        "uid": "made-up",
+        "uid": "a trial group of 4 responses",
         "step": 0,
         "question": "What is 1 + 1?",
         "choices": None,

@@ -135,6 +135,17 @@ def source_digest(spec: str) -> str | None:
     return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() if path else None
 
 
+def code_digest(function: Callable) -> str:
+    """SHA-256 of what a function does: of its code and defaults, not of where it is written."""
+
+    def of(code) -> list:
+        constants = [of(c) if hasattr(c, "co_code") else repr(c) for c in code.co_consts]
+        return [code.co_code.hex(), code.co_names, constants]
+
+    said = [of(function.__code__), repr(function.__defaults__), repr(function.__kwdefaults__)]
+    return hashlib.sha256(repr(said).encode()).hexdigest()
+
+
 def _expected(value, default, annotation) -> str | None:
     """What a setting should have been; None if `value` is that."""
     if get_origin(annotation) is Literal:

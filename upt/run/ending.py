@@ -46,5 +46,7 @@ def finish(policy: "Policy", config, rows: list[dict]) -> dict:
         policy.load_adapter(folders[chosen] / "adapter")
     if config.select == "label-free" or chosen != made:
         print(f"ends with the adapter after {chosen} of {made} steps")
+    if rows and not any(row["groups"] and row.get("grad_norm") != 0 for row in rows):
+        print("no step made an update: the adapter is as it was at the start", file=sys.stderr)
     policy.save(config.out / "adapter")
     return {"steps": made, "adapter_step": chosen, "alarms": alarms}

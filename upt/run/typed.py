@@ -101,4 +101,6 @@ def convert(name: str, value, kinds: list):
     wanted = [*map(str, choices)]
     wanted += [WORDS.get(kind, "a list") for kind in kinds if get_origin(kind) is not Literal]
     near = suggest(value, choices) if isinstance(value, str) else ""
+    if callable(value) and name in ("reward", "advantage"):
+        near = f"; give your function a name, rewards.{name.upper()}S['mine'] = it, or write FILE.py:NAME"
     raise SettingError(f"{name} is {value!r}: expected {' or '.join(wanted)}{near}")
