@@ -61,8 +61,8 @@ class Config(Rollout):
             if self.model or self.adapter:
                 raise SettingError("--run brings its own model and adapter: leave --model and --adapter out")
             _, self.model, self.adapter, settings = trained.trained(self.run)
-            settings["data"] = settings["eval_data"] or settings["data"]
-            settings["eval_questions"] = settings["eval_questions"] or None  # 0: the run had no evaluation
+            settings["data"] = settings.get("eval_data") or settings["data"]
+            settings["eval_questions"] = settings.get("eval_questions") or None  # 0: the run had no evaluation
             names = {name: name for name in (*FROM_RUN, "data", "eval_questions")}
             trained.take(self, settings, names | {"split": "eval_split"})
         self.split = "test" if self.split is None else self.split

@@ -208,6 +208,27 @@ def test_lora_targets_are_layers_of_the_language_model(snapshots, family, monkey
 
 
 @pytest.mark.parametrize(
+    "targets, layers",
+    [
+        (("layers.0.self_attn.q_proj",), {"layers.0.self_attn.q_proj"}),
+        (
+            ("v_proj", "1.self_attn.k_proj"),
+            {f"layers.{i}.self_attn.v_proj" for i in range(3)} | {"layers.1.self_attn.k_proj"},
+        ),
+        (("model.language_model.layers.2.mlp.up_proj",), {"layers.2.mlp.up_proj"}),
+    ],
+)
+def test_every_target_that_is_taken_gets_its_layers(tiny, targets, layers):
+    from upt.model import Policy
+
+    config = train_upt.Config(model=tiny, lora_targets=targets).resolve()
+    policy = Policy.load(tiny, device="cpu")
+    policy.add_lora(2, 4, config.lora_targets)
+    trained = {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
+    assert {name.split(".language_model.")[1].split(".lora_")[0] for name in trained} == layers
+
+
+@pytest.mark.parametrize(
     "reward, said",
     [
         ("judged(lam_pos=-3)", "lam_pos is -3, expected a number at least 0"),
