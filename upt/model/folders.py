@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from upt.errors import PolicyError, suggest_path
+from upt.model import TARGETS
 from upt.ranges import Count, Positive, outside
 
 CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -17,6 +18,7 @@ PLAIN = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_n
 PLAIN |= {"inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora"}
 PLAIN |= {"use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "megatron_core"}
 PLAIN |= {"qalora_group_size", "init_lora_weights"}
+RANK = 8  # and alpha, in PEFT, where adapter_config.json has none
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # other initialisations change the model's own weights
 MERGE = "merge it with PEFT (merge_and_unload, then save_pretrained), where it was made, and give that as --model"
@@ -64,6 +66,17 @@ def check_pixels(name: str, least: int | None, most: int | None) -> None:
         raise PolicyError(f"--min-pixels {least}{of_least} is above --max-pixels {most}{of_most}: {fix}")
 
 
+def check_length(name: str, setting: str, tokens: int | None) -> None:
+    """Raise PolicyError for a response of more tokens than a model has positions, where its config.json is here."""
+    try:
+        config = json.loads((Path(name).expanduser() / "config.json").read_text("utf-8"))
+        most = (config.get("text_config") or config).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):  # a hub id, or a file that the loading code says more of
+        return
+    if isinstance(most, int) and tokens is not None and tokens > most:
+        raise PolicyError(f"{setting} {tokens}: {name} has positions for {most} tokens in all; give fewer")
+
+
 def check_adapter(folder: Path | str | None, setting: str = "") -> None:
     """Raise PolicyError for what should be a folder with a LoRA adapter and is not; `setting` opens the message.
 
@@ -103,6 +116,15 @@ def check_adapter(folder: Path | str | None, setting: str = "") -> None:
         raise PolicyError(f"{where}: {listed(odd)}, not one of {', '.join(FLOATS)}; save it again in one of these")
 
 
+def lora_of(folder: Path | str) -> tuple[int, float, tuple[str, ...]]:
+    """Rank, alpha and the last parts of the names of its layers, of an adapter that was checked."""
+    path = Path(folder).expanduser()
+    config = adapter_config(path)
+    names = {key.split(".lora_")[0].rpartition(".")[2] for key in tensors(path / ADAPTER)}
+    ordered = sorted(names, key=lambda name: (TARGETS.index(name) if name in TARGETS else len(TARGETS), name))
+    return config.get("r", RANK), config.get("lora_alpha", RANK), tuple(ordered)
+
+
 def check_values(config: dict, where: str) -> None:
     """Raise PolicyError for values of adapter_config.json that PEFT takes and that can be no adapter's."""
     name = config.get("base_model_name_or_path")
@@ -113,7 +135,7 @@ def check_values(config: dict, where: str) -> None:
         if not isinstance(of_layers, dict):
             raise PolicyError(f"{where}: {CONFIG} has {pattern} = {of_layers!r}, no numbers by layer; fetch it again")
         values = {f"{pattern}[{layer!r}]": value for layer, value in of_layers.items()}
-        for key, value in (values | {setting: config.get(setting, 8)}).items():  # PEFT's own default
+        for key, value in (values | {setting: config.get(setting, RANK)}).items():
             number = isinstance(value, int if kind is Count else int | float) and not isinstance(value, bool)
             if not number or outside(value, kind):
                 wanted = "a whole number of 1 or more" if kind is Count else "a finite number above 0"
