@@ -215,9 +215,9 @@ def test_an_adapter_that_goes_on_training_keeps_its_settings(tiny, tmp_path):
         return train_upt.Config(model=tiny, init_adapter=adapter, **given).resolve()
 
     for given, said in (
-        ({"lora_rank": 4}, f"leave --lora-rank out: that of the adapter {adapter} is 3, and stays"),
-        ({"lora_alpha": 64}, "leave --lora-alpha out: .* is 5,"),
-        ({"lora_targets": ["q_proj"]}, "leave --lora-targets out: .* is q_proj down_proj,"),
+        ({"lora_rank": 4}, f"--lora-rank 4: the adapter {adapter} has 3, and keeps it; leave it out"),
+        ({"lora_alpha": 64}, "--lora-alpha 64: .* has 5,"),
+        ({"lora_targets": ["q_proj"]}, "--lora-targets q_proj: .* has q_proj down_proj,"),
     ):
         with pytest.raises(SettingError, match=said):
             resolved(**given)

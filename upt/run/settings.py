@@ -304,13 +304,18 @@ class Update:
         """Take the settings of an adapter that goes on training. Raises SettingError for others that were given."""
         rank, alpha, targets = lora_of(adapter)
         names = {target.rpartition(".")[2] for target in self.lora_targets}
-        for name, of_adapter, given in (
-            ("lora_rank", rank, self.lora_rank not in (None, rank)),
-            ("lora_alpha", alpha, self.lora_alpha not in (None, alpha)),
-            ("lora_targets", " ".join(targets), self.lora_targets != TARGETS and names != {*targets}),
+        for setting, given, own, differs in (
+            ("--lora-rank", self.lora_rank, rank, self.lora_rank not in (None, rank)),
+            ("--lora-alpha", self.lora_alpha, alpha, self.lora_alpha not in (None, alpha)),
+            (
+                "--lora-targets",
+                " ".join(self.lora_targets),
+                " ".join(targets),
+                self.lora_targets != TARGETS and names != {*targets},
+            ),
         ):
-            if given:
-                raise SettingError(f"leave {flag(name)} out: that of the adapter {adapter} is {of_adapter}, and stays")
+            if differs:
+                raise SettingError(f"{setting} {given}: the adapter {adapter} has {own}, and keeps it; leave it out")
         self.lora_rank, self.lora_alpha = rank, alpha
         if self.lora_targets == TARGETS:
             self.lora_targets = targets
