@@ -30,7 +30,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import rewards
 import synthesize
@@ -43,7 +43,7 @@ from upt.files import read_json, write_whole, writing
 from upt.groups import manifests, scoring, shards, variants
 from upt.model.folders import check_adapter
 from upt.model.origin import check_base, origin_of
-from upt.ranges import Amount, Count, Name
+from upt.ranges import Count, Name
 from upt.run import cli, health, progress
 from upt.run.locking import alone
 from upt.run.metrics import Clock, Metrics
@@ -66,10 +66,10 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
     from_shards: Path | None = None
     """train on these scored (or sampled) shards, one step each, instead of sampling"""
     init_adapter: Name | None = None
-    """PEFT adapter to go on training, of whatever rank; judge and reference are the model without it"""
+    """PEFT adapter to go on training, with its rank, alpha and layers; judge and reference are the model without it"""
     gpus: Count = 1
     """processes; more than one is not supported yet"""
-    feature_cache_gib: Amount = 0.0
+    feature_cache_gib: Annotated[float, "at least 0", "at most 1000000"] = 0.0
     """keep image features from step to step, up to this much memory"""
     save_every: Count = 10
     """steps between checkpoints"""
@@ -81,6 +81,11 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
     """label-free: keep all checkpoints and end with the one whose answers say most about their questions"""
 
     def resolve(self) -> "Config":
+        if self.adapter and self.init_adapter:
+            raise SettingError("--adapter merges an adapter, --init-adapter goes on training it: give one of them")
+        if self.init_adapter is not None:
+            check_adapter(self.init_adapter, "--init-adapter ")
+            self.keep_lora(self.init_adapter)
         super().resolve()
         if self.gpus != 1:
             raise SettingError(f"--gpus {self.gpus}: a run uses one process so far; leave it at 1")
@@ -90,9 +95,6 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
             reward_of = rewards.bind_reward(self.reward, run_seed=self.seed, **variants.band(self))
             scoring.try_out(reward_of, rewards.bind_advantage(self.advantage))
         self.check_judge()
-        if self.adapter and self.init_adapter:
-            raise SettingError("--adapter merges an adapter, --init-adapter goes on training it: give one of them")
-        check_adapter(self.init_adapter, "--init-adapter ")
         if self.init_adapter is not None:
             check_base(self.init_adapter, origin_of(self.model), self.any_base, say=False)
         self.check_rounds()
@@ -115,7 +117,7 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
             raise SettingError("signals of --from-shards are the shards' own: no --stop-on-collapse, no --select")
         if self.reward == STORED and variants.band(self):
             raise SettingError("--min-share and --max-share change rewards: give --reward or --advantage besides")
-        if self.lora_targets != model.TARGETS:
+        if self.init_adapter is None and self.lora_targets != model.TARGETS:
             model.check_targets(self.model, self.lora_targets)  # brings torch, so last
         return self
 

@@ -31,7 +31,7 @@ from upt import data, model, prompts, warmup
 from upt.data import shapes
 from upt.errors import SettingError
 from upt.files import write_whole
-from upt.ranges import Count, Number, Rate, Seed, Share
+from upt.ranges import Count, Few, Number, Rate, Seed, Share
 from upt.run import cli, presets
 from upt.run.locking import alone
 from upt.run.settings import Rollout
@@ -67,7 +67,7 @@ class Config(Typed):
     """share of quick guesses that are any plausible number instead of the right one"""
     eval_questions: Count = 256
     """validation questions for the scores after each phase"""
-    eval_samples: Count = 2
+    eval_samples: Few = 2
     """samples for each of them"""
 
 

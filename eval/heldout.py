@@ -28,7 +28,7 @@ from upt.answers import grade, vote_key
 from upt.errors import DataError, SettingError
 from upt.files import check_file, write_whole
 from upt.groups.stats import FEW, FEW_NOTE, counted
-from upt.ranges import Count, Name
+from upt.ranges import Count, Few, Name
 from upt.run import cli, progress, trained
 from upt.run.settings import Rollout
 
@@ -53,7 +53,7 @@ class Config(Rollout):
     """JSON file to write the scores to; None: print only"""
     eval_questions: Count | None = None
     """number of questions; None: as the model's defaults say"""
-    eval_samples: Count | None = None
+    eval_samples: Few | None = None
     """samples for each question, k; None: as many as --run, else 8"""
 
     def resolve(self) -> "Config":
@@ -61,8 +61,8 @@ class Config(Rollout):
             if self.model or self.adapter:
                 raise SettingError("--run brings its own model and adapter: leave --model and --adapter out")
             _, self.model, self.adapter, settings = trained.trained(self.run)
-            settings["data"] = settings["eval_data"] or settings["data"]
-            settings["eval_questions"] = settings["eval_questions"] or None  # 0: the run had no evaluation
+            settings["data"] = settings.get("eval_data") or settings["data"]
+            settings["eval_questions"] = settings.get("eval_questions") or None  # 0: the run had no evaluation
             names = {name: name for name in (*FROM_RUN, "data", "eval_questions")}
             trained.take(self, settings, names | {"split": "eval_split"})
         self.split = "test" if self.split is None else self.split

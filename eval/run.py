@@ -30,7 +30,7 @@ from upt.errors import SettingError, ShardError
 from upt.files import write_whole, writing
 from upt.groups import manifests
 from upt.groups.stats import markdown
-from upt.ranges import Count, Name, Temperature
+from upt.ranges import Count, Few, Name, Temperature
 from upt.run import cli, presets, progress, trained
 from upt.run.locking import alone, holding
 from upt.run.settings import Rollout, hidden
@@ -69,7 +69,7 @@ class Config(Rollout):
     """questions with longer prompts count as answered wrong"""
     limit: Count | None = None
     """the first K questions only"""
-    n: Count = 1
+    n: Few = 1
     """responses to each question"""
     temperature: Temperature = 0.0
     """sampling temperature; 0 is greedy"""
@@ -80,7 +80,7 @@ class Config(Rollout):
     preset: None = hidden(None)
     steps: Count | None = hidden(None)
     questions_per_step: Count | None = hidden(None)
-    group_size: Count | None = hidden(None)
+    group_size: Few | None = hidden(None)
 
     def resolve(self) -> "Config":
         if self.data is None:

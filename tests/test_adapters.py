@@ -220,6 +220,16 @@ def test_a_layer_on_a_tied_head_is_refused(tiny, tmp_path):
         ({"init_lora_weights": "olora"}, "'olora'"),
         ({"peft_type": "PREFIX_TUNING"}, "no LoRA adapter but PREFIX_TUNING"),
         ({"peft_type": None}, "no LoRA adapter but None"),
+        ({"lora_alpha": 0}, "adapter_config.json has lora_alpha = 0, not a finite number above 0; save or fetch"),
+        ({"lora_alpha": -16}, "lora_alpha = -16"),
+        ({"lora_alpha": float("nan")}, "lora_alpha = nan"),
+        ({"lora_alpha": "16"}, "lora_alpha = '16'"),
+        ({"alpha_pattern": {"q_proj": 0.0}}, r"alpha_pattern\['q_proj'\] = 0.0, not a finite number"),
+        ({"r": 0}, "r = 0, not a whole number of 1 or more"),
+        ({"r": 2.0}, "r = 2.0, not a whole"),
+        ({"rank_pattern": {"v_proj": True}}, r"rank_pattern\['v_proj'\] = True"),
+        ({"rank_pattern": [2]}, r"rank_pattern = \[2\], no numbers by layer"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path = 5, no name"),
         ({"target_modules": ["c_attn"]}, "c_attn.*not found"),
         ({"target_modules": r"model\.layers\.\d+\.(q|v)_proj"}, "not found"),
     ],
@@ -257,6 +267,43 @@ def test_files_that_are_no_adapter(adapter):
         config.write_text(content)
         with pytest.raises(PolicyError, match="cannot be loaded: adapter_config.json"):
             check_adapter(adapter)
+
+
+def header_changed(folder: Path, change) -> None:
+    """Let `change(header)` alter an adapter's table of tensors, and leave their bytes."""
+    file = folder / "adapter_model.safetensors"
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    change(header)
+    written = json.dumps(header).encode()
+    file.write_bytes(len(written).to_bytes(8, "little") + written + content[end:])
+
+
+def test_a_table_of_tensors_that_does_not_fit_its_bytes(policy, adapter):
+    def swap(header):
+        other = FIRST.replace("lora_A", "lora_B").replace("q_proj", "v_proj")
+        assert header[FIRST]["shape"] != header[other]["shape"]
+        one, two = header[FIRST], header[other]
+        one["data_offsets"], two["data_offsets"] = two["data_offsets"], one["data_offsets"]
+
+    header_changed(adapter, swap)
+    with pytest.raises(PolicyError, match=f"the adapter {adapter} cannot be loaded: .*fetch or make it again"):
+        policy.load_adapter(adapter)
+    for place in ([-8, 0], [8, 0], [0.0, 512.0]):
+        header_changed(adapter, lambda header, place=place: header[FIRST].update(data_offsets=place))
+        with pytest.raises(PolicyError, match="is no safetensors file"):
+            check_adapter(adapter)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.complex64])
+def test_tensors_that_are_no_real_numbers(adapter, dtype):
+    rewrite(adapter, lambda tensors: tensors | {FIRST: tensors[FIRST].to(dtype)})
+    with pytest.raises(PolicyError, match=f"{FIRST} is (BOOL|I8|I64|C64), not one of F64, F32, F16, BF16"):
+        check_adapter(adapter)
+    header_changed(adapter, lambda header: header[FIRST].update(dtype="Q3"))
+    with pytest.raises(PolicyError, match=f"{FIRST} is Q3, not one of"):
+        check_adapter(adapter)
 
 
 def test_a_pickled_adapter_is_not_opened_and_the_command_given_converts_it(tiny, policy, adapter):
@@ -358,9 +405,27 @@ def test_an_adapter_from_elsewhere_is_held_against_the_model_that_it_names(tiny,
 )
 def test_a_damaged_base_json_is_named(tiny, adapter, content):
     (adapter / "base.json").write_text(content)
-    with pytest.raises(ValueError, match="base.json.*; without the file nothing is compared"):
+    with pytest.raises(ValueError, match="base.json.*: without the file nothing is compared"):
         load(tiny, adapter=adapter)
     load(tiny, adapter=adapter, any_base=True)
+
+
+@pytest.mark.parametrize("fingerprint", [None, "", 5, "abc"])
+def test_a_base_json_without_a_fingerprint_is_not_taken_for_weights_that_are_not_here(tiny, adapter, fingerprint):
+    configure(adapter, "base.json", fingerprint=fingerprint)
+    with pytest.raises(PolicyError, match="base.json lacks a fingerprint of weights, so nothing .*--any-base"):
+        Rollout(model=tiny, adapter=str(adapter)).resolve()
+    (adapter / "base.json").unlink()
+    (adapter / "base.json").mkdir()
+    with pytest.raises(PolicyError, match="base.json is no file; .*--any-base"):
+        Rollout(model=tiny, adapter=str(adapter)).resolve()
+
+
+def test_an_adapter_of_weights_without_a_fingerprint_says_nothing_of_them(tiny, policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(policy, "origin", policy.origin | {"fingerprint": None})  # as of a snapshot in pickles
+    policy.save(tmp_path)
+    assert not (tmp_path / "base.json").exists()
+    policy.load_adapter(tmp_path)
 
 
 def test_an_adapter_of_a_merged_start_belongs_to_the_merge(tiny, adapter, tmp_path):

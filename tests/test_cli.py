@@ -57,6 +57,8 @@ MISTAKES = [  # command, what its one line says; TINY is a model that is there
     ("train_upt.py --model nothing", "there is no model folder nothing: check the path, or give a hub id, org/name"),
     ("train_upt.py --learning-rate nan", "--learning-rate must be a finite number, not nan"),
     ("train_upt.py --kl-coef -.5", "--kl-coef must be at least 0, not -0.5"),
+    ("train_upt.py --eval-split tset --model TINY", "shapes has no split 'tset'"),
+    ("train_upt.py --lora-targets 7.self_attn.q_proj --model TINY", "--lora-targets 7.self_attn.q_proj: there is no"),
     ("ablate.py --max-grad-norm -1 --model TINY", "--max-grad-norm must be at least 0, not -1.0"),
     ("train_upt.py --adapter nothing", "--adapter nothing: no PEFT adapter there"),
     ("train_upt.py --init-adapter nothing --model TINY", "--init-adapter nothing: no PEFT adapter there"),

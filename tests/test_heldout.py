@@ -139,8 +139,21 @@ def test_a_run_that_cannot_be_found_or_is_not_whole(begun, tiny, tmp_path):
             heldout.Config(run=nothing).resolve()
     with pytest.raises(UserError, match="with .*first merged into it, not for .*; give --model .*run/start"):
         heldout.Config(model=tiny, adapter=str(begun / "adapter")).resolve()
+    for inside in ("rollouts", "checkpoints", "manifest.json"):
+        with pytest.raises(SettingError, match=f"{inside} holds no adapter: give the folder of the run, {begun}$"):
+            heldout.Config(run=begun / inside).resolve()
     unfinished = tmp_path / "run"
     shutil.copytree(begun, unfinished)
+    manifest = json.loads((begun / "manifest.json").read_text())
+    for name in ("model", "data"):
+        config = {key: value for key, value in manifest["config"].items() if key != name}
+        (unfinished / "manifest.json").write_text(json.dumps(manifest | {"config": config}))
+        with pytest.raises(UserError, match=f"manifest.json: no usable '{name}' in its config; .*--model"):
+            heldout.Config(run=unfinished).resolve()
+    without = {key: value for key, value in manifest["config"].items() if not key.startswith("eval_")}
+    (unfinished / "manifest.json").write_text(json.dumps(manifest | {"config": without}))
+    assert heldout.Config(run=unfinished).resolve().data == manifest["config"]["data"]
+    shutil.copy(begun / "manifest.json", unfinished)
     shutil.rmtree(unfinished / "adapter")
     with pytest.raises(SettingError, match="has no adapter yet: let the run end, give its latest.*step-000002"):
         heldout.Config(run=unfinished).resolve()

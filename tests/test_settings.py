@@ -86,6 +86,16 @@ REFUSED = [  # script, setting, value, what is said
     ("train_upt", "own_share", 0.0, "--own-share must be from 0.001 to 0.999, or 1"),
     ("train_upt", "rounds", -1, "--rounds must be at least 0"),
     ("train_upt", "feature_cache_gib", -1, "--feature-cache-gib must be at least 0"),
+    ("train_upt", "feature_cache_gib", 1e300, "--feature-cache-gib must be at most 1000000"),
+    ("train_upt", "kl_coef", 1e308, "--kl-coef must be at most 1000, not 1e.308"),
+    ("train_upt", "weight_decay", 1e4, "--weight-decay must be at most 1000"),
+    ("train_upt", "group_size", 10**9, "--group-size must be at most 65536, not 1000000000"),
+    ("train_upt", "eval_samples", 10**6, "--eval-samples must be at most 65536"),
+    ("train_upt", "lora_rank", 10**6, "--lora-rank must be at most 65536"),
+    ("train_upt", "lora_alpha", 0, "--lora-alpha must be above 0"),
+    ("train_upt", "max_new_tokens", 10**12, r"--max-new-tokens must be at most 2.31 - 1"),
+    ("train_upt", "top_k", 2**31, r"--top-k must be at most 2.31 - 1"),
+    ("eval.run", "n", 10**7, "--n must be at most 65536"),
     ("train_upt", "eval_limit", 0, "--eval-limit must be at least 1"),
     ("train_upt", "data", "", "--data must be a name or a path, not ''"),
     ("train_upt", "model", "  ", "--model must be a name or a path"),
@@ -185,6 +195,37 @@ def test_limits_of_pictures_that_can_be_kept(tiny, tmp_path):
         folders.check_pixels(str(tmp_path), None, 2048)
 
 
+@pytest.mark.parametrize("script", ["train_upt", "rollout", "eval.run", "eval.heldout"])
+def test_a_response_longer_than_the_model_has_positions(tiny, script):
+    data = {"data": "x"} if script == "eval.run" else {}
+    with pytest.raises(PolicyError, match=f"--max-new-tokens 2049: {tiny} has positions for 2048 tokens in all"):
+        config_of(script)(model=tiny, max_new_tokens=2049, **data).resolve()
+    config_of(script)(model=tiny, max_new_tokens=2048, **data).resolve()
+
+
+def test_an_adapter_that_goes_on_training_keeps_its_settings(tiny, tmp_path):
+    from upt.model import Policy
+
+    adapter = str(tmp_path / "adapter")
+    policy = Policy.load(tiny, device="cpu")
+    policy.add_lora(3, 5, ("down_proj", "q_proj"))
+    policy.save(adapter)
+
+    def resolved(**given):
+        return train_upt.Config(model=tiny, init_adapter=adapter, **given).resolve()
+
+    for given, said in (
+        ({"lora_rank": 4}, f"--lora-rank 4: the adapter {adapter} has 3, and keeps it; leave it out"),
+        ({"lora_alpha": 64}, "--lora-alpha 64: .* has 5,"),
+        ({"lora_targets": ["q_proj"]}, "--lora-targets q_proj: .* has q_proj down_proj,"),
+    ):
+        with pytest.raises(SettingError, match=said):
+            resolved(**given)
+    kept = resolved()
+    assert (kept.lora_rank, kept.lora_alpha, kept.lora_targets) == (3, 5, ("q_proj", "down_proj"))
+    assert kept.resolve() == kept == resolved(lora_rank=3, lora_alpha=5, lora_targets=("q_proj", "down_proj"))
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_lora_targets_are_layers_of_the_language_model(snapshots, family, monkeypatch):
     from transformers import AutoModelForImageTextToText
@@ -205,6 +246,27 @@ def test_lora_targets_are_layers_of_the_language_model(snapshots, family, monkey
     ):
         with pytest.raises(SettingError, match=said):
             resolved("v_proj", target)
+
+
+@pytest.mark.parametrize(
+    "targets, layers",
+    [
+        (("layers.0.self_attn.q_proj",), {"layers.0.self_attn.q_proj"}),
+        (
+            ("v_proj", "1.self_attn.k_proj"),
+            {f"layers.{i}.self_attn.v_proj" for i in range(3)} | {"layers.1.self_attn.k_proj"},
+        ),
+        (("model.language_model.layers.2.mlp.up_proj",), {"layers.2.mlp.up_proj"}),
+    ],
+)
+def test_every_target_that_is_taken_gets_its_layers(tiny, targets, layers):
+    from upt.model import Policy
+
+    config = train_upt.Config(model=tiny, lora_targets=targets).resolve()
+    policy = Policy.load(tiny, device="cpu")
+    policy.add_lora(2, 4, config.lora_targets)
+    trained = {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
+    assert {name.split(".language_model.")[1].split(".lora_")[0] for name in trained} == layers
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ class Family(ABC):
         """Whether a module, by its whole name, is one of those that may get an adapter."""
         return re.fullmatch(rf"{cls.adapter_layers}\..+", layer) is not None
 
+    @classmethod
+    def targeted(cls, targets: Sequence[str]) -> str:
+        """The pattern of the whole names of such modules that end in one of `targets`, the last parts of a name."""
+        return rf"(?={cls.adapter_layers}\.)(.*\.)?({'|'.join(map(re.escape, targets))})"
+
     @abstractmethod
     def __init__(self, name: str, min_pixels: int | None, max_pixels: int | None):
         """Load the image processor of a snapshot or hub id into `self.image_processor`; None keeps its own limits."""

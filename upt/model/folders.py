@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 from upt.errors import PolicyError, suggest_path
+from upt.model import TARGETS
+from upt.ranges import Count, Positive, outside
 
 CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS = "model.safetensors"
@@ -16,6 +18,8 @@ PLAIN = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_n
 PLAIN |= {"inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora"}
 PLAIN |= {"use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "megatron_core"}
 PLAIN |= {"qalora_group_size", "init_lora_weights"}
+RANK = 8  # and alpha, in PEFT, where adapter_config.json has none
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # other initialisations change the model's own weights
 MERGE = "merge it with PEFT (merge_and_unload, then save_pretrained), where it was made, and give that as --model"
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
@@ -62,6 +66,17 @@ def check_pixels(name: str, least: int | None, most: int | None) -> None:
         raise PolicyError(f"--min-pixels {least}{of_least} is above --max-pixels {most}{of_most}: {fix}")
 
 
+def check_length(name: str, setting: str, tokens: int | None) -> None:
+    """Raise PolicyError for a response of more tokens than a model has positions, where its config.json is here."""
+    try:
+        config = json.loads((Path(name).expanduser() / "config.json").read_text("utf-8"))
+        most = (config.get("text_config") or config).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):  # a hub id, or a file that the loading code says more of
+        return
+    if isinstance(most, int) and tokens is not None and tokens > most:
+        raise PolicyError(f"{setting} {tokens}: {name} has positions for {most} tokens in all; give fewer")
+
+
 def check_adapter(folder: Path | str | None, setting: str = "") -> None:
     """Raise PolicyError for what should be a folder with a LoRA adapter and is not; `setting` opens the message.
 
@@ -93,8 +108,38 @@ def check_adapter(folder: Path | str | None, setting: str = "") -> None:
             code = f'python -c "import torch; from safetensors.torch import save_file; x = {load}; {save}"'
             fix = f"adapter_model.bin is a pickle, which can carry code; if you trust its source: {code}"
         raise PolicyError(f"{where}: {ADAPTER} is missing; {fix}")
-    if not tensors(path / ADAPTER):
+    check_values(config, where)
+    found = tensors(path / ADAPTER)
+    if not found:
         raise PolicyError(f"{where}: {ADAPTER} holds no tensor; save or fetch it again")
+    if odd := [f"{key} is {dtype}" for key, (dtype, *_) in sorted(found.items()) if dtype not in FLOATS]:
+        raise PolicyError(f"{where}: {listed(odd)}, not one of {', '.join(FLOATS)}; save it again in one of these")
+
+
+def lora_of(folder: Path | str) -> tuple[int, float, tuple[str, ...]]:
+    """Rank, alpha and the last parts of the names of its layers, of an adapter that was checked."""
+    path = Path(folder).expanduser()
+    config = adapter_config(path)
+    names = {key.split(".lora_")[0].rpartition(".")[2] for key in tensors(path / ADAPTER)}
+    ordered = sorted(names, key=lambda name: (TARGETS.index(name) if name in TARGETS else len(TARGETS), name))
+    return config.get("r", RANK), config.get("lora_alpha", RANK), tuple(ordered)
+
+
+def check_values(config: dict, where: str) -> None:
+    """Raise PolicyError for values of adapter_config.json that PEFT takes and that can be no adapter's."""
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, str | None):
+        raise PolicyError(f"{where}: {CONFIG} has base_model_name_or_path = {name!r}, no name; write it anew, or null")
+    for kind, setting, pattern in ((Count, "r", "rank_pattern"), (Positive, "lora_alpha", "alpha_pattern")):
+        of_layers = config.get(pattern) or {}
+        if not isinstance(of_layers, dict):
+            raise PolicyError(f"{where}: {CONFIG} has {pattern} = {of_layers!r}, no numbers by layer; fetch it again")
+        values = {f"{pattern}[{layer!r}]": value for layer, value in of_layers.items()}
+        for key, value in (values | {setting: config.get(setting, RANK)}).items():
+            number = isinstance(value, int if kind is Count else int | float) and not isinstance(value, bool)
+            if not number or outside(value, kind):
+                wanted = "a whole number of 1 or more" if kind is Count else "a finite number above 0"
+                raise PolicyError(f"{where}: {CONFIG} has {key} = {value!r}, not {wanted}; save or fetch it again")
 
 
 def adapter_config(folder: Path) -> dict:
@@ -104,7 +149,7 @@ def adapter_config(folder: Path) -> dict:
         if isinstance(config, dict):
             return config
         said = f"it holds {type(config).__name__}, not settings"
-    except ValueError as error:  # of JSON and of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON and of UTF-8
         said = f"not JSON, {error}"
     raise PolicyError(f"the adapter {folder} cannot be loaded: {CONFIG}: {said}; save or fetch it again")
 
@@ -128,11 +173,13 @@ def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, HEADER)))
         spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+        if any(not 0 <= start <= end or isinstance(start + end, float) for start, end in spans.values()):
+            raise ValueError("places that are none")
         found = {
             name: (header[name]["dtype"], tuple(header[name]["shape"]), 8 + length + start, 8 + length + end)
             for name, (start, end) in spans.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         hint = "fetch or make it again (of a few hundred bytes, it is a pointer of Git LFS: git lfs pull)"
         raise PolicyError(f"{path.parent} cannot be loaded: {path.name} is no safetensors file; {hint}") from error
     size, whole = path.stat().st_size, max((end for *_, end in found.values()), default=8 + length)

@@ -124,7 +124,7 @@ def check_fit(config, adapter: Path | str, name: str, layers: str | None = None)
             f"the adapter {adapter} has a layer on {listed(ends)}, and in {name} embeddings and head are one: merged "
             "into one it would change the other; train one without it"
         )
-    with safe_open(folder / ADAPTER, "pt") as file:
+    with loading(f"the adapter {adapter}"), safe_open(folder / ADAPTER, "pt") as file:
         if broken := [key for key in sorted(given) if not file.get_tensor(key).float().isfinite().all()]:
             raise PolicyError(
                 f"the adapter {adapter} has values that are not finite, in {listed(broken)}; take an earlier one"

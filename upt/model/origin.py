@@ -10,6 +10,7 @@ such a merge carries the same file, with the fingerprint of the merged "weights"
 """
 
 import json
+import os
 import re
 import sys
 from hashlib import sha256
@@ -68,7 +69,7 @@ def origin_of(name: str, adapter: Path | str | None = None) -> dict:
         path = Path(adapter).expanduser()
         digest = sha256((path / CONFIG).read_bytes() + fingerprint_of_tensors(path / ADAPTER).encode())
         return origin | {"adapter": {"name": str(adapter), "fingerprint": f"sha256:{digest.hexdigest()}"}}
-    if here and (folder / BASE).is_file():
+    if here and os.path.lexists(folder / BASE):
         merged = read_base(folder)
         if merged.pop("weights", None) == origin["fingerprint"]:  # they are still what the merge gave
             return merged
@@ -77,20 +78,26 @@ def origin_of(name: str, adapter: Path | str | None = None) -> dict:
 
 def read_base(folder: Path) -> dict:
     """What base.json in a folder says. Raises PolicyError if it is damaged."""
-    fix = "without the file nothing is compared"
+    fix = "bring it back, or remove it: without the file nothing is compared, as with --any-base for an adapter"
+    if not (folder / BASE).is_file():
+        raise PolicyError(f"{folder / BASE} is no file; {fix}")
     record = read_json(folder / BASE, fix)
     try:
         parts = [record, record["adapter"]] if record["adapter"] else [record]
-        if all(isinstance(part["name"], str) and isinstance(part["fingerprint"], str | None) for part in parts):
-            return record
+        named, digests = (all(isinstance(part[key], str) for part in parts) for key in ("name", "fingerprint"))
+        digests = digests and all(part["fingerprint"].startswith("sha256:") for part in parts)
     except (KeyError, TypeError):
-        pass
-    raise PolicyError(f"{folder / BASE} does not name a model; {fix}")
+        named, digests = False, False
+    if not named:
+        raise PolicyError(f"{folder / BASE} does not name a model; {fix}")
+    if not digests:
+        raise PolicyError(f"{folder / BASE} lacks a fingerprint of weights, so nothing can be compared with it; {fix}")
+    return record
 
 
 def made_for(adapter: Path) -> dict:
     """The identity of the model that an adapter was made for: of base.json, else of the model that PEFT wrote down."""
-    if (adapter / BASE).is_file():
+    if os.path.lexists(adapter / BASE):
         return read_base(adapter)
     name = adapter_config(adapter).get("base_model_name_or_path")
     return origin_of(name) if name else {"name": None, "fingerprint": None, "adapter": None}

@@ -120,7 +120,7 @@ class Policy:
 
     def add_lora(self, rank: int = 16, alpha: int = 32, targets: Sequence[str] = TARGETS, seed: int = 0) -> None:
         """Put a fresh, trainable LoRA adapter on the language model's linear layers named in `targets`."""
-        pattern = rf"{self.family.adapter_layers}\.({'|'.join(targets)})"
+        pattern = self.family.targeted(targets)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, task_type="CAUSAL_LM")
         with torch.random.fork_rng(), calm():
             torch.manual_seed(seed)
@@ -153,7 +153,7 @@ class Policy:
                 yield
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter in PEFT's layout, and which model it belongs to.
+        """Write the adapter in PEFT's layout, and which model it belongs to, if its weights have a fingerprint.
 
         `PeftModel.from_pretrained(model, folder)` opens it too.
         """
@@ -161,7 +161,7 @@ class Policy:
             raise PolicyError("there is no adapter to save: call add_lora or load_adapter first")
         with writing(folder):
             self.model.save_pretrained(folder)
-        if self.origin:
+        if self.origin and self.origin["fingerprint"]:
             write_whole(Path(folder) / BASE, [json.dumps(self.origin, indent=1).encode()])
 
     def export(self, folder: str | Path) -> None:
@@ -173,7 +173,8 @@ class Policy:
             for part in (self.model, self.tokenizer, self.family.image_processor):
                 part.save_pretrained(folder)
         weights = origin_of(str(folder))
-        if not trained and self.origin and self.origin["adapter"]:  # an adapter made for the one fits the other
+        merged_before = self.origin and self.origin["adapter"] and self.origin["fingerprint"]
+        if not trained and merged_before:  # an adapter made for the one fits the other
             merged = self.origin | {"weights": weights["fingerprint"]}
             write_whole(Path(folder) / BASE, [json.dumps(merged, indent=1).encode()])
         else:

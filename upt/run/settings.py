@@ -13,9 +13,9 @@ from upt.data import names
 from upt.errors import SettingError, suggest
 from upt.groups import filters
 from upt.model import TARGETS
-from upt.model.folders import check_adapter, check_model, check_pixels
+from upt.model.folders import check_adapter, check_length, check_model, check_pixels, lora_of
 from upt.model.origin import check_base, origin_of
-from upt.ranges import Amount, Count, Name, Nucleus, Number, Rate, Seed, Share, Temperature
+from upt.ranges import Amount, Count, Few, Name, Nucleus, Number, Positive, Rate, Seed, Share, Temperature, Weight
 from upt.run import presets
 from upt.run.typed import Typed, flag
 
@@ -64,6 +64,8 @@ class Model:
         if self.adapter is not None:
             check_base(self.adapter, origin_of(self.model), self.any_base, say=False)
         check_pixels(self.model, self.min_pixels, self.max_pixels)
+        for name in ("max_new_tokens", "judge_max_new_tokens", "ask_max_new_tokens"):
+            check_length(self.model, flag(name), getattr(self, name, None))
         if self.device not in ("auto", "cpu"):
             from upt.model.policy import checked_device  # brings torch, which a mistake need not wait for
 
@@ -81,7 +83,7 @@ class Sampling:
 
     questions_per_step: Count | None = None
     """questions in one step, capped by the data"""
-    group_size: Count | None = None
+    group_size: Few | None = None
     """responses to each question, G"""
     temperature: Temperature | None = None
     """sampling temperature; 0 is greedy"""
@@ -142,7 +144,7 @@ class Judge:
     """judge, judge-tiny, or a file with {question} and {response} in it"""
     judge_prefix: str | None = None
     """logit mode: what the answer starts with, up to the digit"""
-    judge_repeats: Count | None = None
+    judge_repeats: Few | None = None
     """text mode: judgements of each response, averaged"""
     judge_temperature: Temperature = 1.0
     """text mode: sampling temperature"""
@@ -162,7 +164,7 @@ class Judge:
 class Asking:
     """How the model asks questions of its own, and which are kept."""
 
-    per_image: Count = 1
+    per_image: Few = 1
     """questions to write from each source question and its picture, k"""
     filters: Name = "all"
     """which of these are kept: all, none, or names of upt/groups/filters.py with commas between them"""
@@ -267,7 +269,7 @@ class Update:
     """peak of AdamW's learning rate"""
     warmup_steps: Number | None = None
     """updates in which the learning rate rises; it then falls along a cosine to a tenth"""
-    weight_decay: Amount = 0.01
+    weight_decay: Weight = 0.01
     """AdamW's weight decay"""
     max_grad_norm: Amount = 1.0
     """gradients are scaled down to this norm; 0: not at all"""
@@ -281,7 +283,7 @@ class Update:
     """how token losses are averaged"""
     ratio_level: Literal["token", "sequence"] = "token"
     """sequence: one ratio for a response (GSPO)"""
-    kl_coef: Amount | None = None
+    kl_coef: Weight | None = None
     """weight of KL(policy, reference) in the loss"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """estimator of that KL"""
@@ -289,14 +291,34 @@ class Update:
     """with kl_coef 0, measure the KL every N steps for the log; 0: never"""
     mask_truncated: bool = False
     """leave responses that were cut at the length limit out of the loss"""
-    lora_rank: Count | None = None
+    lora_rank: Few | None = None
     """rank of the adapter"""
-    lora_alpha: Count | None = None
+    lora_alpha: Positive | None = None
     """its scale is alpha / rank"""
     lora_targets: Annotated[tuple[Name, ...], "one or more"] = TARGETS
     """linear layers of the language model that get an adapter"""
     gradient_checkpointing: bool | None = None
     """recompute activations in the backward pass; None: on a GPU only"""
+
+    def keep_lora(self, adapter: str) -> None:
+        """Take the settings of an adapter that goes on training. Raises SettingError for others that were given."""
+        rank, alpha, targets = lora_of(adapter)
+        names = {target.rpartition(".")[2] for target in self.lora_targets}
+        for setting, given, own, differs in (
+            ("--lora-rank", self.lora_rank, rank, self.lora_rank not in (None, rank)),
+            ("--lora-alpha", self.lora_alpha, alpha, self.lora_alpha not in (None, alpha)),
+            (
+                "--lora-targets",
+                " ".join(self.lora_targets),
+                " ".join(targets),
+                self.lora_targets != TARGETS and names != {*targets},
+            ),
+        ):
+            if differs:
+                raise SettingError(f"{setting} {given}: the adapter {adapter} has {own}, and keeps it; leave it out")
+        self.lora_rank, self.lora_alpha = rank, alpha
+        if self.lora_targets == TARGETS:
+            self.lora_targets = targets
 
 
 @dataclass
@@ -309,7 +331,7 @@ class Evaluation:
     """split of the held-out evaluation"""
     eval_questions: Number | None = None
     """held-out questions; 0: no evaluation"""
-    eval_samples: Count = 8
+    eval_samples: Few = 8
     """samples for each held-out question, k"""
     eval: tuple[Name, ...] = ()
     """benchmarks to follow during training, NAME=FOLDER each (names as in eval/run.py)"""

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from upt import model
-from upt.errors import SettingError
+from upt.errors import SettingError, ShardError
 from upt.groups import manifests
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ def trained(path: Path) -> Trained:
     folder, manifest = run_folder(path)
     adapter = path if (path / "adapter_config.json").is_file() else path / "adapter"
     if not adapter.is_dir():
+        if (folder / "adapter").is_dir():
+            raise SettingError(f"--run {path} holds no adapter: give the folder of the run, {folder}")
         made = sorted(folder.glob("checkpoints/step-*"))
         fix = f"give its latest checkpoint, {made[-1]}" if made else "or give --model and --adapter"
         raise SettingError(f"{path} has no adapter yet: let the run end, {fix}")
@@ -45,6 +47,10 @@ def run_folder(path: Path) -> tuple[Path, dict]:
         if (folder / "manifest.json").is_file():
             manifest = manifests.read(folder)
             if manifest["stage"] == "train":
+                for name in ("model", "data"):
+                    if not isinstance(manifest["config"].get(name), str):
+                        fix = "bring back the file that the run wrote, or give --model and --adapter"
+                        raise ShardError(f"{folder / 'manifest.json'}: no usable {name!r} in its config; {fix}")
                 return folder, manifest
     raise SettingError(f"--run {path}: no run of train_upt.py there; give the folder that was its --out")
 
