@@ -472,7 +472,7 @@ def test_a_step_without_a_usable_question_is_left_out(tiny, tmp_path, monkeypatc
     capfd.readouterr()
     assert same(run(tiny, cut, steps=2, save_every=1), out)
     said = capfd.readouterr().out
-    assert "going on after step 1 of 2\nsteps 2 to 2 had been sampled: their shards are used" in said
+    assert "going on after step 1 of 2\nstep 2 had been sampled: the shards are used as they are" in said
 
 
 def test_the_last_step_of_a_run_may_be_left_out(tiny, tmp_path, monkeypatch):
