@@ -41,7 +41,7 @@ def check_model(name: str) -> None:
 
 def check_pickles(name: str, folder: Path) -> None:
     """Raise PolicyError for a snapshot in `folder` whose weights are pickles and nothing else, with how to convert."""
-    if not weight_files(folder) and (pickled := sorted(folder.glob("*.bin"))):
+    if not weight_files(folder) and (pickled := sorted(folder.glob("pytorch_model*.bin"))):
         load = f"AutoModelForImageTextToText.from_pretrained({name!r}, use_safetensors=False)"
         raise PolicyError(
             f"the model {name} has its weights in {pickled[0].name}, a pickle, which can carry code, and such are not "
