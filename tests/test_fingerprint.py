@@ -184,8 +184,8 @@ MIB = 2**20
     ("size", "seen"),
     [
         (MIB, [0, 300_000, MIB // 2, MIB - 1]),
-        # 16 pieces of 1/16 MiB, whose starts are (16 - 1/16) / 15 MiB apart
-        (16 * MIB, [0, 65535, 1_114_112, 8 * MIB + 2**18, 16 * MIB - 65536, 16 * MIB - 1]),
+        # 16 pieces of 64 KiB, whose starts are (16 MiB - 64 KiB) / 15 = 1114112 bytes apart
+        (16 * MIB, [0, 65535, 1_114_112, 8 * 1_114_112 + 65535, 16 * MIB - 65536, 16 * MIB - 1]),
     ],
 )
 def test_cells_are_seen_whole_and_large_ones_in_pieces(tmp_path, size, seen):

@@ -59,7 +59,7 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 def publish(folder: Path | str) -> None:
-    """Give the safetensors files in a folder the permissions of any new file: their library writes them for you alone."""
+    """Give the safetensors files in a folder the permissions of other new files: their library makes them private."""
     mask = os.umask(0)
     os.umask(mask)
     for path in Path(folder).glob("*.safetensors"):
