@@ -245,11 +245,12 @@ def train(
         keep = config.keep if config.select == "last" else config.steps
         run.checkpoints.prune_checkpoints(folder, keep, config.saves, healthy)
 
-    run.ending.check_finite(config, metrics.rows)
+    run.ending.check_finite(policy, config, metrics.rows)
     left = range(start, config.steps)
-    if sampled_before := [step for step in left if shards.shard_path(config.out / "rollouts", step).exists()]:
-        first, last = sampled_before[0] + 1, sampled_before[-1] + 1
-        print(f"steps {first} to {last} had been sampled: their shards are used, and the updates made again")
+    if sampled_before := [step + 1 for step in left if shards.shard_path(config.out / "rollouts", step).exists()]:
+        first, last = sampled_before[0], sampled_before[-1]
+        which = f"step {first}" if first == last else f"steps {first} to {last}"
+        print(f"{which} had been sampled: the shards are used as they are")
     with progress.bar(left, initial=start, total=config.steps, desc="training", unit="step") as bar:
         for step in bar:
             before = dict(clock.seconds)
@@ -298,7 +299,7 @@ def train(
                 break
             if config.saves(step + 1) or metrics.nonfinite_in_a_row >= health.NONFINITE:
                 save(step + 1)
-            run.ending.check_finite(config, metrics.rows)
+            run.ending.check_finite(policy, config, metrics.rows)
     return run.ending.finish(policy, config, metrics.rows)
 
 

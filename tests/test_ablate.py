@@ -451,6 +451,17 @@ def test_a_failed_run_is_reported_and_the_others_go_on(stand_in, capsys):
     assert all(f"threads {max(1, len(os.sched_getaffinity(0)) // 2)}\n" in log for log in logs.values())
 
 
+def test_tables_stay_where_no_run_succeeds_and_the_reason_is_said(stand_in, capsys):
+    settings = dict(rewards="random(seed=9)", seeds=1, **stand_in)
+    log = stand_in["out"] / "random-seed=9" / "seed-0" / "log.txt"
+    log.parent.mkdir(parents=True)
+    log.write_text("error: of another day\n")
+    (stand_in["out"] / "table.md").write_text("of before")
+    with pytest.raises(RunsFailed, match=r"1 of 1 runs failed: random\(seed=9\), seed 0: no luck with this reward$"):
+        main(Config(**settings))
+    assert (stand_in["out"] / "table.md").read_text() == "of before"
+
+
 def test_a_signal_stops_the_runs_first(stand_in, capsys):
     with pytest.raises(Stopped) as ended:
         main(Config(rewards="random(seed=8) majority", seeds=1, jobs=1, **stand_in))

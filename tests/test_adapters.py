@@ -553,6 +553,16 @@ def test_a_shard_that_is_missing_or_a_pointer_is_named(tiny, tmp_path):
         load(str(folder))
 
 
+def test_a_snapshot_of_pickles_is_refused(tiny, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny, folder)
+    torch.save(AutoModelForImageTextToText.from_pretrained(tiny).state_dict(), folder / "pytorch_model.bin")
+    load(str(folder))  # beside safetensors it is not opened
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(PolicyError, match="weights in pytorch_model.bin, a pickle, .*use_safetensors=False.*save_pret"):
+        load(str(folder))
+
+
 def test_an_adapter_in_the_models_own_folder_is_not_put_on_it_unasked(tiny, adapter, tmp_path):
     folder = copy(tiny, tmp_path / "both")
     for file in adapter.iterdir():

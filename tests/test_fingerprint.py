@@ -177,14 +177,67 @@ def test_sets_that_are_drawn_or_mixed(tmp_path):
     assert difference(mixed, few(f"shapes,{folder}")) == "column 'problem' differs, first in mine/train/000003"
 
 
-def test_large_cells_are_seen_at_both_ends(tmp_path):
-    content = bytes(range(256)) * 256
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("size", "seen"),
+    [
+        (MIB, [0, 300_000, MIB // 2, MIB - 1]),
+        # 16 pieces of 64 KiB, whose starts are (16 MiB - 64 KiB) / 15 = 1114112 bytes apart
+        (16 * MIB, [0, 65535, 1_114_112, 8 * 1_114_112 + 65535, 16 * MIB - 65536, 16 * MIB - 1]),
+    ],
+)
+def test_cells_are_seen_whole_and_large_ones_in_pieces(tmp_path, size, seen):
+    content = bytearray(size)
     (tmp_path / "x").write_bytes(content)
-    assert of_file(tmp_path / "x") == of_bytes(memoryview(content)) and of_file(tmp_path / "x").startswith("65536:")
-    for at in (0, 8191, 65536 - 8192, 65535):
-        other = bytearray(content)
-        other[at] ^= 1
-        assert of_bytes(memoryview(other)) != of_bytes(memoryview(content))
+    digest = of_bytes(memoryview(content))
+    assert of_file(tmp_path / "x") == digest and digest.startswith(f"{size}:")
+    for at in seen:
+        content[at] ^= 1
+        assert of_bytes(memoryview(content)) != digest
+        content[at] ^= 1
+    assert of_bytes(memoryview(content)) == digest
+
+
+@pytest.mark.parametrize("name", ["img/00000003", "p 3.jpeg2000", "Bild Nr. 3", "3"])
+def test_a_picture_is_seen_whatever_its_suffix(tmp_path, name):
+    folder = text_set(tmp_path / "mine")
+    rows = rows_of(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / "images/3.bmp").rename(folder / name)
+    rows[3]["images"] = [name]
+    write(folder, rows)
+    then = taken(folder)
+    Image.new("RGB", (8, 8), "blue").save(folder / name, format="bmp")
+    assert difference(then, taken(folder)) == "column 'images' differs, first in mine/train/000003"
+
+
+def chat(question: str, reply: str, kind: str):
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}]
+    turns += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    if kind == "text":
+        return json.dumps(turns)
+    if kind == "from":
+        return [{"from": turn["role"], "value": turn["content"]} for turn in turns]
+    return {name: [turn[name] for turn in turns] for name in turns[0]} if kind == "lists" else turns
+
+
+@pytest.mark.parametrize("kind", ["turns", "from", "lists", "text"])
+@pytest.mark.parametrize("column", ["messages", "conversations", "prompt"])
+def test_the_last_replies_of_a_chat_are_answers(tmp_path, column, kind):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+
+    def of(question: str, reply: str) -> dict:
+        write(folder, [{column: chat(f"{question} {i}?", reply, kind)} for i in range(6)])
+        return taken(folder)
+
+    then = of("Which", "4")
+    assert difference(then, of("Which", "9")) is None and not same_answers(then, of("Which", "9"))
+    assert difference(then, of("What", "4")).startswith(f"column {column!r} differs") and same_answers(
+        then, of("What", "4")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- in a run

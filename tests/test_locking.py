@@ -114,6 +114,28 @@ def test_a_lock_whose_file_is_removed_meanwhile_is_taken_again(tmp_path, monkeyp
             pytest.fail("both have it")
 
 
+@pytest.mark.parametrize("after", ["mkdir", "open"])
+def test_a_folder_that_another_removes_meanwhile_is_made_again(tmp_path, monkeypatch, after):
+    """Whoever made it removes it when leaving, also between another's making it and opening the lock in it."""
+    out, real, calls = tmp_path / "run", Path.mkdir, []
+
+    def removed(path, *args, **kwargs):
+        real(path, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 1:
+            path.rmdir()
+            if after == "mkdir":
+                raise FileExistsError(17, "File exists", str(path))
+
+    out.mkdir()
+    monkeypatch.setattr(Path, "mkdir", removed)
+    with holding(out):
+        assert len(calls) == 2
+        with pytest.raises(FolderInUse), holding(out):
+            pytest.fail("both have it")
+    assert not out.exists()
+
+
 def test_without_locks_the_work_goes_on(tmp_path, monkeypatch, capsys):
     def no_locks(file, how):
         raise OSError(95, "Operation not supported")

@@ -442,6 +442,28 @@ def test_the_rollouts_of_a_run_are_a_stage_of_their_own(tiny, tmp_path):
     assert same(online, tmp_path / "again")
 
 
+def test_the_rollouts_of_a_run_are_its_own(tiny, two_steps, tmp_path):
+    """No stage writes into them, and no run takes up what a stage sampled."""
+    out, few = two_steps / "rollouts", {"model": tiny, "questions_per_step": 4, "group_size": 4, "max_new_tokens": 12}
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    (tmp_path / "link").symlink_to(out)
+    for folder in (out, tmp_path / "link"):
+        with pytest.raises(ShardError, match=f"{folder} belongs to the training run in {two_steps}; give another"):
+            rollout.main(rollout.Config(out=folder, steps=3, **few))
+    (tmp_path / "other").mkdir()
+    rollout.main(rollout.Config(out=tmp_path / "other" / "rollouts", steps=1, **few))
+    with pytest.raises(ShardError, match="other/rollouts holds shards that another command sampled"):
+        run(tiny, tmp_path / "other", steps=1)
+    rewards.main(rewards.Config(rollouts=out, out=tmp_path / "scored", reward="random"))
+    assert before == {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+def test_files_that_are_saved_can_be_read_by_those_who_can_read_the_others(two_steps):
+    saved = [path for path in two_steps.rglob("*") if path.suffix in (".safetensors", ".json")]
+    kinds = {path.name: path.stat().st_mode & 0o777 for path in saved}
+    assert len({*kinds.values()}) == 1 and {"optimizer.safetensors", "adapter_model.safetensors"} <= {*kinds}
+
+
 def test_shards_of_a_model_that_has_changed_are_refused(tiny, tmp_path):
     model = shutil.copytree(tiny, tmp_path / "model")
     online = run(str(model), tmp_path / "online", steps=1)
@@ -472,7 +494,7 @@ def test_a_step_without_a_usable_question_is_left_out(tiny, tmp_path, monkeypatc
     capfd.readouterr()
     assert same(run(tiny, cut, steps=2, save_every=1), out)
     said = capfd.readouterr().out
-    assert "going on after step 1 of 2\nsteps 2 to 2 had been sampled: their shards are used" in said
+    assert "going on after step 1 of 2\nstep 2 had been sampled: the shards are used as they are" in said
 
 
 def test_the_last_step_of_a_run_may_be_left_out(tiny, tmp_path, monkeypatch):
@@ -496,8 +518,11 @@ def test_updates_that_stay_non_finite_end_the_run(tiny, tmp_path, monkeypatch, c
     monkeypatch.setattr(update, "grpo_loss", broken)
     monkeypatch.setitem(rewards.REWARDS, "even", lambda group: [0.0, 1.0] * 2)  # a signal in every update
     out, settings = tmp_path / "r", dict(steps=9, save_every=1, keep=1, minibatches=2, reward="even", max_new_tokens=4)
-    with pytest.raises(Diverged, match="stopped at step 5 of 9: the last 5 updates .* --init-adapter .*step-000001/"):
+    with pytest.raises(
+        Diverged, match="stopped at step 5 of 9: the last 5 updates .* --init-adapter .*step-000001/"
+    ) as end:
         run(tiny, out, **settings)
+    assert ("--dtype" in str(end.value)) == torch.cuda.is_available()  # on a CPU it is fp32 already
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["nonfinite"] for row in rows] == [1, 0, 1, 2, 2]
     assert [row["nonfinite_in_a_row"] for row in rows] == [1, 0, 1, 3, 5]

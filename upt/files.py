@@ -58,6 +58,14 @@ def writing(path: Path | str) -> Iterator[None]:
         raise StorageError(f"{path}: {said}") from error
 
 
+def publish(folder: Path | str) -> None:
+    """Give the safetensors files in a folder the permissions of other new files: their library makes them private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in Path(folder).glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
+
+
 def write_whole(path: Path | str, chunks: Iterable[bytes]) -> None:
     """Write `chunks` to `path` so that a crash at any moment leaves the old file, the new one or none."""
     path = Path(path)

@@ -56,6 +56,8 @@ class Run:
     seed: int
     folder: Path
     flags: list[str] = field(repr=False)
+    logged: int = 0
+    """bytes of its log.txt from before it was started here"""
 
     @property
     def name(self) -> str:
@@ -110,8 +112,10 @@ def share_base(run: Run, runs: list[Run]) -> bool:
 def start(run: Run, threads: int) -> subprocess.Popen:
     """Begin a run, or go on with it, in a process of its own that writes to its log.txt."""
     run.folder.mkdir(parents=True, exist_ok=True)
+    path = run.folder / "log.txt"
+    run.logged = path.stat().st_size if path.exists() else 0
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10"}
-    with open(run.folder / "log.txt", "ab") as log:
+    with open(path, "ab") as log:
         # In a session of its own: Ctrl-C reaches this process alone, which then asks each run once.
         return subprocess.Popen(
             [sys.executable, str(TRAIN), *run.flags],
@@ -136,6 +140,14 @@ def last_lines(path: Path) -> str:
     """The end of a log, indented."""
     lines = [line.rsplit("\r", 1)[-1] for line in path.read_text(errors="replace").split("\n")]  # a bar's last state
     return "\n".join(f"    {line}" for line in [line for line in lines if line.strip()][-LOG_LINES:])
+
+
+def reason(run: Run) -> str:
+    """Why a run failed: the last error in its log since it was started, else the last line."""
+    said = (run.folder / "log.txt").read_bytes()[run.logged :].decode(errors="replace")
+    lines = [line for line in said.splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["it said nothing"])[-1].strip()
 
 
 def execute(folder: Path, runs: list[Run], jobs: int, threads: int, steps: int, shares_base: bool, report) -> list[Run]:
@@ -324,9 +336,11 @@ def main(config, variants, settings_of: Callable) -> dict[str, dict]:
         return write_results(config, runs, about)
 
     failed = execute(config.out, runs, jobs, threads, settings.steps, settings.eval_questions > 0, report)
-    table = report()
-    print((config.out / "table.md").read_text())
-    print(f"table.md, table.csv and curves.png in {config.out}")
+    if len(failed) < len(runs):  # else tables of an earlier command stay
+        table = report()
+        print((config.out / "table.md").read_text())
+        print(f"table.md, table.csv and curves.png in {config.out}")
     if failed:
-        raise RunsFailed(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(run.name for run in failed)}")
+        why = "; ".join(f"{run.name}: {reason(run)}" for run in failed)
+        raise RunsFailed(f"{len(failed)} of {len(runs)} runs failed: {why}")
     return table

@@ -2,28 +2,32 @@
 
 Each column has a digest over all rows, and each row one over its columns but the answers, which label-free training
 never reads. No picture is decoded: of bytes, and of files that a cell names, the size and the content enter, of more
-than 16 KiB the first 8 and the last 8. Where a set lies and how its files are called does not enter.
+than 1 MiB 16 pieces of 64 KiB, the first of them at the start, the last at the end, the others evenly between. Where a
+set lies and how its files are called does not enter.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
+from typing import BinaryIO
 
 import datasets
 import pyarrow as pa
 
-from upt.data.columns import ANSWER, FOLDER, pick
+from upt.data.chat import ASSISTANT, USER, turns
+from upt.data.columns import ANSWER, FOLDER, QUESTION, pick, unwritten
 from upt.data.marks import take_out
 from upt.data.pictures import held, local
 from upt.data.questions import BadRow, Questions
 
-END = 8 << 10  # bytes
+PIECE, PIECES = 64 << 10, 16  # bytes, and how many of them are looked at; all of what is not larger
 BATCH = 1000  # rows
 ANSWERS = "answers"  # what the column of gold answers is called here
-FILE = re.compile(r"[^\0\n]{1,500}\.\w{2,5}")  # what could name one
+FILE = re.compile(r"[^\0\n]{1,500}")  # what could name one
 
 
 def of_questions(questions: Questions) -> dict:
@@ -86,18 +90,35 @@ def same_answers(then: dict, now: dict) -> bool:
 def rows_of(table: datasets.Dataset, chosen: list[int], folder: Path | None) -> Iterator[dict]:
     """Some rows of a table, as JSON can hold them; pictures by their digests. Paths lie in `folder`, or in FOLDER.
 
-    Columns of answers, read or not, are together under ANSWERS.
+    Columns of answers, read or not, are together under ANSWERS, and so are the replies in chats.
     """
     names, table = table.column_names, table.with_format("arrow")
     answers = {name for name in names if name == ANSWERS or pick([name], ANSWER)}
+    chats = [name for name in names if pick([name], QUESTION)]
     for start in range(0, len(chosen), BATCH):
         for cells in zip(*table[chosen[start : start + BATCH]].columns, strict=True):
             row = dict(zip(names, cells, strict=True))
             own = row.pop(FOLDER, None)  # of a text file, whose cells are JSON
             where = folder if own is None else Path(json.loads(own.as_py()) if own.is_valid else ".")
             found = {name: of_cell(cell, where, own is not None) for name, cell in row.items()}
-            golds = {ANSWERS: {name: found.pop(name) for name in names if name in answers}} if answers else {}
-            yield found | golds
+            golds = {name: found.pop(name) for name in names if name in answers}
+            for name in chats:
+                found[name], replies = without_replies(found[name])
+                golds |= {name: replies} if replies else {}
+            yield found | ({ANSWERS: golds} if golds else {})
+
+
+def without_replies(cell) -> tuple[object, list]:
+    """A chat, as `of_cell` gives it, without what the assistant says after the last question, and that.
+
+    Other cells are as they were.
+    """
+    chat = turns(cell)
+    last = max((i for i, (role, _) in enumerate(chat or ()) if role in USER), default=None)
+    if last is None:
+        return cell, []
+    replies = [turn for turn in chat[last + 1 :] if turn[0] in ASSISTANT]
+    return chat[: last + 1] + [turn for turn in chat[last + 1 :] if turn[0] not in ASSISTANT], replies
 
 
 def of_cell(cell: pa.Scalar, folder: Path | None, is_json: bool):
@@ -117,6 +138,8 @@ def plain(cell, folder: Path | None):
         return found["bytes"] if found.get("bytes") is not None else found  # the path beside bytes is only a name
     if isinstance(cell, list):
         return [plain(value, folder) for value in cell]
+    if isinstance(cell, str) and turns(cell):  # a chat, as CSV has it
+        return plain(unwritten(cell), folder)
     return of_text(cell, folder) if isinstance(cell, str) and folder is not None else cell
 
 
@@ -134,9 +157,10 @@ def of_text(text: str, folder: Path) -> str | list[str]:
 def of_named(name: str, folder: Path) -> str | None:
     """The digest of the file that is called so; None if there is none."""
     if FILE.fullmatch(name):
-        with suppress(OSError, RuntimeError):
-            if (folder / local(name)).is_file():
-                return of_file(folder / local(name))
+        with suppress(OSError, ValueError):
+            path = os.path.join(folder, local(name))
+            if os.path.isfile(path):  # asked of most texts, and much faster than a Path
+                return of_file(path)
     return None
 
 
@@ -158,15 +182,21 @@ def unwrapped(cell):
 
 
 def of_bytes(content: memoryview) -> str:
-    kept = bytes(content) if len(content) <= 2 * END else bytes(content[:END]) + bytes(content[-END:])
-    return f"{len(content)}:{blake2b(kept, digest_size=8).hexdigest()}"
+    return of_pieces(pa.BufferReader(content), len(content))
 
 
-def of_file(path: Path) -> str:
-    size = path.stat().st_size
+def of_file(path: Path | str) -> str:
     with open(path, "rb") as file:
-        kept = file.read(2 * END if size <= 2 * END else END)
-        if size > 2 * END:
-            file.seek(size - END)
-            kept += file.read(END)
-    return f"{size}:{blake2b(kept, digest_size=8).hexdigest()}"
+        return of_pieces(file, os.fstat(file.fileno()).st_size)
+
+
+def of_pieces(file: BinaryIO, size: int) -> str:
+    """The digest of what is in a file, by its size and all of it, or PIECES of it."""
+    digest = blake2b(digest_size=8)
+    if size <= PIECE * PIECES:
+        digest.update(file.read())
+    else:
+        for i in range(PIECES):
+            file.seek(i * (size - PIECE) // (PIECES - 1))
+            digest.update(file.read(PIECE))
+    return f"{size}:{digest.hexdigest()}"

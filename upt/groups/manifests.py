@@ -129,6 +129,7 @@ def check(folder: Path | str, stage: str, config: dict, ignore: Iterable[str] = 
     changed since. Fields in `ignore` (paths, devices) are not compared.
     """
     folder = Path(folder)
+    check_owner(folder)
     if not (folder / "manifest.json").exists():
         if list_shards(folder):
             raise ShardError(f"{folder}: shards of unknown settings (no manifest.json there); use another --out")
@@ -151,6 +152,14 @@ def check_stage(folder: Path | str, stage: str) -> None:
     folder = Path(folder)
     if (folder / "manifest.json").exists() and (found := read(folder)["stage"]) != stage:
         raise ShardError(f"{folder} holds the output of a {found} stage, not of a {stage} stage: use another --out")
+
+
+def check_owner(folder: Path) -> None:
+    """ShardError for the rollouts of a training run, which it takes up as its own: only the run writes there."""
+    there = folder.resolve()
+    run = there.parent
+    if there.name == "rollouts" and (run / "manifest.json").is_file() and read(run)["stage"] == "train":
+        raise ShardError(f"{folder} belongs to the training run in {run}; give another --out")
 
 
 def differences(old: dict, new: dict, ignore: Iterable[str] = ()) -> dict[str, tuple]:

@@ -43,6 +43,16 @@ def check_model(name: str) -> None:
         raise PolicyError(f"{name} lacks {listed(missing)} of {WEIGHTS}.index.json; fetch the model again")
 
 
+def check_pickles(name: str, folder: Path) -> None:
+    """Raise PolicyError for a snapshot in `folder` whose weights are pickles and nothing else, with how to convert."""
+    if not weight_files(folder) and (pickled := sorted(folder.glob("pytorch_model*.bin"))):
+        load = f"AutoModelForImageTextToText.from_pretrained({name!r}, use_safetensors=False)"
+        raise PolicyError(
+            f"the model {name} has its weights in {pickled[0].name}, a pickle, which can carry code, and such are not "
+            f"opened; if you trust its source, convert it where it was made, {load}.save_pretrained(DIR), and give DIR"
+        )
+
+
 def check_pixels(name: str, least: int | None, most: int | None) -> None:
     """Raise PolicyError for limits of an image's area, in pixels, that no picture can keep.
 

@@ -63,6 +63,7 @@ def load_weights(name: str, config, dtype: torch.dtype, attention: str):
                 config=config,
                 dtype=dtype,
                 attn_implementation=attention,
+                use_safetensors=True,  # a pickle can carry code
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # raises without naming any
             )

@@ -29,12 +29,12 @@ from transformers.utils import cached_file
 
 from kernels import linear_logprob
 from upt.errors import PolicyError
-from upt.files import write_whole, writing
+from upt.files import publish, write_whole, writing
 from upt.model import TARGETS
 from upt.model.families import FAMILIES, Family, Features
-from upt.model.folders import check_adapter, check_model
+from upt.model.folders import check_adapter, check_model, check_pickles
 from upt.model.opening import calm, check_fit, load_weights, loading, open_adapter
-from upt.model.origin import BASE, check_base, origin_of
+from upt.model.origin import BASE, check_base, origin_of, snapshot_folder
 from upt.model.packing import Prompt, Row, layout, packed_mask, predicting
 
 PIXEL_VALUES_AT_ONCE = 2**25  # preprocessed pixel values given to the vision tower at once: 128 MiB in float32
@@ -161,6 +161,7 @@ class Policy:
             raise PolicyError("there is no adapter to save: call add_lora or load_adapter first")
         with writing(folder):
             self.model.save_pretrained(folder)
+            publish(folder)
         if self.origin and self.origin["fingerprint"]:
             write_whole(Path(folder) / BASE, [json.dumps(self.origin, indent=1).encode()])
 
@@ -172,6 +173,7 @@ class Policy:
         with writing(folder):
             for part in (self.model, self.tokenizer, self.family.image_processor):
                 part.save_pretrained(folder)
+            publish(folder)
         weights = origin_of(str(folder))
         merged_before = self.origin and self.origin["adapter"] and self.origin["fingerprint"]
         if not trained and merged_before:  # an adapter made for the one fits the other
@@ -307,7 +309,10 @@ class Policy:
 
 
 def model_config(name: str):
-    """The configuration of a snapshot or hub id. Raises PolicyError if it is not there or not of a known family."""
+    """The configuration of a snapshot or hub id.
+
+    Raises PolicyError if it is not there, not of a known family, or has its weights as pickles.
+    """
     check_model(name)
     try:
         config = AutoConfig.from_pretrained(name)
@@ -320,6 +325,8 @@ def model_config(name: str):
     if config.model_type not in FAMILIES:
         raise PolicyError(f"{name} is a {config.model_type} model; supported are {', '.join(FAMILIES)}")
     FAMILIES[config.model_type].check(config, name)
+    if folder := snapshot_folder(name):
+        check_pickles(name, folder)
     return config
 
 

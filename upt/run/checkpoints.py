@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from upt.errors import ShardError
+from upt.files import publish
 
 CHECKPOINT = re.compile(r"step-(\d{6,})")
 
@@ -46,6 +47,7 @@ def save_checkpoint(folder: Path, step: int, policy, optimizer, schedule, second
         kept = optimizer.state_dict()
         tensors = {f"{i}.{name}": value for i, of in kept["state"].items() for name, value in of.items()}
         save_file(tensors, draft / "optimizer.safetensors")
+        publish(draft)
         state = {
             "step": step,
             "optimizer": kept["param_groups"],

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from upt.model import Policy
 
 
-def check_finite(config, rows: list[dict]) -> None:
+def check_finite(policy: "Policy", config, rows: list[dict]) -> None:
     """Raise Diverged if the last updates were not finite, NONFINITE or more in a row, with what to go on from.
 
     `config` is a train_upt.Config, `rows` are the lines of metrics.jsonl.
@@ -22,10 +22,11 @@ def check_finite(config, rows: list[dict]) -> None:
     found = checkpoints.checkpoints(config.out / "checkpoints")
     healthy = [path for path in found if checkpoints.step_of(path) < health.unhealthy_from(rows)]
     further = f"go on from its last healthy checkpoint, --init-adapter {healthy[-1]}/adapter" if healthy else ""
+    wider = "" if policy.base.dtype.itemsize > 2 else f" or --dtype fp32 (now {config.dtype})"
     raise Diverged(
         f"the run in {config.out} has stopped at step {rows[-1]['step'] + 1} of {config.steps}: the last {count} "
         f"updates had a loss or gradient that is not finite, and were not made; {further or 'start again'}, with a "
-        f"lower --learning-rate (now {config.learning_rate}) or --dtype fp32 (now {config.dtype}), into another --out"
+        f"lower --learning-rate (now {config.learning_rate}){wider}, into another --out"
     )
 
 

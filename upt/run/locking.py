@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
@@ -19,6 +20,7 @@ from upt.errors import FolderInUse
 from upt.files import check_folder, writing
 
 LOCK = ".lock"
+TRIES, PAUSE = 50, 0.01  # to enter a folder that others let go; seconds between two tries
 
 
 def alone(main: Callable) -> Callable:
@@ -49,12 +51,10 @@ def holding(*folders: Path) -> Iterator[None]:
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
     check_folder(folder)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    path = folder / LOCK
+    made, path = [], folder / LOCK
     try:
         with writing(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            file = _locked(path)
+            file = _entered(folder, made)
         try:
             yield
         finally:
@@ -65,6 +65,19 @@ def _held(folder: Path) -> Iterator[None]:
         for path in made:
             with suppress(OSError):  # there is something in it
                 path.rmdir()
+
+
+def _entered(folder: Path, made: list[Path]):
+    """Make a folder and lock it: what `_locked` gives. The folders that were not there are added to `made`."""
+    for left in reversed(range(TRIES)):
+        made += [path for path in (folder, *folder.parents) if path not in made and not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return _locked(folder / LOCK)
+        except (FileNotFoundError, FileExistsError):  # another process lets it go, and removes it meanwhile
+            if not left:
+                raise
+            time.sleep(PAUSE)
 
 
 def _locked(path: Path):

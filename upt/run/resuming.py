@@ -44,7 +44,10 @@ def prepare(config):
 
 
 def check_settings(config) -> None:
-    """Raise ShardError if the folder holds a run of other settings; of one that made no step, with what to do."""
+    """Raise ShardError if the folder holds a run of other settings; of one that made no step, with what to do.
+
+    Likewise if it holds no run, but rollouts, which the run would take for its own.
+    """
     out = config.out
     begun = [
         *(out / "rollouts").glob("step-*"),
@@ -58,6 +61,11 @@ def check_settings(config) -> None:
         if begun:
             raise
         raise ShardError(f"{error}; that run has not made a step, so its folder can be removed: rm -r {out}") from error
+    if not (out / "manifest.json").exists() and not config.from_shards and shards.list_shards(out / "rollouts"):
+        raise ShardError(
+            f"{out / 'rollouts'} holds shards that another command sampled, and a run samples its own there; give "
+            "another --out, or train on those shards: --from-shards"
+        )
 
 
 def check_steps(config) -> None:
