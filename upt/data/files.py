@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
@@ -193,13 +194,18 @@ def _rows(path: Path) -> dict[str, list[dict]]:
         raise DataError(f"{path} is not UTF-8: {error}. Save it as UTF-8") from error
 
 
+def _is_json(content: bytes) -> bool:
+    with suppress(ValueError, RecursionError):
+        json.loads(content)
+        return True
+    return False
+
+
 def _lines(path: Path, content: bytes) -> list[dict]:
     """JSONL. The JSON reader of `datasets` gives up a whole file for one broken line."""
     rows = []
-    if content.lstrip()[:1] == b"[" and content.strip().count(b"\n"):
-        with suppress(ValueError, RecursionError):
-            if isinstance(json.loads(content), list):
-                raise DataError(f"{path} is one list of JSON over several lines. Rename it to {path.stem}.json")
+    if content.lstrip()[:1] == b"[" and b"\n" in content.strip() and _is_json(content):
+        raise DataError(f"{path} is one list of JSON over several lines. Rename it to {path.stem}.json")
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue

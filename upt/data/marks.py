@@ -28,7 +28,8 @@ _MARKS = (
     r"<figure>(?=\s*<img\b)",  # around a picture that has its own mark
     rf"{_OPEN}{_WORD}s?[ _:#-]{{0,8}}(?P<angle>\d{{0,4}})[ \t]{{0,4}}/?{_CLOSE}",
     r"\[(?:image|img|picture)[ _:#-]{0,8}(?P<square>\d{0,4})\]",
-    rf"(?<![\w\\^{{}}])\{{{{1,2}}[ \t]{{0,4}}{_WORD}[ _:#-]{{0,8}}(?P<curly>\d{{0,4}})[ \t]{{0,4}}\}}{{1,2}}",  # not \text{{image}}
+    # Not \text{image}.
+    rf"(?<![\w\\^{{}}])\{{{{1,2}}[ \t]{{0,4}}{_WORD}[ _:#-]{{0,8}}(?P<curly>\d{{0,4}})[ \t]{{0,4}}\}}{{1,2}}",
     rf"(?m:^)\({_WORD}[ _:#-]{{0,8}}(?P<round>\d{{0,4}})\)",  # elsewhere in a line it is prose
     r"<img\b[^<>]*>",
 )

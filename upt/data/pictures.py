@@ -41,8 +41,9 @@ def held(uid: str, cell) -> list[bytes | str]:
         return [picture for part in cell for picture in held(uid, part)]
     if isinstance(cell, dict):
         by_lower = {str(key).lower(): value for key, value in cell.items() if not is_nothing(value)}
-        own = next((by_lower[key] for key in (*_KEYS, *IMAGE) if key in by_lower), None) or likely(cell)
-        if by_lower and is_nothing(own) and not any(str(key).lower() in _KEYS for key in cell):
+        own = next((by_lower[key] for key in (*_KEYS, *IMAGE) if key in by_lower), None)
+        own = likely(cell) if own is None else own
+        if by_lower and own == [] and not any(str(key).lower() in _KEYS for key in cell):
             raise BadRow(uid, f"neither image bytes nor a path to a file: a mapping of {', '.join(map(str, cell))}")
         return held(uid, own)
     raise BadRow(uid, f"neither image bytes nor a path to a file: {str(cell)[:80]!r}")
