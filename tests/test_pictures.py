@@ -151,6 +151,7 @@ def test_a_mark_is_one_picture_and_no_text(folder, mark):
         'What?<img src="a.png" width="3">',
         "<IMG width=3 src='in/c (1).JPG'/>What?",
         "<img src=a.png>What?",
+        "<figure>\n<img src='a.png'>\n</figure>What?",
         "<image:a.png> What?",
         "[image: a.png] What?",
         "<image src='a.png'/>What?",
@@ -238,7 +239,7 @@ def test_options_count_too(folder):
         "<image:",
         "(image)",
         "<image_start> ",
-        "<image" + 50 * " ",
+        "<image" + 8 * " ",
         "&lt;",
         "[IMG]",
         "![](",
@@ -333,6 +334,12 @@ def test_no_picture_of_a_row_is_passed_over(folder, row, reason):
     jsonl(folder / "test.jsonl", plain(1))
     with pytest.raises(BadRow, match=reason):
         load(folder)[1]
+
+
+def test_a_solution_may_have_pictures_of_its_own(folder):
+    worked = "As in this: ![](https://example.org/b.png)"
+    for more in ({}, {"image": "a.png"}):
+        assert only(folder, {"problem": "q", "answer": "7", "solution": worked} | more).gold == "7"
 
 
 def test_a_picture_in_turns_that_are_not_read_is_named(folder):

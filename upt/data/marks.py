@@ -14,9 +14,10 @@ _START = rf"{_OPEN}(?:(?:{_WORD}|vision|media)[ _-]?(?:start|begin)|(?:start|beg
 _END = rf"{_OPEN}(?:(?:{_WORD}|vision|media)[ _-]?end|end[ _-]of[ _-]{_WORD}){_CLOSE}"
 _PAD = rf"{_OPEN}(?:{_WORD}|vision|media)[ _-]?pad{_CLOSE}"
 _MARKS = (
-    rf"<(?P<tag>{_WORD})>\s*(?P<tagged>[^<>\s]*|[^<>\n]*{EXTENSIONS})\s*</(?P=tag)>",  # <img>a.png</img>
+    rf"<(?P<tag>{_WORD})>\s{{0,40}}(?P<tagged>[^<>\s]*|[^<>\n]{{0,400}}{EXTENSIONS})\s{{0,40}}</(?P=tag)>",  # <img>a.png</img>
     rf"[<\[]{_WORD}[ \t]?[:=](?P<colon>[^<>\[\]\n]{{1,400}}{EXTENSIONS})[ \t]{{0,4}}[>\]]",  # <image: a.png>
-    r"<(?:img|image)\b[^<>]*?\bsrc\s*=\s*(?:\"(?P<double>[^\"<>]*)\"|'(?P<single>[^'<>]*)'|(?P<bare>[^\s<>\"']+))[^<>]*>",
+    r"<(?:img|image)\b[^<>]*?\bsrc\s*=\s*(?:\"(?P<double>[^\"<>]*)\"|'(?P<single>[^'<>]*)'|"
+    r"(?P<bare>[^\s<>\"']+)(?![^\s<>\"']))[^<>]*>",
     r"!\[[^\[\]\n]*\]\([ \t]*(?P<markdown>(?:[^()\s]|\([^()\s]*\))+|(?:[^()\n\"]|\([^()\n]*\))*" + EXTENSIONS + r")"
     r"(?:[ \t]+\"[^\"\n]*\")?[ \t]*\)",
     r"\\includegraphics\s*(?:\[[^\[\]\n]*\])?\s*\{(?P<latex>[^{}\n]*)\}",
@@ -25,7 +26,7 @@ _MARKS = (
     rf"(?:{_PAD})+(?:{_END})?|{_END}",
     r"<img>(?:<IMG_CONTEXT>)+</img>|(?:<IMG_CONTEXT>)+",
     rf"{_OPEN}(?:im_patch|(?:{_WORD}|media)[ _-]?(?:here|placeholder|(?:soft_)?token)){_CLOSE}",
-    r"<figure>(?=\s*<img\b)",  # around a picture that has its own mark
+    r"(?P<around><figure>(?=\s*<img\b)|</figure>)",  # of a picture that has its own mark
     rf"{_OPEN}{_WORD}s?[ _:#-]{{0,8}}(?P<angle>\d{{0,4}})[ \t]{{0,4}}/?{_CLOSE}",
     r"\[(?:image|img|picture)[ _:#-]{0,8}(?P<square>\d{0,4})\]",
     # Not \text{image}.
@@ -66,6 +67,8 @@ def take_out(text: str) -> tuple[str, Marks]:
     numbers, paths = [], []
 
     def out(mark: re.Match) -> str:
+        if mark["around"]:
+            return " "
         number = next((mark[name] for name in _NUMBERS if mark[name]), "")
         numbers.append(str(int(number)) if number else "")
         paths.extend(mark[name].strip() for name in _PATHS if mark[name])

@@ -79,7 +79,7 @@ def _looks_like_one(leaf: bytes | str, of_images: bool) -> bool:
     head = text[:500]
     if _DATA_URL.match(text) or _ADDRESS.fullmatch(head) or (of_images and _REMOTE.match(head)) or _is_base64(text):
         return True
-    return all(_PATH.fullmatch(part.strip()) for part in head.split("|"))
+    return "![" not in head and all(_PATH.fullmatch(part.strip()) for part in head.split("|"))
 
 
 def same(uid: str, one: bytes | str, two: bytes | str) -> bool:
