@@ -348,6 +348,14 @@ def test_a_picture_in_turns_that_are_not_read_is_named(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("column", ["image_link", "imageLink", "photo", "Figure 1"])
+def test_an_address_in_a_column_of_pictures_is_no_text(folder, column):
+    jsonl(folder / "train.jsonl", [{"problem": "q", column: "https://example.org/q?id=1"}])
+    with pytest.raises(DataError, match="looks like pictures|picture on the web"):
+        load(folder)
+    assert only(folder, {"problem": "q", "source": "https://example.org/about"}).image is None
+
+
 @pytest.mark.parametrize("stored", ["bytes", "Image", "Images"])
 def test_a_column_of_bytes_or_of_the_hubs_type_is_named(tmp_path, stored):
     if stored == "bytes":

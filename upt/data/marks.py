@@ -14,7 +14,8 @@ _START = rf"{_OPEN}(?:(?:{_WORD}|vision|media)[ _-]?(?:start|begin)|(?:start|beg
 _END = rf"{_OPEN}(?:(?:{_WORD}|vision|media)[ _-]?end|end[ _-]of[ _-]{_WORD}){_CLOSE}"
 _PAD = rf"{_OPEN}(?:{_WORD}|vision|media)[ _-]?pad{_CLOSE}"
 _MARKS = (
-    rf"<(?P<tag>{_WORD})>\s{{0,40}}(?P<tagged>[^<>\s]*|[^<>\n]{{0,400}}{EXTENSIONS})\s{{0,40}}</(?P=tag)>",  # <img>a.png</img>
+    # <img>a.png</img>
+    rf"<(?P<tag>{_WORD})>\s{{0,40}}(?P<tagged>[^<>\s]*|[^<>\n]{{0,400}}{EXTENSIONS})\s{{0,40}}</(?P=tag)>",
     rf"[<\[]{_WORD}[ \t]?[:=](?P<colon>[^<>\[\]\n]{{1,400}}{EXTENSIONS})[ \t]{{0,4}}[>\]]",  # <image: a.png>
     r"<(?:img|image)\b[^<>]*?\bsrc\s*=\s*(?:\"(?P<double>[^\"<>]*)\"|'(?P<single>[^'<>]*)'|"
     r"(?P<bare>[^\s<>\"']+)(?![^\s<>\"']))[^<>]*>",

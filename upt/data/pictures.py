@@ -63,7 +63,7 @@ def leaves(cell, deep: int = _DEEP) -> Iterator[bytes | str]:
 
 def likely(cell, name: str = "") -> list[bytes | str]:
     """What looks like pictures in a cell of a column, called `name`, that is not read as pictures."""
-    of_images = _IMAGE_COLUMN.fullmatch(name) is not None
+    of_images = _IMAGE_COLUMN.fullmatch(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)) is not None
     return [leaf for leaf in leaves(cell) if _looks_like_one(leaf, of_images)]
 
 
