@@ -118,7 +118,7 @@ def test_gold(tmp_path, stored, gold):
         ([1, 2.5], ["1", "2.5"]),
         ('["1", "2"]', ["1", "2"]),
         ("['1', '2']", ["1", "2"]),
-        ('["1", null, true]', ["1", "True"]),
+        ('["1", true, null]', ["1", "True"]),
         ({"B": "two", "A": "one"}, ["one", "two"]),
         ("{'B': 'two', 'A': 'one'}", ["one", "two"]),
         ([], None),

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("caches")
 
 BLUE = picture("blue")
 BASE64 = base64.b64encode(BLUE).decode()
+DATA_URL = f"data:image/png;base64,{BASE64}"
 ROW = {"problem": "<image>What?", "image": "a.png", "answer": "7"}
 COLOURS = ["red", "blue", "green", "white"]
 
@@ -61,6 +62,12 @@ def test_a_picture_in_a_cell_of_csv_and_options_in_columns(tmp_path):
     assert said(load(tmp_path)) == [("Which?", ["left", "right"] + more, "B", True) for more in ([], ["none"])]
     letters = only(tmp_path / "other", {"question": "q", "option_a": "x", "option_b": "y", "answer": "b"})
     assert letters.choices == ["x", "y"]
+
+
+def test_csv_with_blank_lines_first_and_bars(tmp_path):
+    (tmp_path / "train.csv").write_text("\n\nproblem|answer\nq, r|1\n")
+    (tmp_path / "test.csv").write_text("problem|answer\ns|2\n")
+    assert [(q.question, q.gold) for q in load(tmp_path)] == [("q, r", "1")]
 
 
 def test_a_cell_longer_than_csv_takes_by_itself(tmp_path):
@@ -124,6 +131,7 @@ def test_a_file_about_a_set_holds_no_rows_of_it(folder, caplog, name):
         ("a.jsonl", "", "none of its 0 rows is good: .* holds no row of it. Expected are"),
         ("a.jsonl", "\n \n", "none of its 0 rows is good: .* holds no row of it"),
         ("a.jsonl", '[{"problem": "q"}]', "1 × not a JSON object.*line 1 of a.jsonl: a list, where an object was exp"),
+        ("a.jsonl", '[\n {"problem": "q"}\n]', "a.jsonl is one list of JSON over several lines. Rename it to a.json"),
         ("a.jsonl", "null", "1 × not a JSON object.*line 1 of a.jsonl: null, where an object was expected"),
         ("a.csv", "", "none of its 0 rows is good: .* holds no row of it"),
         ("a.csv", "problem,answer\n", "none of its 0 rows is good"),
@@ -217,6 +225,12 @@ CHATS = {
     "marks in parts": ([turn("user", [{"type": "image"}, PART])], ["a.png"]),
     "pictures in parts": ([turn("user", [PART, {"type": "image", "image": "a.png"}])], None),
     "urls in parts": ([turn("user", [PART, {"type": "image_url", "image_url": {"url": "a.png"}}])], None),
+    "pictures by path": ([turn("user", [PART, {"type": "picture", "path": "a.png"}])], None),
+    "pictures by kind": ([turn("user", [PART, {"type": "img", "img": "a.png"}])], None),
+    "pictures without a kind": ([turn("user", [{"image": "a.png"}, {"text": "How long is AB?"}])], None),
+    "files": ([turn("user", [PART, {"type": "file", "file": {"file_data": DATA_URL}}])], None),
+    "pictures beside the content": ([turn("user", "<image>How long is AB?") | {"images": ["a.png"]}], None),
+    "a picture beside the content": ([turn("user", "How long is AB?") | {"image": "a.png"}], None),
     "nulls in parts": ([turn("user", [PART | {"image": None}, {"type": "image", "text": None}])], ["a.png"]),
     "llama-factory": ([{"from": "human", "value": "<image>How long is AB?"}], ["a.png"]),
     "earlier": (
@@ -263,6 +277,12 @@ def test_the_turn_after_it_is_the_answer_where_no_column_is(tmp_path, reply, gol
         ({"messages": [turn("user", [{"type": "image"}, PART])]}, "no image where the text announces one"),
         ({"messages": [turn("user", [{"type": "image"}] * 2 + [PART])], "image": "a.png"}, "fewer images"),
         ({"messages": [turn("user", [{"type": "video", "video": "a.mp4"}, PART])]}, "video is not supported"),
+        (
+            {"messages": [turn("user", [PART, {"type": "file", "file": {"id": 7}}])]},
+            "neither text nor a picture: part of",
+        ),
+        ({"messages": [turn("user", [PART, {"audio": "a.wav"}])]}, "video and audio are not supported"),
+        ({"messages": [turn("user", "q") | {"images": ["a.png"]}], "image": "b.png"}, "several images"),
         ({"messages": []}, "no question text"),
         ({"messages": [{"speaker": "user", "content": "q"}]}, "no question text"),
     ],
@@ -293,12 +313,24 @@ LAYOUTS = {
     "a line": "A. 5; B. 6",
     "a line in brackets": "(A) 5 (B) 6",
     "a list of one text": ["A. 5 B. 6"],
+    "numpy's": "['5' '6']",
+    "numpy's numbers": "[5 6]",
+    "a null at the end": ["5", "6", None],
 }
 
 
 @pytest.mark.parametrize("cell", LAYOUTS.values(), ids=LAYOUTS)
 def test_options(tmp_path, cell):
     question = only(tmp_path, {"problem": "q", "choices": cell, "answer": "B"})
+    assert (question.choices, question.gold) == (["5", "6"], "B")
+
+
+@pytest.mark.parametrize(
+    "names", ["optionA optionB", "Option A,Option B", "a b", "option1 option2", "choice_1 choice_2"]
+)
+def test_options_in_columns(tmp_path, names):
+    first, second = names.split("," if "," in names else None)
+    question = only(tmp_path, {"problem": "q", first: "5", second: "6", "answer": "B"})
     assert (question.choices, question.gold) == (["5", "6"], "B")
 
 
@@ -337,6 +369,7 @@ def test_labels_of_their_own(cell, texts, labels):
         [{"label": "A", "image": "x"}],
         [["5"], ["6"]],
     ]
+    + [["5", None, "7"], ["5"], "['5']"]
     + [4, "A. 5", [str(i) for i in range(27)], "A. 5\nA. 6"],
 )
 def test_what_is_no_list_of_options_is_a_bad_row(cell):
@@ -370,7 +403,7 @@ def golds(tmp_path, *pairs, **files) -> list:
     return [q.gold for q in load(tmp_path)]
 
 
-@pytest.mark.parametrize("kind", [int, str, float])
+@pytest.mark.parametrize("kind", [int, str, float, "({})".format, "{}.".format, "Option {}".format])
 @pytest.mark.parametrize("base", [0, 1])
 def test_golds_as_numbers_of_options(tmp_path, kind, base):
     pairs = [(COLOURS, kind(i + base)) for i in (1, 3, 0, 2)]
@@ -384,6 +417,7 @@ def test_an_option_that_is_a_number_is_a_text(tmp_path):
     numbers = ["4", "2", "3", "1"]
     assert golds(tmp_path, (numbers, "3"), (numbers, 1)) == ["3", "1"]
     assert "numbers of options" not in load(tmp_path).describe()
+    assert "golds that are whole numbers are read as texts of options: 2" in load(tmp_path).describe()
     # But where most golds are no texts, one that happens to be is a number, too.
     words = [(COLOURS, i) for i in (0, 1, 2, 3)]
     assert golds(tmp_path, *words, (numbers, 1)) == ["A", "B", "C", "D", "B"]
@@ -430,6 +464,21 @@ def test_golds_that_cannot_be_read_or_met_are_counted(tmp_path):
     golds(tmp_path, (COLOURS, "E"), (COLOURS, "purple"), (COLOURS, "red"), (None, "..."), (None, "[1, 2]"))
     assert "3 of 5 golds can never be met, such as 'E' names none of its 4 options (" in load(tmp_path).describe()
     assert golds(tmp_path, (COLOURS, "A"), (None, "5")) == ["A", "5"] and "never" not in load(tmp_path).describe()
+
+
+def test_golds_that_can_hardly_be_met_are_counted(tmp_path):
+    solution = "First we add 2 and 2.\n2+2=4\n#### 4"
+    sentence = "First we add. The answer is 12."
+    assert golds(tmp_path, (None, solution), (None, sentence), (None, "C"), (None, "two red cars")) == [
+        "4",
+        sentence,
+        "C",
+        "two red cars",
+    ]
+    note = "golds that can hardly be met: 1 × whole sentences, 1 × letters without options"
+    assert note in load(tmp_path).describe()
+    turns = [turn("user", "q"), turn("assistant", solution)]
+    assert only(tmp_path / "chat", {"messages": turns}).gold == "4"
 
 
 def test_verls_ground_truth(tmp_path):

@@ -128,11 +128,13 @@ def test_a_file_name_that_is_no_picture_is_none(folder):
 MARKS = """
     <image> <Image> <image1> <image_1> <image-1> <image:1> <image/> <|image|> <|image_1|> <img> <|image_pad|> [IMG]
     <|vision_start|><|image_pad|><|vision_end|> <|vision_start|><|image_pad|><|image_pad|><|vision_end|> <picture>
+    <images> <image_token> <image_here> {image} {{image}} {image_1} <|begin_of_image|> <|image_start|><|image_end|>
+    <image_start><image_end> <|begin_of_image|><|image|><|end_of_image|> <|media_pad|> <figure> ＜image＞ &lt;image&gt;
     <img></img> [image] [Image_1] <ImageHere> <image_placeholder> <start_of_image> <img><IMG_CONTEXT><IMG_CONTEXT></img>
 """
 
 
-@pytest.mark.parametrize("mark", [*MARKS.split(), "<image 1>", "<img alt='x'>", "[image 1]"])
+@pytest.mark.parametrize("mark", [*MARKS.split(), "<image 1>", "< image >", "<img alt='x'>", "[image 1]"])
 def test_a_mark_is_one_picture_and_no_text(folder, mark):
     assert take_out(f"How long is {mark} AB?")[0] == "How long is AB?"
     asked = only(folder, {"problem": f"{mark}\nWhat?", "image": "a.png"})
@@ -149,6 +151,10 @@ def test_a_mark_is_one_picture_and_no_text(folder, mark):
         'What?<img src="a.png" width="3">',
         "<IMG width=3 src='in/c (1).JPG'/>What?",
         "<img src=a.png>What?",
+        "<figure>\n<img src='a.png'>\n</figure>What?",
+        "<image:a.png> What?",
+        "[image: a.png] What?",
+        "<image src='a.png'/>What?",
         f"<img src='{URL}'>What?",
         "![](a.png) What?",
         "![the figure](in/c%20(1).JPG) What?".replace("%20", " "),
@@ -166,10 +172,29 @@ def test_a_path_in_a_mark_is_the_picture(folder, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["x<y", "<imagery>", "a [1] b", "![", "5!(n)", "[images]", r"\frac{1}{2}", "<p>", "img"]
+    "text",
+    [
+        "x<y",
+        "<imagery>",
+        "a [1] b",
+        "![",
+        "5!(n)",
+        "[images]",
+        "(image)",
+        r"\text{image}",
+        r"\{image\}",
+        "&lt;",
+        r"\frac{1}{2}",
+        "<p>",
+        "img",
+    ],
 )
 def test_what_is_no_mark_stays(text):
     assert take_out(f"Is {text} so?") == (f"Is {text} so?", ((), ()))
+
+
+def test_a_mark_in_round_brackets_begins_a_line():
+    assert take_out("(image 2) What?\nIs it (image)?") == ("What?\nIs it (image)?", (("2",), ()))
 
 
 @pytest.mark.parametrize(
@@ -194,18 +219,37 @@ def test_a_picture_named_twice_or_by_no_mark_is_one(folder):
         assert is_blue(only(folder, {"problem": text, "image": "a.png"}).image)
 
 
+LABELLED = {"label": "A", "text": "x", "image": "a.png"}
+
+
 def test_options_count_too(folder):
     row = {"problem": "<image 1>Which?", "image": "a.png"}
     assert only(folder, row | {"choices": ["<image 1> left", "right"]}).choices == ["left", "right"]
     assert bad(folder, row | {"choices": ["<image 2> left", "right"]}).startswith(
         "fewer images than the text announces"
     )
-    for choices in (["<image 1>", "<image 2>"], ["a.png", "b.png"], [URL, URL]):
+    for choices in (["<image 1>", "<image 2>"], ["a.png", "b.png"], [URL, URL], ["a.png", "none"], [LABELLED]):
         assert bad(folder, row | {"choices": choices}) == "choices that are pictures are not supported"
 
 
 @pytest.mark.parametrize(
-    "hostile", ["[IMG]", "![](", "<img src=", "<img ", " ", "<image ", "\\includegraphics{", "<img>a"]
+    "hostile",
+    [
+        "{image",
+        "<image:",
+        "(image)",
+        "<image_start> ",
+        "<image" + 8 * " ",
+        "&lt;",
+        "[IMG]",
+        "![](",
+        "<img src=",
+        "<img ",
+        " ",
+        "<image ",
+        "\\includegraphics{",
+        "<img>a",
+    ],
 )
 def test_marks_are_found_in_bounded_time(hostile):
     start = time.perf_counter()
@@ -225,6 +269,13 @@ UNSEEN = {
     "mapping": {"bytes": BASE64, "path": None},
     "part": [{"image_url": {"url": "a.png"}}],
     "written list": '["a.png"]',
+    "under names of its own": {"meta": {"media": {"img_path": "a.png"}}},
+    "in a list under names of its own": {"extra": {"images": ["a.png"]}},
+    "SVG": "x.svg",
+    "HEIC": "x.heic",
+    "an address of an image": "https://example.org/img?id=1",
+    "joined": "a.png|b.png",
+    "bytes as Python prints them": repr(BLUE),
 }
 
 
@@ -234,14 +285,75 @@ def test_a_column_that_looks_like_pictures_is_named(folder, cell, empty):
     jsonl(folder / "train.jsonl", [{"problem": f"What is {i}?", "bild": cell if i else None} | empty for i in range(4)])
     with pytest.raises(DataError, match="column 'bild' looks like pictures.* Rename it to image"):
         load(folder)
-    # Where another column is read, its picture counts, and a row that has none there is bad.
-    rows = [{"problem": "What?", "bild": cell, "image": "a.png"}, {"problem": "What?", "bild": cell} | empty]
+    # Beside a row that is good, this one is bad.
+    rows = [{"problem": "What?", "image": "a.png"}, {"problem": "What?", "bild": cell} | empty]
     jsonl(folder / "train.jsonl", rows)
     jsonl(folder / "test.jsonl", plain(1))
     questions = load(folder)
     assert is_blue(questions[0].image) and questions.pictures == 1
     with pytest.raises(BadRow, match="picture in a column that is not read: bild, rename it to image"):
         questions[1]
+
+
+OTHER = base64.b64encode(picture("red")).decode()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": "a.png", "path": "/data/set/a.png"},
+        {"image": "./a.png", "source": "https://example.org/b.png"},
+        {"decoded_image": BASE64, "image": "images/7.jpg"},
+        {"image": {"bytes": BASE64, "path": None}, "origin": "images/7.jpg"},
+        {"image": "a.png", "img": "a.png"},
+    ],
+)
+def test_another_column_may_name_the_same_picture(folder, row):
+    assert is_blue(only(folder, {"problem": "What?"} | row).image)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"image": "a.png", "second_image": "b.png"}, "picture in a column that is not read: second_image"),
+        ({"image": BASE64, "second_image": OTHER}, "picture in a column that is not read: second_image"),
+        ({"image": "a.png", "both": "a.png|b.png"}, "picture in a column that is not read: both"),
+        ({"image": "a.png", "img": "b.png"}, "several images are not supported: 2"),
+        ({"decoded_image": BASE64, "image": OTHER}, "several images are not supported: 2"),
+        ({"video_path": "v.mp4"}, "video and audio are not supported"),
+        ({"clip": "in/v.mp4"}, "video and audio are not supported: column clip"),
+        ({"audio": "v.wav"}, "video and audio are not supported"),
+        ({"hint": "<image>\nLook."}, "no image where a column that is not read announces one: hint"),
+        ({"prompt": "<image>\nWhat?"}, "no image where a column that is not read announces one: prompt"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "no image where a column that is not read"),
+        ({"messages": [{"role": "user", "content": [{"image": "a.png"}]}]}, "picture in a column that is not read"),
+    ],
+)
+def test_no_picture_of_a_row_is_passed_over(folder, row, reason):
+    jsonl(folder / "train.jsonl", [{"problem": "What?", "image": "a.png"}, {"problem": "What?"} | row])
+    jsonl(folder / "test.jsonl", plain(1))
+    with pytest.raises(BadRow, match=reason):
+        load(folder)[1]
+
+
+def test_a_solution_may_have_pictures_of_its_own(folder):
+    worked = "As in this: ![](https://example.org/b.png)"
+    for more in ({}, {"image": "a.png"}):
+        assert only(folder, {"problem": "q", "answer": "7", "solution": worked} | more).gold == "7"
+
+
+def test_a_picture_in_turns_that_are_not_read_is_named(folder):
+    jsonl(folder / "train.jsonl", [{"question": "q", "messages": [{"role": "user", "content": [{"image": "a.png"}]}]}])
+    with pytest.raises(DataError, match="column 'messages' looks like pictures.* take 'question' out"):
+        load(folder)
+
+
+@pytest.mark.parametrize("column", ["image_link", "imageLink", "photo", "Figure 1"])
+def test_an_address_in_a_column_of_pictures_is_no_text(folder, column):
+    jsonl(folder / "train.jsonl", [{"problem": "q", column: "https://example.org/q?id=1"}])
+    with pytest.raises(DataError, match="looks like pictures|picture on the web"):
+        load(folder)
+    assert only(folder, {"problem": "q", "source": "https://example.org/about"}).image is None
 
 
 @pytest.mark.parametrize("stored", ["bytes", "Image", "Images"])

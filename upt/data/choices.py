@@ -7,9 +7,9 @@ from contextlib import suppress
 from string import ascii_lowercase, ascii_uppercase
 from typing import NamedTuple
 
-from upt.data.columns import is_nothing
+from upt.data.columns import is_nothing, unwritten
 from upt.data.marks import Marks, take_out
-from upt.data.pictures import looks_like_one
+from upt.data.pictures import likely
 from upt.data.questions import BadRow
 
 _LABEL, _TEXT = ("label", "labels", "key", "letter", "id"), ("text", "texts", "value", "content", "option")
@@ -28,6 +28,7 @@ class Options(NamedTuple):
 def options_of(uid: str, cell) -> Options | None:
     """The options in a cell: a list of texts, of {label, text} or of {letter: text}; {label: […], text: […]}; {letter:
     text}; any of these written as JSON or Python; lettered lines. None for none. Raises BadRow for anything else."""
+    cell = unwritten(cell)
     for parse in (json.loads, ast.literal_eval):
         if isinstance(cell, str) and cell.strip():
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
@@ -37,13 +38,19 @@ def options_of(uid: str, cell) -> Options | None:
     pairs = _pairs(cell)
     if pairs is None:
         raise BadRow(uid, f"choices are no list, mapping or lettered lines: {str(cell)[:40]!r}")
-    pairs = [(label, text) for label, text in pairs if text is not None]
+    while pairs and _is_missing(pairs[-1][1]):
+        pairs.pop()
+    if any(label is None and _is_missing(text) for label, text in pairs):
+        raise BadRow(uid, f"choices have a gap, which letters cannot skip: {str(cell)[:40]!r}")
+    pairs = [(label, text) for label, text in pairs if not _is_missing(text)]
+    if likely(cell) or any(likely(text) for _, text in pairs):
+        raise BadRow(uid, "choices that are pictures are not supported")
     if any(isinstance(text, bytes | dict | list | tuple) for _, text in pairs):
         raise BadRow(uid, "choices that are no texts are not supported")
     if len(pairs) > len(ascii_uppercase):
         raise BadRow(uid, f"more choices than letters: {len(pairs)}")
-    if pairs and all(looks_like_one(text) for _, text in pairs):
-        raise BadRow(uid, "choices that are pictures are not supported")
+    if len(pairs) == 1:
+        raise BadRow(uid, f"choices are one option only: {str(cell)[:40]!r}")
     texts, marks = [], Marks()
     for _, text in pairs:
         clean, of_text = take_out(str(text))
@@ -56,6 +63,10 @@ def options_of(uid: str, cell) -> Options | None:
         raise BadRow(uid, f"choices share a label: {', '.join(labels)[:80]}")
     own = len(labels) == len(texts) and [*map(str.upper, labels)] != [*ascii_uppercase[: len(labels)]]
     return Options(texts, labels if own else None, marks) if texts else None
+
+
+def _is_missing(text) -> bool:
+    return text is None or text != text  # NaN, which is unequal to itself
 
 
 def _pairs(cell) -> list[tuple] | None:

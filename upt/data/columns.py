@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from string import ascii_uppercase
+from itertools import takewhile
+from string import ascii_lowercase
 
 QUESTION = ("problem", "question", "query", "prompt", "text", "messages", "conversations")  # a text, or turns of a chat
 ANSWER = (
@@ -25,7 +26,10 @@ IMAGE = (
 )  # fmt: skip
 FILE_NAME = ("file_name", "filename", "image_file_name")  # imagefolder's; a picture only where a picture is named
 NUMBERED = re.compile(r"(?:image|img|picture|photo)_?\d+", re.I)
-VIDEO = ("videos", "video")
+VIDEO = (
+    "videos", "video", "video_path", "video_paths", "video_url", "video_file", "audios", "audio", "audio_path",
+    "audio_paths", "audio_url", "audio_file",
+)  # fmt: skip
 UID = ("uid", "id", "pid")
 FOLDER, BROKEN = "__folder__", "__broken__"  # our columns beside those of text files: where a row is from, what ails it
 
@@ -52,9 +56,9 @@ class Columns:
     answer: str | None
     choices: str | None
     letters: tuple[str, ...]
-    """columns A, B, … with the text of an option each, where there is no column of choices"""
+    """columns A, B, … or option1, option2, … with the text of an option each, where there is no column of choices"""
     pictures: tuple[str, ...]
-    """of these the first that holds something counts"""
+    """of these the first that holds something counts, and what others hold of other pictures"""
     numbered: tuple[str, ...]
     """image_0, image_1, …: all of them count"""
     files: tuple[str, ...]
@@ -68,23 +72,20 @@ class Columns:
         pictures, files, videos = (_all(names, of) for of in (IMAGE, FILE_NAME, VIDEO))
         numbered = tuple(sorted(name for name in names if NUMBERED.fullmatch(name)))
         known = {question, answer, choices, *letters, *pictures, *files, *videos, *numbered, FOLDER, BROKEN}
-        known |= {*_all(names, QUESTION), *_all(names, ANSWER), *_all(names, UID)}
+        known |= {*_all(names, UID)}
         others = tuple(name for name in names if name not in known)
         return cls(question, answer, choices, letters, pictures, numbered, files, videos, others)
 
 
 def _lettered(names: Sequence[str]) -> tuple[str, ...]:
-    """Columns `A`, `B`, … or `option_a`, `option_b`, …, from the first letter on without a gap; at least two."""
-    by_lower = {name.lower(): name for name in names if len(name) > 1} | {name: name for name in names}
-    for pattern in ("{}", "option_{}", "choice_{}"):
-        found = []
-        for letter in ascii_uppercase:
-            name = by_lower.get(pattern.format(letter if pattern == "{}" else letter.lower()))
-            if name is None:
-                break
-            found.append(name)
-        if len(found) > 1:
-            return tuple(found)
+    """Columns `A`, `B`, … or `option_a`, `option_b`, … or `option1`, `option2`, … without a gap; at least two."""
+    by_letters = {_letters(name): name for name in names}
+    from_0, from_1 = ([str(i) for i in range(start, start + 26)] for start in (0, 1))
+    for lead in ("option", "choice", "opt", ""):
+        for signs in (ascii_lowercase, from_0, from_1) if lead else (ascii_lowercase,):
+            found = [*takewhile(lambda name: name, (by_letters.get(lead + sign) for sign in signs))]
+            if len(found) > 1:
+                return tuple(found)
     return ()
 
 
@@ -93,10 +94,15 @@ def is_nothing(cell) -> bool:
     return cell is None or cell in ("", [], {}) or (isinstance(cell, float) and cell != cell)
 
 
+_ITEM = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|-?\d+(?:\.\d*)?", re.S)
+
+
 def unwritten(cell):
-    """A list or a mapping from its text in JSON or Python, as CSV has it; every other cell as it is."""
+    """A list, a mapping or bytes from their text in JSON, Python or numpy, as CSV has it; every other cell as it is."""
     text = cell.strip() if isinstance(cell, str) else ""
-    if text[:1] + text[-1:] in ("[]", "{}"):
+    if text[:1] + text[-1:] == "[]" and len(items := _ITEM.findall(text)) > 1 and not _ITEM.sub("", text[1:-1]).strip():
+        return [ast.literal_eval(item) if item[0] in "\"'" else item for item in items]  # numpy's, without commas
+    if text[:1] + text[-1:] in ("[]", "{}") or text[:2] in ("b'", 'b"'):
         for parse in (json.loads, ast.literal_eval):
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 return parse(text)

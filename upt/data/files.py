@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
@@ -193,9 +194,18 @@ def _rows(path: Path) -> dict[str, list[dict]]:
         raise DataError(f"{path} is not UTF-8: {error}. Save it as UTF-8") from error
 
 
+def _is_json(content: bytes) -> bool:
+    with suppress(ValueError, RecursionError):
+        json.loads(content)
+        return True
+    return False
+
+
 def _lines(path: Path, content: bytes) -> list[dict]:
     """JSONL. The JSON reader of `datasets` gives up a whole file for one broken line."""
     rows = []
+    if content.lstrip()[:1] == b"[" and b"\n" in content.strip() and _is_json(content):
+        raise DataError(f"{path} is one list of JSON over several lines. Rename it to {path.stem}.json")
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
@@ -246,13 +256,13 @@ def _of_object(whole: dict) -> dict[str, list] | None:
 
 
 def _csv(path: Path, text: str) -> list[dict]:
-    """CSV with a header, parted by what the header has most of: comma, semicolon or tab."""
+    """CSV with a header, parted by what the header has most of: comma, semicolon, tab or |."""
     csv.field_size_limit(2**31 - 1)  # a picture in base64 is longer than the 131,072 characters of the default
-    first = text.partition("\n")[0]
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), strict=True)
+    first = text.lstrip("\r\n ").partition("\n")[0]
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t|", key=first.count), strict=True)
     rows: list[dict] = []
     try:
-        header = [name.strip() for name in next(lines, [])]
+        header = [name.strip() for name in next(filter(any, lines), [])]
         if len({*header}) < len(header):
             raise DataError(f"{path}: its header names a column twice: {', '.join(header)[:200]}. Rename one")
         for cells in lines:

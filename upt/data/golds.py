@@ -15,13 +15,18 @@ from string import ascii_uppercase
 
 from upt.answers import answer_key, extract_answer
 from upt.data import chat
-from upt.data.choices import Options
+from upt.data.choices import Options, lettered
 from upt.data.columns import is_nothing, unwritten
 from upt.errors import DataError
 
 NEARLY, HALF = 0.9, 0.5  # shares of the golds
 _KEYS = ("ground_truth", "answer", "value", "text", "content", "target", "label")
-_WHOLE = re.compile(r"(\d{1,2})(?:\.0)?")  # pandas makes 2 of a column with gaps 2.0
+# `2`, `(2)`, `2.`, `Option 2`; pandas makes 2 of a column with gaps 2.0.
+_WHOLE = re.compile(r"(?:(?:option|choice)\s*)?[(\[]?(\d{1,2})(?:\.0|[.)\]:])?", re.I)
+_HASHES = re.compile(
+    r"^[ \t]*####[ \t]*(\S[^\n]*)\s*\Z", re.M
+)  # GSM8K's: the solution, and a last line with the answer
+LONG = 5  # words that make an answer a sentence
 _WRITTEN = re.compile(r"\s*(?:\[\s*[\"'{]|\{\s*[\"'])")  # not [1, 2], an answer as it stands
 
 
@@ -46,13 +51,18 @@ def gold_of(cell, names: Sequence[str] | None = None) -> str | None:
         return names[cell]
     text = str(cell)
     tags = re.findall(r"<answer>(.*?)</answer>", text, re.I | re.S)
-    return (tags[-1] if tags else text).strip() or None
+    return _after_hashes(tags[-1] if tags else text) or None
+
+
+def _after_hashes(text: str) -> str:
+    last = _HASHES.search(text)
+    return (last[1] if last else text).strip()
 
 
 def final_answer(reply: str) -> str | None:
     """What a demonstration ends in: its box or <answer>, else all that it says after its thoughts."""
     found = extract_answer(reply)
-    return (reply.rpartition("</think>")[2] if found is None else found).strip() or None
+    return _after_hashes(reply.rpartition("</think>")[2] if found is None else found) or None
 
 
 def meant(gold: str, options: Options | None, base: int | None) -> str | None:
@@ -79,8 +89,9 @@ def is_whole(gold: str) -> bool:
     return _WHOLE.fullmatch(gold) is not None
 
 
-def base_of(where: str, found: Iterable[tuple[str, str, Options | None]]) -> int | None:
-    """0 or 1 where golds, given as (uid, gold, options), are numbers of options counted from there; else None.
+def base_of(where: str, found: Iterable[tuple[str, str, Options | None]]) -> tuple[int | None, str]:
+    """0 or 1 where golds, given as (uid, gold, options), are numbers of options counted from there, else None; and
+    what to say of it.
 
     Of a gold that is not whole the options are not asked for. Raises DataError for golds that can be read in several
     ways.
@@ -104,7 +115,7 @@ def base_of(where: str, found: Iterable[tuple[str, str, Options | None]]) -> int
         elif int(number[1]) == len(options.texts):
             last[uid] = gold
     if odd is None or (whole - named) <= (1 - NEARLY) * total:
-        return None
+        return None, f"golds that are whole numbers are read as texts of options: {named}" if named else ""
     fix = "Write golds as letters; or take the column out, training needs none"
     if whole < NEARLY * total or named > HALF * whole:
         raise DataError(
@@ -116,7 +127,19 @@ def base_of(where: str, found: Iterable[tuple[str, str, Options | None]]) -> int
             "neither 0 nor the number of options"
         )  # fmt: skip
         raise DataError(f"{where}: golds are numbers of options, such as {odd}, with {seen}: from 0 or from 1? {fix}")
-    return 0 if first else 1
+    base = 0 if first else 1
+    both = f", {named} that are an option's text as well" if named else ""
+    return base, f"golds are numbers of options, counted from {base}{both}"
+
+
+def hardly_met(gold: str, options: Options | None, text: str) -> str | None:
+    """Why a response will hardly meet a gold, though it can; None for one that it may well."""
+    if options is not None:
+        return None
+    if re.fullmatch(r"\(?[A-H][).]?", gold.strip()) and not lettered(text):
+        return "letters without options"
+    is_long = len(re.findall(r"(?<![\\\w])[^\W\d_]{2,}", gold)) >= LONG and re.search(r"[.!?]\s|\n|.{41}", gold, re.S)
+    return "whole sentences" if is_long else None
 
 
 def unmet(gold: str, options: Options | None) -> str | None:

@@ -3,20 +3,29 @@
 import base64
 import binascii
 import re
-from pathlib import Path
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, unquote_to_bytes
 
-from upt.data.columns import is_nothing, unwritten
+from upt.data.columns import IMAGE, is_nothing, unwritten
 from upt.data.images import first_line, starts_as_image
 from upt.data.marks import EXTENSIONS
 from upt.data.questions import BadRow
 
 # What a mapping calls its picture, in the order in which they count: of datasets, TRL, OpenAI's and Anthropic's parts.
 _KEYS = ("bytes", "path", "image", "url", "image_url", "base64", "data", "source", "file_name", "image_path")
+_MEDIA = r"(?:mp4|m4v|mov|avi|mkv|webm|mpe?g|wmv|flv|wav|mp3|flac|ogg|m4a|aac|opus)"
+_OTHER = r"\.(?:svg|hei[cf]|ico|eps|psd|jxl|raw|dng|tga|dcm)"  # pictures, though none that can be read
+_SHOWN = r"(?:image|img|pic|picture|photo|figure|fig|diagram|screenshot|thumbnail)s?"
 _REMOTE = re.compile(r"(?!file|data)[a-z][a-z0-9+.-]+://", re.I)
-_PATH = re.compile(rf"[^\n<>\"|]{{1,400}}{EXTENSIONS}(?:\?[^\s]*)?", re.I)
+_PATH = re.compile(rf"[^\n<>\"|]{{1,400}}(?:{EXTENSIONS}|{_OTHER})(?:[?#]\S*)?", re.I)
+_VIDEO_PATH = re.compile(rf"[^\n<>\"|]{{1,400}}\.{_MEDIA}(?:[?#]\S*)?|data:(?:video|audio)/.*", re.I)
+_ADDRESS = re.compile(rf"https?://\S*/{_SHOWN}(?:[/?#]\S*)?", re.I)  # no ending says it, but a part of the address
+_IMAGE_COLUMN = re.compile(rf"(?:.*[\W_])?{_SHOWN}(?:[\W_\d].*)?", re.I)
 _DATA_URL = re.compile(r"data:(?:image/|application/octet-stream|;base64)", re.I)
 _HEAD = 64  # characters of base64 that show what it holds
+_DEEP, _WIDE = 8, 64  # how far a cell that is not read is looked into
 
 
 def held(uid: str, cell) -> list[bytes | str]:
@@ -31,24 +40,59 @@ def held(uid: str, cell) -> list[bytes | str]:
     if isinstance(cell, list | tuple):
         return [picture for part in cell for picture in held(uid, part)]
     if isinstance(cell, dict):
-        by_lower = {str(key).lower(): value for key, value in cell.items()}
-        if not any(key in by_lower for key in _KEYS) and any(not is_nothing(value) for value in cell.values()):
+        by_lower = {str(key).lower(): value for key, value in cell.items() if not is_nothing(value)}
+        own = next((by_lower[key] for key in (*_KEYS, *IMAGE) if key in by_lower), None)
+        own = likely(cell) if own is None else own
+        if by_lower and own == [] and not any(str(key).lower() in _KEYS for key in cell):
             raise BadRow(uid, f"neither image bytes nor a path to a file: a mapping of {', '.join(map(str, cell))}")
-        return held(uid, next((by_lower[key] for key in _KEYS if not is_nothing(by_lower.get(key))), None))
+        return held(uid, own)
     raise BadRow(uid, f"neither image bytes nor a path to a file: {str(cell)[:80]!r}")
 
 
-def looks_like_one(cell) -> bool:
-    """Whether a cell of a column that is not read as pictures holds what looks like one."""
+def leaves(cell, deep: int = _DEEP) -> Iterator[bytes | str]:
+    """The texts and bytes in a cell, however nested; of what is very deep or long, those at the start."""
     cell = unwritten(cell)
-    if isinstance(cell, bytes):
-        return starts_as_image(cell[:16])
-    if isinstance(cell, str):
-        text = cell.strip()
-        return bool(_DATA_URL.match(text) or _PATH.fullmatch(text[:500])) or _is_base64(text)
-    if isinstance(cell, dict):
-        return any(looks_like_one(cell.get(key)) for key in _KEYS)
-    return isinstance(cell, list | tuple) and any(looks_like_one(part) for part in cell[:8])
+    if isinstance(cell, bytes | str):
+        yield cell
+    elif isinstance(cell, dict | list | tuple) and deep:
+        if isinstance(cell, dict):  # beside bytes a path is only a name
+            cell = [cell["bytes"]] if not is_nothing(cell.get("bytes")) else cell.values()
+        for part in islice(cell, _WIDE):
+            yield from leaves(part, deep - 1)
+
+
+def likely(cell, name: str = "") -> list[bytes | str]:
+    """What looks like pictures in a cell of a column, called `name`, that is not read as pictures."""
+    of_images = _IMAGE_COLUMN.fullmatch(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)) is not None
+    return [leaf for leaf in leaves(cell) if _looks_like_one(leaf, of_images)]
+
+
+def has_video(cell) -> bool:
+    """Whether a cell names a file of video or audio."""
+    return any(isinstance(leaf, str) and _VIDEO_PATH.fullmatch(leaf.strip()[:500]) for leaf in leaves(cell))
+
+
+def _looks_like_one(leaf: bytes | str, of_images: bool) -> bool:
+    if isinstance(leaf, bytes):
+        return starts_as_image(leaf[:16])
+    text = leaf.strip()
+    head = text[:500]
+    if _DATA_URL.match(text) or _ADDRESS.fullmatch(head) or (of_images and _REMOTE.match(head)) or _is_base64(text):
+        return True
+    return "![" not in head and all(_PATH.fullmatch(part.strip()) for part in head.split("|"))
+
+
+def same(uid: str, one: bytes | str, two: bytes | str) -> bool:
+    """Whether two are one picture: the same bytes, a name beside bytes, an address beside a file, or one's path the
+    end of the other's. Of bytes the shorter are taken for the head of the longer, as a survey has only heads."""
+    contents = [content if isinstance(content, bytes) else _inline(uid, content) for content in (one, two)]
+    if None not in contents:
+        return contents[0].startswith(contents[1]) or contents[1].startswith(contents[0])
+    if contents != [None, None] or bool(_REMOTE.match(one)) != bool(_REMOTE.match(two)):
+        return True
+    paths = [PurePosixPath(local(path).replace("\\", "/")).parts for path in (one, two)]
+    length = min(map(len, paths))
+    return paths[0][-length:] == paths[1][-length:]
 
 
 def _is_base64(text: str) -> bool:

@@ -1,20 +1,21 @@
 """What a row of a data set says: question, choices, gold answer and picture, or why it can't be used."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from string import ascii_uppercase
 
 from upt.data import chat
 from upt.data.choices import Options, options_of
-from upt.data.columns import BROKEN, FOLDER, Columns, is_nothing
+from upt.data.columns import ANSWER, BROKEN, FOLDER, Columns, is_nothing, pick
 from upt.data.golds import final_answer, gold_of, meant
 from upt.data.images import decode
 from upt.data.marks import VIDEO, Marks, take_out
-from upt.data.pictures import Files, held, looks_like_one
+from upt.data.pictures import Files, has_video, held, leaves, likely, same
 from upt.data.questions import BadRow, Question
 
 
 class Unseen(BadRow):
-    """The row has no picture but in a column that is not read."""
+    """The row has a picture in a column that is not read."""
 
     def __init__(self, uid: str, column: str):
         super().__init__(uid, f"picture in a column that is not read: {column}, rename it to image")
@@ -105,15 +106,38 @@ def _picture(uid: str, row: dict, columns: Columns, marks: Marks, in_turns: list
     """The one picture of a row: of its columns, else of the turns of its chat, else of the paths in its marks."""
     if any(not is_nothing(row.get(name)) for name in columns.videos):
         raise BadRow(uid, "video and audio are not supported")
-    cells = (held(uid, row.get(name)) for name in columns.pictures)
-    found = next(filter(None, cells), []) + [p for name in columns.numbered for p in held(uid, row.get(name))]
-    found = found or next((held(uid, row[name]) for name in columns.files if looks_like_one(row.get(name))), [])
-    found = found or in_turns or held(uid, list(marks.paths))
-    if not found and (unseen := next((name for name in columns.others if looks_like_one(row.get(name))), None)):
-        raise Unseen(uid, unseen)
+    if video := next((name for name in (*columns.files, *columns.others) if has_video(row.get(name))), None):
+        raise BadRow(uid, f"video and audio are not supported: column {video}")
+    found = []
+    for name in columns.pictures:
+        cell = row.get(name)
+        found += _others(uid, likely(cell, name), found) if found else held(uid, cell)
+    found += [p for name in columns.numbered for p in held(uid, row.get(name))]
+    found = found or next((held(uid, row[name]) for name in columns.files if likely(row.get(name))), [])
+    found = found + _others(uid, likely(in_turns), found) if found else in_turns or held(uid, list(marks.paths))
+    for name in columns.others:
+        if _others(uid, likely(row.get(name), name), found):
+            raise Unseen(uid, name)
+    if not found and not marks.count and (name := next((n for n in columns.others if _announces(n, row.get(n))), None)):
+        raise BadRow(uid, f"no image where a column that is not read announces one: {name}")
     if len(found) > 1:
         raise BadRow(uid, f"several images are not supported: {len(found)} in this row")
     if marks.count > len(found):
         what = "no image where the text announces one" if not found else "fewer images than the text announces"
         raise BadRow(uid, what if marks.count == 1 else f"{what}: {len(found)} for {marks.count} marks")
     return found[0] if found else None
+
+
+def _others(uid: str, pictures: list, found: list) -> list:
+    """The pictures that are none of those found."""
+    return [picture for picture in pictures if not any(same(uid, picture, other) for other in found)]
+
+
+def _announces(name: str, cell) -> bool:
+    """Whether a column that is not read has marks; those of an answer may stand for pictures of its own."""
+    if pick([name], ANSWER):
+        return False
+    with suppress(BadRow):
+        if turns := chat.turns(cell):
+            return chat.asked("", turns).marks.count > 0
+    return any(take_out(leaf)[1].numbers for leaf in leaves(cell) if isinstance(leaf, str))

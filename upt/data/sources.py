@@ -20,7 +20,7 @@ import datasets
 
 from upt.data import cells, files, golds, splits
 from upt.data.choices import Options
-from upt.data.columns import BROKEN, FOLDER, QUESTION, Columns, is_nothing
+from upt.data.columns import BROKEN, FOLDER, QUESTION, Columns, is_nothing, pick
 from upt.data.fingerprint import rows_of
 from upt.data.names import ALIASES, SPLITS
 from upt.data.pictures import Files
@@ -47,7 +47,7 @@ def load_set(name: str, split: str, limit: int | None) -> Questions:
         have, want = ", ".join(name for name in table.column_names if name != FOLDER), ", ".join(QUESTION)
         raise DataError(f"{where}: no column for the question among {have}. Rename one to any of {want}")
     columns = replace(columns, others=tuple(name for name in columns.others if cells.can_hold_pictures(table, name)))
-    base = base_of(f"data set {label!r}", tables, uids_of)
+    base, counted = base_of(f"data set {label!r}", tables, uids_of)
     layout = Layout(columns, Files(folder), classes_of(table, columns), base)
 
     def read(i: int) -> Question:
@@ -55,11 +55,12 @@ def load_set(name: str, split: str, limit: int | None) -> Questions:
 
     seen = survey(table, chosen, uids, layout)
     if seen.unseen and not seen.pictures:
+        turns = f"; or, if it asks the question, take {columns.question!r} out" if pick(seen.unseen, QUESTION) else ""
         raise DataError(
             f"{where}: column {' and '.join(map(repr, seen.unseen))} looks like pictures, and no column of that name "
-            f"is read. Rename it to image; or take it out if questions are to be asked without it"
+            f"is read. Rename it to image{turns}; or take it out if questions are to be asked without it"
         )
-    notes = "; ".join(filter(None, (note, seen.note(layout.base))))
+    notes = "; ".join(filter(None, (note, seen.note(counted))))
     questions = Questions(label, split, [uids[i] for i in chosen], read, seen.golds > 0, notes, seen.pictures)
     questions.stored = lambda: rows_of(table, chosen, folder)
     if next(iter(questions), None) is None:
@@ -73,8 +74,9 @@ def classes_of(table: datasets.Dataset, columns: Columns) -> list[str] | None:
     return kind.names if isinstance(kind, datasets.ClassLabel) else None
 
 
-def base_of(where: str, tables: files.Tables, uids_of: dict[str, list[str]]) -> int | None:
-    """0 or 1 where the golds of a set, those of all its splits together, are numbers of options from there."""
+def base_of(where: str, tables: files.Tables, uids_of: dict[str, list[str]]) -> tuple[int | None, str]:
+    """0 or 1 where the golds of a set, those of all its splits together, are numbers of options from there; a word on
+    it."""
 
     def with_options() -> Iterator[tuple[str, str, Options | None]]:
         for split, table in tables.items():
@@ -109,17 +111,19 @@ class Survey:
     """golds, of those tried, that no response can meet"""
     unread: list[str] = field(default_factory=list)
     """rows whose answer is no gold"""
+    hardly: Counter = field(default_factory=Counter)
+    """kinds of golds that a response will hardly meet"""
 
-    def note(self, base: int | None) -> str:
-        """What of it is worth a word at the start of a run."""
-        counted = f"golds are numbers of options, counted from {base}" if base is not None else ""
+    def note(self, counted: str) -> str:
+        """What of it is worth a word at the start of a run; `counted` is how golds that are numbers are read."""
         bad = f"rows that can't be used: {_kinds(self.bad)}" if self.bad else ""
         of = f"{self.tried} golds" if self.tried == self.golds else f"the first {self.tried} of {self.golds} golds"
         unmet = f"{len(self.unmet)} of {of} can never be met, such as {self.unmet[0]}" if self.unmet else ""
         unread = f"answers that are several or no text: {len(self.unread)}" if self.unread else ""
         unread += f", as of {self.unread[0]}" if self.unread else ""
         follow = f"last of several questions in a chat, and asked alone: {self.follow}" if self.follow else ""
-        return "; ".join(filter(None, (bad, follow, counted, unread, unmet)))
+        hardly = f"golds that can hardly be met: {_kinds(self.hardly)}" if self.hardly else ""
+        return "; ".join(filter(None, (bad, follow, counted, unread, unmet, hardly)))
 
 
 def survey(table: datasets.Dataset, chosen: list[int], uids: list[str], layout: Layout) -> Survey:
@@ -150,6 +154,8 @@ def survey(table: datasets.Dataset, chosen: list[int], uids: list[str], layout: 
                 seen.tried += 1
                 if why := golds.unmet(read.gold, read.options):
                     seen.unmet.append(f"{why} ({uids[i]})")
+                elif why := golds.hardly_met(read.gold, read.options, read.text):
+                    seen.hardly[why] += 1
     return seen
 
 
