@@ -392,7 +392,7 @@ def test_an_irrational_value_is_no_integer():
 
 
 @pytest.mark.parametrize(
-    "nothing", ["", " ", ".", "$$", "\x00", "\ud800", r"\boxed{}", r"\text{}", None, [7], b"7", {}, True]
+    "nothing", ["", " ", ".", "...", "…", "$$", "\x00", "\ud800", r"\boxed{}", r"\text{}", None, [7], b"7", {}, True]
 )
 def test_nothing_is_an_abstention(nothing):
     assert answer_key(nothing) is None

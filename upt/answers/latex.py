@@ -142,7 +142,7 @@ def tokenize(text: str) -> list[str]:
         tokens.pop()
     if tokens and is_number(tokens[-1]):
         tokens[-1] = tokens[-1].removesuffix(".")
-    return tokens
+    return [] if {*tokens} == {r"\dots"} else tokens  # nothing said
 
 
 def _without_thousands(text: str) -> str:
