@@ -642,7 +642,7 @@ def test_the_command_takes_a_function_from_a_file(tmp_path):
     totals = stage(tmp_path, reward=spec)
     assert totals["reward_mean"] == 2 and stage(tmp_path, reward=spec) == totals
     (tmp_path / "mine.py").write_text("def f(group, *, x=1.0):\n    return [-x] * len(group['responses'])\n")
-    with pytest.raises(shards.ShardError, match="reward_file: it has changed"):
+    with pytest.raises(shards.ShardError, match="reward_file: the file has changed"):
         stage(tmp_path, reward=spec)
 
 

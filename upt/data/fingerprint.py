@@ -114,11 +114,11 @@ def without_replies(cell) -> tuple[object, list]:
     Other cells are as they were.
     """
     chat = turns(cell)
-    last = max((i for i, (role, _) in enumerate(chat or ()) if role in USER), default=None)
+    last = max((i for i, turn in enumerate(chat or ()) if turn.role in USER), default=None)
     if last is None:
         return cell, []
-    replies = [turn for turn in chat[last + 1 :] if turn[0] in ASSISTANT]
-    return chat[: last + 1] + [turn for turn in chat[last + 1 :] if turn[0] not in ASSISTANT], replies
+    replies = [turn for turn in chat[last + 1 :] if turn.role in ASSISTANT]
+    return chat[: last + 1] + [turn for turn in chat[last + 1 :] if turn.role not in ASSISTANT], replies
 
 
 def of_cell(cell: pa.Scalar, folder: Path | None, is_json: bool):

@@ -19,6 +19,7 @@ from upt.groups.shards import SCHEMA, list_shards
 PACKAGES = ("torch", "transformers", "peft", "triton", "datasets", "numpy")
 MODEL_FILES = (".json", ".txt", ".jinja", ".model", ".safetensors", ".bin", ".pt", ".pth")
 MIB = 1 << 20
+FOREIGN = {"_file": "file", "_code": "function"}  # ends of settings that are digests of what others wrote
 
 
 def _git(*arguments: str) -> str | None:
@@ -138,7 +139,9 @@ def check(folder: Path | str, stage: str, config: dict, ignore: Iterable[str] = 
     manifest = read(folder)
     if differ := differences(manifest["config"], config, ignore):
         said = "; ".join(
-            f"{name}: it has changed" if name.endswith(("_file", "_code")) else f"{name}: {there!r} there, {now!r} now"
+            f"{name}: the {FOREIGN[name[-5:]]} has changed"
+            if name[-5:] in FOREIGN
+            else f"{name}: {there!r} there, {now!r} now"
             for name, (there, now) in differ.items()
         )
         fix = "use another --out, or the same settings to go on where it stopped"
