@@ -24,7 +24,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess:
 
 def commands(*arguments: str) -> str:
     """What make would run, on one line."""
-    done = make("-n", "-o", ".venv/.ready-torch--2.13.0", *arguments)
+    done = make("-n", "--no-print-directory", "-o", ".venv/.ready-torch--2.13.0", *arguments)
     assert done.returncode == 0, done.stderr
     return " ".join(done.stdout.replace("\\\n", " ").split())
 
