@@ -20,7 +20,7 @@ _SAID = {"correct", "right", "answer", "answers", "option", "options", "it"}  # 
 _DENIED = {"not", "no", "incorrect", "wrong", "false", "rejected", "neither", "nor", "except", "不", "错误", "错"}
 _MARKS = (")", "]", ".", ":")  # behind a letter, they make it a label
 _DASHES = ("-", ",", "=")
-LETTERS = ascii_uppercase[:10]  # where the options are not known
+_TEN = ascii_uppercase[:10]  # where the options are not known
 
 
 def choice_key(tokens: list[str], choices: tuple[str, ...], multi: bool) -> str | None:
@@ -45,7 +45,7 @@ def choice_key(tokens: list[str], choices: tuple[str, ...], multi: bool) -> str 
     return options.means(tokens)
 
 
-def only_letters(tokens: list[str], letters: str = LETTERS) -> str:
+def only_letters(tokens: list[str], letters: str = _TEN) -> str:
     """Sorted option letters of an answer that names nothing else (B, (b), Option B, A and C, AC), else ''."""
     said = _SAID & {token.casefold() for token in tokens}
     named = [token for token in tokens if not (_is_filler(token) or (said and token.casefold() in ("is", "are")))]

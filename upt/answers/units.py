@@ -1,9 +1,9 @@
 r"""Units behind a number: which words are dropped there.
 
-A unit is dropped where it can be nothing else. Single letters can (5m is five times m, AB = 2h, 6s^2), and so can a few
-pairs of letters (2mg is two times m times g): they are units only where they are set upright, as in `5\text{ m}`, or,
-the pairs, behind a blank, as in `5 mg`. latex.py marks those as `\unitm` and `\unitmg`. Case counts in short units: 3CM
-is three times the segment CM.
+A unit is dropped where it can be nothing else. Single letters can be more (5m is five times m, AB = 2h, 6s^2), and so
+can a few pairs of letters (2mg is two times m times g): they are units only where they are set upright, as in
+`5\text{ m}`, or, the pairs, behind a blank, as in `5 mg`. latex.py marks those as `\unitm` and `\unitmg`. Case counts in
+short units: 3CM is three times the segment CM.
 """
 
 import re
@@ -20,7 +20,9 @@ _WORDS = (
 )
 _CJK = (
     "(?:平方|立方)?(?:毫米|厘米|分米|千米|米)|平方公里|公里|里|毫升|升|千克|公斤|克|吨|度|元钱?|块钱?|角|分钟?|秒钟?|小时"
-    "|千米/时|牛顿?|伏特?|安培?|欧姆?|焦耳?|瓦特?|帕|赫兹?|摄氏度|时|天|周|个月|年|岁|个|人|名|只|条|件|张|本|支|块|次|种|倍|棵|辆|台|颗|朵|页|票|户|座|双|个?单位|平方单位|円|個|枚|원|개"
+    "|千米/时|牛顿?|伏特?|安培?|欧姆?|焦耳?|瓦特?|帕|赫兹?|摄氏度"
+    "|时|天|周|个月|年|岁|个|人|名|只|条|件|张|本|支|块|次|种|倍"
+    "|棵|辆|台|颗|朵|页|票|户|座|双|个?单位|平方单位|円|個|枚|원|개"
 )
 _UNIT = (
     rf"(?:(?i:square|sq|cubic|cu) ?)?(?:\\unit[A-Za-z]+|\\Omega|%|\"|°(?: [CF])?|{_SHORT}|{_WORDS}|{_CJK})"
