@@ -2,8 +2,8 @@ r"""Units behind a number: which words are dropped there.
 
 A unit is dropped where it can be nothing else. Single letters can be more (5m is five times m, AB = 2h, 6s^2), and so
 can a few pairs of letters (2mg is two times m times g): they are units only where they are set upright, as in
-`5\text{ m}`, or, the pairs, behind a blank, as in `5 mg`. latex.py marks those as `\unitm` and `\unitmg`. Case counts in
-short units: 3CM is three times the segment CM.
+`5\text{ m}`, or, the pairs, behind a blank, as in `5 mg`. latex.py marks those as `\unitm` and `\unitmg`. Case counts
+in short units: 3CM is three times the segment CM.
 """
 
 import re
