@@ -5,6 +5,7 @@
 
     selective_log_softmax, linear_logprob               log-probability and entropy, from logits or a frozen head
     sample, row_id                                      tokens by counter-based noise
+    decode_attention, Part, Places                      attention of decoding over keys that rows share
     group_advantage                                     rewards -> advantages
     grpo_loss, sft_loss, response_weights, kl_divergence
 
@@ -30,6 +31,9 @@ MODULES = {
     "response_weights": "loss",
     "sample": "sampling",
     "row_id": "sampling",
+    "decode_attention": "attention",
+    "Part": "attention",
+    "Places": "attention",
 }
 __all__ = list(MODULES)
 OURS = list(__path__)
