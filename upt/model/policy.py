@@ -33,6 +33,7 @@ from upt.files import publish, write_whole, writing
 from upt.model import TARGETS
 from upt.model.families import FAMILIES, Family, Features
 from upt.model.folders import check_adapter, check_model, check_pickles
+from upt.model.lora import quicken
 from upt.model.opening import calm, check_fit, load_weights, loading, open_adapter
 from upt.model.origin import BASE, check_base, origin_of, snapshot_folder
 from upt.model.packing import Prompt, Row, layout, packed_mask, predicting
@@ -125,6 +126,7 @@ class Policy:
         with torch.random.fork_rng(), calm():
             torch.manual_seed(seed)
             self.model = get_peft_model(self.model, config)
+        quicken(self.model)
 
     def load_adapter(self, folder: str | Path, any_base: bool = False) -> None:
         """Open a saved adapter, trainable and not merged, with the weights exactly as they were saved.
@@ -138,6 +140,7 @@ class Policy:
             check_base(folder, self.origin, any_base)
         bare = self.model.unload() if isinstance(self.model, PeftModel) else self.model
         self.model = open_adapter(bare, folder, trainable=True)
+        quicken(self.model)
 
     def trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]

@@ -1,0 +1,80 @@
+"""LoRA layers with fewer operations than PEFT's own forward, equal to it to rounding, and their form while sampling.
+
+PEFT multiplies the low-rank product by its scale, adds it to the layer's output and, where the weights are bf16,
+converts the layer's input to float32 first. Here the product is added in one operation and in the type of the weights;
+the adapter itself, its gradients and its optimizer stay in float32.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from peft.tuners import lora
+from torch.nn.functional import linear
+
+MERGED_BYTES = 2**30  # on a CPU, the most that merged copies of the adapted weights may take
+
+
+class Linear(lora.Linear):
+    """PEFT's LoRA layer on a linear layer. Saving, loading, merging and switching it off are PEFT's."""
+
+    def plain(self) -> str | None:
+        """The one active adapter if it is a product of two matrices and nothing else."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        off = self.disable_adapters or self.merged
+        if off or len(names) != 1 or names[0] in self.lora_variant or self.lora_B[names[0]].bias is not None:
+            return None
+        return names[0] if isinstance(self.lora_dropout[names[0]], torch.nn.Identity) else None
+
+    def factors(self, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A (r, in) and B (out, r) in `dtype`, and the scale of their product."""
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        return A.to(dtype), B.to(dtype), self.scaling[name]
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        name = None if args or kwargs else self.plain()
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        return added(x, self.base_layer, *self.factors(name, x.dtype))
+
+
+def added(x: torch.Tensor, base_layer, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+    """base_layer(x) + scale * x A^T B^T for x (..., in)."""
+    base = base_layer(x)
+    low = x.flatten(0, -2) @ A.T  # (N, r)
+    return torch.addmm(base.flatten(0, -2), low, B.T, alpha=scale).view_as(base)
+
+
+def quicken(model: torch.nn.Module) -> None:
+    """Make PEFT's LoRA layers on plain linear layers in `model` ours."""
+    for layer in model.modules():
+        if type(layer) is lora.Linear and type(layer.base_layer) is torch.nn.Linear:
+            layer.__class__ = Linear
+
+
+@contextmanager
+def sampling(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block, where nothing is trained, the active adapter takes part as cheaply as it can.
+
+    On a CPU in float32 it is merged into copies of the weights, as long as these fit in `MERGED_BYTES`. In half types
+    merging would round early updates away: their change of a weight is smaller than half of its last digit. There, and
+    on a GPU, the factors are kept in the type of the weights. What is trained is as it was, to the bit, afterwards.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear) and layer.plain()]
+    weights = [layer.base_layer.weight for layer in layers]
+    wide = all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights)
+    merge = wide and sum(weight.nbytes for weight in weights) <= MERGED_BYTES
+    with torch.no_grad():
+        for layer, weight in zip(layers, weights, strict=True):
+            A, B, scale = layer.factors(layer.plain(), weight.dtype)
+            if merge:
+                merged = torch.addmm(weight, B, A, alpha=scale)
+                layer.forward = partial(linear, weight=merged, bias=layer.base_layer.bias)
+            else:
+                layer.forward = partial(added, base_layer=layer.base_layer, A=A, B=B, scale=scale)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
