@@ -35,7 +35,7 @@ from upt.run.resuming import check_data, keep_data
 from upt.run.settings import Asking, Rollout, hidden
 from upt.run.stopping import stop_on_signal
 
-FREE = ("out", "device", "rollout_tokens", "steps", "any_base")
+FREE = ("out", "device", "slots", "steps", "any_base")
 
 
 @dataclass

@@ -38,7 +38,7 @@ from upt.run.settings import Rollout
 from upt.run.typed import Typed
 from upt.warmup.demonstrations import MODES, STYLES, demonstrate, demonstrate_mixed, poor_candidate
 
-SAMPLING = ("temperature", "top_p", "group_size", "max_new_tokens", "prompt", "max_prompt_tokens", "rollout_tokens")
+SAMPLING = ("temperature", "top_p", "group_size", "max_new_tokens", "prompt", "max_prompt_tokens")
 
 
 @dataclass

@@ -79,8 +79,8 @@ class Config(Typed):
     """tokens of every response"""
     steps: Count = 2
     """timed steps of either way"""
-    rollout_tokens: Count = 400_000
-    """token budget of one decoding batch"""
+    slots: Count | None = None
+    """responses that are sampled at a time; None: as many as there is memory for"""
     update_tokens: Count = 16_384
     """token budget of one micro-batch"""
     save: bool = False
@@ -160,7 +160,7 @@ class Loop:
         ]
         self.settings = train_upt.Config(
             model=config.model, temperature=1.0, top_p=1.0, seed=0, group_size=config.group_size, minibatches=1,
-            max_new_tokens=config.max_new_tokens, rollout_tokens=config.rollout_tokens,
+            max_new_tokens=config.max_new_tokens, slots=config.slots,
             update_tokens=config.update_tokens, kl_coef=0.0, clip_low=0.2, clip_high=0.2, dual_clip=0.0,
         )  # fmt: skip
         self.optimizer = torch.optim.AdamW(self.policy.trainable(), 1e-5, fused=True)

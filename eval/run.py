@@ -43,7 +43,7 @@ AT_ONCE = 128  # responses sampled between two writes
 TOO_LONG = "prompt too long"  # in place of how a response ended
 SHOWN = 5  # of the questions that are left out
 # What may change when a run goes on.
-FREE = ("out", "device", "rollout_tokens", "protocol", "extractor", "pixels", "any_base")
+FREE = ("out", "device", "slots", "protocol", "extractor", "pixels", "any_base")
 FROM_RUN = ("prompt", "max_new_tokens", "max_prompt_tokens", "min_pixels", "max_pixels", "dtype")
 
 

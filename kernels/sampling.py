@@ -47,14 +47,15 @@ def sample(
     The seed counts modulo 2^64. Raises ValueError when shapes disagree, a setting is out of its range or all tokens are
     banned; on a CPU also for a row without a finite logit or with a nan, whose token on a GPU has log-probability nan.
     """
-    banned, position = [int(token) for token in banned], int(position)
+    banned = [int(token) for token in banned]
+    varying = torch.is_tensor(position)
     shaped = logits.dim() == 2 and logits.shape[1] > 0 and row_ids.shape == logits.shape[:1]
     if not (shaped and logits.is_floating_point() and row_ids.dtype == torch.int64):
         raise ValueError(
             f"expected floating-point logits (R, V) and row_ids (R,) int64; got {tuple(logits.shape)} {logits.dtype}, "
             f"{tuple(row_ids.shape)} {row_ids.dtype}"
         )
-    if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or top_k < 0 or not 0 <= position <= MASK:
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or top_k < 0 or not (varying or 0 <= position <= MASK):
         raise ValueError(
             "expected temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= position < 2^32, not "
             f"{temperature=}, {top_p=}, {top_k=}, {position=}"
@@ -118,7 +119,7 @@ def noise_words(rows: torch.Tensor, position: int, size: int, seed: int = 0) -> 
     """The 32-bit words (R, size), as int64, behind the noise of rows (R,) at one token position."""
     blocks = torch.arange((size + 3) // 4, device=rows.device)
     position, low, high = (
-        torch.zeros_like(rows)[:, None] + word for word in (position, seed & MASK, seed >> 32 & MASK)
+        torch.zeros_like(rows)[:, None] + word for word in (position[:, None] if torch.is_tensor(position) else position, seed & MASK, seed >> 32 & MASK)
     )
     return torch.stack(philox(rows[:, None], (blocks[None, :], position, low, high)), -1).flatten(1)[:, :size]
 

@@ -19,7 +19,7 @@ from upt.run.settings import Rollout
 STORED = "stored"  # the rewards and advantages that the shards carry
 # Settings that may change when a run goes on. The token budgets change the last bits of what follows.
 FREE = ("out", "device", "resume", "keep", "save_every", "gradient_checkpointing", "feature_cache_gib")
-FREE += ("rollout_tokens", "judge_tokens", "update_tokens", "rounds", "any_base")
+FREE += ("slots", "judge_tokens", "update_tokens", "rounds", "any_base")
 
 
 def prepare(config):

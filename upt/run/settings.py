@@ -97,8 +97,8 @@ class Sampling:
     """boxed, think-boxed, or a file with {question} in it"""
     max_prompt_tokens: Count | None = None
     """longer prompts are dropped and counted, never cut"""
-    rollout_tokens: Count | None = None
-    """token budget of one decoding batch, prompts and responses together"""
+    slots: Count | None = None
+    """responses that are sampled at a time; None: as many as there is memory for, up to 256"""
 
 
 @dataclass

@@ -69,18 +69,12 @@ def sample_groups(
     policy: Policy, prompts: Sequence[Prompt], step: int, config: Rollout, tick: Callable[[int], None] = lambda n: None
 ) -> list[list[Sampled]]:
     """G responses to each prompt, in the order of the prompts. `tick(n)` is called after every n finished responses."""
-    G, found = config.group_size, [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
-    while order:
-        tokens = G * (len(prompts[order[0]].ids) + config.max_new_tokens)
-        count = max(1, config.rollout_tokens // tokens)
-        batch, order = order[:count], order[count:]
-        rows = [row_id(step, prompts[i].uid, g) for i in batch for g in range(G)]
-        sampled = generate(policy, [prompts[i] for i in batch], rows, config)
-        for place, i in enumerate(batch):
-            found[i] = sampled[place * G : (place + 1) * G]
-        tick(len(rows))
-    return found
+    if not prompts:
+        return []
+    G = config.group_size
+    rows = [row_id(step, prompt.uid, g) for prompt in prompts for g in range(G)]
+    sampled = generate(policy, prompts, rows, config, tick=tick)
+    return [sampled[start : start + G] for start in range(0, len(rows), G)]
 
 
 def rollout(policy, batch: Batch, step: int, config: Rollout, folder: Path, tick=lambda n: None) -> list[dict]:
