@@ -14,6 +14,7 @@ sum_p exp(m_p - M) o_p / sum_p exp(m_p - M) S_p with M = max m_p.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
@@ -31,7 +32,7 @@ class Places:
     of_row (R,) int64: the place of a row.
     tiles (`tile_count`, 1 + ROWS) int32: a place, and rows that look at it, in any order; -1 stands for none.
     members (n, G) int64: the rows of the first n places, which are all that are used; what is left over holds 0.
-    rank (R,) int64: where a row stands among the members of its place. idle: whether a row looks at none.
+    slot (R,) int64: where in members.flatten() a row stands. idle: the rows that look at no place, None if all do.
     """
 
     def __init__(self, of_row: Sequence[int], count: int, device: torch.device | str = "cpu"):
@@ -44,25 +45,26 @@ class Places:
         """As many rows as before, at other places."""
         if len(of_row) != len(self.of_row) or not all(-1 <= place < self.count for place in of_row):
             raise ValueError(f"expected {len(self.of_row)} places in -1 .. {self.count - 1}, not {list(of_row)}")
-        members: dict[int, list[int]] = {}
-        rank = [0] * len(of_row)
+        members: list[list[int]] = [[] for _ in range(max(of_row, default=-1) + 1)]
         for row, place in enumerate(of_row):
             if place >= 0:
-                rank[row] = len(members.setdefault(place, []))
                 members[place].append(row)
-        tiles = [
-            [place, *rows[start : start + ROWS]]
-            for place, rows in sorted(members.items())
-            for start in range(0, len(rows), ROWS)
-        ]
-        tiles += [[]] * (len(self.tiles) - len(tiles))
-        self.tiles.copy_(torch.tensor([tile + [-1] * (1 + ROWS - len(tile)) for tile in tiles]).view(-1, 1 + ROWS))
+        starts = [(place, start) for place, rows in enumerate(members) for start in range(0, len(rows), ROWS)]
+        tiles = [[place, *members[place][start : start + ROWS]] for place, start in starts]
+        self.tiles.copy_(table(tiles + [[]] * (len(self.tiles) - len(tiles)), 1 + ROWS, -1))
         self.of_row.copy_(torch.tensor(of_row))
-        self.idle = min(of_row, default=0) < 0
-        width = max(map(len, members.values()), default=1)
-        table = [members.get(place, []) for place in range(max(members, default=-1) + 1)]
-        table = torch.tensor([rows + [0] * (width - len(rows)) for rows in table], dtype=torch.int64).view(-1, width)
-        self.members, self.rank = table.to(self.of_row.device), torch.tensor(rank, device=self.of_row.device)
+        group = max(map(len, members), default=0)
+        slot = {row: place * group + i for place, rows in enumerate(members) for i, row in enumerate(rows)}
+        idle = [row for row, place in enumerate(of_row) if place < 0]
+        device = self.of_row.device
+        self.members = table(members, group, 0).to(device)
+        self.slot = torch.tensor([slot.get(row, 0) for row in range(len(of_row))], dtype=torch.int64, device=device)
+        self.idle = torch.tensor(idle, device=device) if idle else None
+
+
+def table(rows: list[list[int]], width: int, filler: int) -> torch.Tensor:
+    filled = [row + [filler] * (width - len(row)) for row in rows]
+    return torch.tensor(filled, dtype=torch.int64).view(len(rows), width)
 
 
 def tile_count(rows: int, places: int) -> int:
@@ -119,64 +121,59 @@ def decode_attention(query: torch.Tensor, parts: Sequence[Part], scale: float | 
 
 def reference(query: torch.Tensor, parts: Sequence[Part], scale: float) -> torch.Tensor:
     """As `decode_attention`, where no value beyond a length is nan or infinite."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    scaled = query.to(wide) * scale
-    found = [part_attention(scaled, part) for part in parts if part.keys.shape[2]]
-    found = [triple for triple in found if triple]
+    scaled = query.to(torch.promote_types(query.dtype, torch.float32)) * scale
+    found = [part for part in (attended(scaled, part) for part in parts) if part]
     if not found:
-        return torch.zeros_like(query, memory_format=torch.contiguous_format)
-    if len(found) == 1:
-        top, total, out = found[0]
-    else:
-        tops, totals, outs = zip(*found)
-        top = torch.stack(tops)
-        weights = (top - top.amax(0)).exp_()
-        total = sum(weight * total for weight, total in zip(weights, totals))
-        out = sum(weight * out for weight, out in zip(weights, outs))
-    # A sum has a summand exp(0), so that only rows without keys are below 1.
-    return (out / total.clamp(min=1)).view(query.shape).to(query.dtype)
+        return torch.zeros_like(scaled, dtype=query.dtype)
+    sums, _ = reduce(merged, found)
+    # The largest weight of a row is exp(0), so that only rows without keys have a sum below 1.
+    return (sums[..., :-1] / sums[..., -1:].clamp(min=1)).view(query.shape).to(query.dtype)
 
 
-def part_attention(scaled: torch.Tensor, part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """m, S (R, Hkv, rep, 1) and o (R, Hkv, rep, D) of one part for scaled queries (R, Hq, D); None without any key."""
+Sums = tuple[torch.Tensor, torch.Tensor]  # o and S side by side (R, Hkv, rep, D + 1), m (R, Hkv, rep, 1)
+
+
+def merged(one: Sums, other: Sums) -> Sums:
+    top = torch.maximum(one[1], other[1])
+    weight, weight_of_other = (one[1] - top).exp_(), (other[1] - top).exp_()
+    return torch.addcmul(one[0] * weight, other[0], weight_of_other), top
+
+
+def attended(scaled: torch.Tensor, part: Part) -> Sums | None:
+    """What one part leaves for scaled queries (R, Hq, D); None if it has no key."""
     places, heads = part.places, part.keys.shape[1]
-    rows = scaled.unflatten(1, (heads, -1))  # (R, Hkv, rep, D)
-    count = len(rows) if places is None else len(places.members)
-    if not count:
-        return None
-    shortest, longest = map(int, part.lengths[:count].aminmax())
-    if not longest:
-        return None
-    queries = rows
+    queries = scaled.unflatten(1, (heads, -1))  # (R, Hkv, rep, D)
+    rep, size = queries.shape[2], len(queries)
     if places is not None:
-        head = torch.arange(heads, device=rows.device)
-        queries = rows[places.members[:, None, :], head[None, :, None]].flatten(2, 3)  # (n, Hkv, G rep, D)
-    keys, values = (t[:count, :, :longest].to(scaled.dtype) for t in (part.keys, part.values))
-    weights = queries @ keys.mT  # (n, Hkv, G rep, longest)
-    if shortest < longest:
-        weights.masked_fill_(beyond(part.lengths[:count], longest)[:, None], -math.inf)
+        size, group = places.members.shape
+        queries = queries.index_select(0, places.members.flatten()).unflatten(0, (size, group)).transpose(1, 2)
+    lengths = part.lengths[:size].tolist()
+    if not (longest := max(lengths, default=0)):
+        return None
+    # As three dimensions: matmul would first find out that it is a bmm.
+    keys, values = (t[:size, :, :longest].flatten(0, 1).to(scaled.dtype) for t in (part.keys, part.values))
+    weights = torch.bmm(queries.reshape(size * heads, -1, scaled.shape[-1]), keys.mT)  # (n Hkv, G rep, longest)
+    if min(lengths) < longest:
+        unused = beyond(part.lengths[:size], longest)[:, None, None]
+        weights.unflatten(0, (size, heads)).masked_fill_(unused, -math.inf)
     top = weights.amax(-1, keepdim=True).clamp_(min=torch.finfo(weights.dtype).min)  # -inf - -inf would be nan
     weights.sub_(top).exp_()
-    found = top, weights.sum(-1, keepdim=True), weights @ values
+    found = torch.cat([torch.bmm(weights, values), weights.sum(-1, keepdim=True), top], -1)
     if places is None:
-        return found
-    shape = (-1, rows.shape[2])
-    at = places.of_row.clamp(min=0)[:, None], head, places.rank[:, None]
-    top, total, out = (t.unflatten(2, shape)[at] for t in found)
-    if places.idle:
-        nowhere = (places.of_row < 0)[:, None, None, None]
-        top.masked_fill_(nowhere, torch.finfo(top.dtype).min)
-        total.masked_fill_(nowhere, 0.0)
-        out.masked_fill_(nowhere, 0.0)
-    return top, total, out
+        found = found.unflatten(0, (size, heads))
+    else:
+        found = found.view(size, heads, group, rep, -1).transpose(1, 2).flatten(0, 1).index_select(0, places.slot)
+        if places.idle is not None:
+            found[places.idle] = found.new_tensor([0.0] * (found.shape[-1] - 1) + [torch.finfo(found.dtype).min])
+    return found[..., :-1], found[..., -1:]
 
 
 def beyond(lengths: torch.Tensor, room: int) -> torch.Tensor:
-    """(n, 1, room): whether a place in the room is behind the tokens in use."""
-    return torch.arange(room, device=lengths.device) >= lengths[:, None, None]
+    """(n, room): whether a token's place is behind those in use."""
+    return torch.arange(room, device=lengths.device) >= lengths[:, None]
 
 
 def cleared(part: Part) -> Part:
     """The part with 0 for all values that are not in use."""
-    unused = beyond(part.lengths, part.values.shape[2]).mT[:, None]  # (n, 1, L, 1)
+    unused = beyond(part.lengths, part.values.shape[2])[:, None, :, None]
     return Part(part.keys, part.values.masked_fill(unused, 0.0), part.lengths, part.places)
