@@ -41,15 +41,15 @@ def tokens(found) -> list[list[list[int]]]:
 def test_256_responses_do_not_depend_on_the_batch(policy, prompts, tiny):
     settings = config(tiny, group_size=8, max_new_tokens=12)
     together = sampling.sample_groups(policy, prompts, 5, settings)
-    sixteen = replace(settings, rollout_tokens=2 * 8 * (max(len(p.ids) for p in prompts) + 12))
-    single = replace(settings, rollout_tokens=1)  # a batch holds at least one question
+    some = replace(settings, slots=64)
+    few = replace(settings, slots=7)
     ones = [
         decoding.generate(policy, [prompt], [row_id(5, prompt.uid, g)], settings)[0].ids
         for prompt in prompts
         for g in range(8)
     ]
-    assert tokens(sampling.sample_groups(policy, prompts, 5, sixteen)) == tokens(together)
-    assert tokens(sampling.sample_groups(policy, prompts, 5, single)) == tokens(together)
+    assert tokens(sampling.sample_groups(policy, prompts, 5, some)) == tokens(together)
+    assert tokens(sampling.sample_groups(policy, prompts, 5, few)) == tokens(together)
     assert ones == [ids for group in tokens(together) for ids in group]
     assert len({tuple(ids) for ids in ones}) > 200  # they are 256 draws, not one
 
@@ -59,7 +59,7 @@ def test_bf16_share_that_differs_between_batches_is_small(tiny, record_property)
     prompts, _ = policy.encode(data.load("shapes", "train", 0, limit=16), template("think-boxed"))
     settings = config(tiny, group_size=4)
     together = tokens(sampling.sample_groups(policy, prompts, 0, settings))
-    single = tokens(sampling.sample_groups(policy, prompts, 0, replace(settings, rollout_tokens=1)))
+    single = tokens(sampling.sample_groups(policy, prompts, 0, replace(settings, slots=1)))
     pairs = [(a, b) for one, two in zip(together, single) for a, b in zip(one, two)]
     share = sum(a != b for a, b in pairs) / len(pairs)
     record_property("bf16_share_that_differs", share)

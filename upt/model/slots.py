@@ -43,11 +43,17 @@ class Store:
 
     def __init__(self, layers: int, places: int, heads: int, room: int, dim: int, like: torch.Tensor):
         self.both = like.new_empty(layers, 2, places, heads, room, dim)
+        self.heads = torch.arange(heads, device=like.device)
 
-    def write(self, layer: int, keys, values, places: torch.Tensor, at: torch.Tensor) -> None:
-        """Put keys and values (n, Hkv, D) to `places` (n,), as tokens `at` (n,) of them."""
+    def rows(self, places: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """Where token `at` (n,) of `places` (n,) lies for `write`: (n Hkv,)."""
+        heads, room = self.both.shape[3:5]
+        return ((places[:, None] * heads + self.heads) * room + at[:, None]).flatten()
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor) -> None:
+        """Put keys and values (n, Hkv, D) of a layer to `rows`."""
         for store, states in zip(self.both[layer], (keys, values)):
-            store[places, :, at] = states
+            store.view(-1, store.shape[-1]).index_copy_(0, rows, states.flatten(0, 1))
 
     def part(self, layer: int, lengths: torch.Tensor, places: Places | None = None) -> Part:
         keys, values = self.both[layer, :, : len(lengths)]
@@ -126,7 +132,7 @@ class Slots:
             self.eager_step(self.count)
 
     def eager_step(self, count: int) -> None:
-        self.at = (self.drawn[:count] - 1).clamp(min=0)
+        self.written = self.own.rows(self.all[:count], (self.drawn[:count] - 1).clamp(min=0))
         self.look = self.lookups.setdefault(count, self.new_places(count))
         position = (self.first[:count] + self.drawn[:count] - 1).expand(self.sizes.axes, -1)[..., None]
         hidden = self.policy.hidden(self.token[:count, None], position, self, cache=self)[:, -1]
@@ -134,7 +140,7 @@ class Slots:
 
     def update(self, keys, values, layer: int, *args, **kwargs):
         """As transformers' caches have it: the latest token's keys and values (R, Hkv, 1, D) are kept."""
-        self.own.write(layer, keys[:, :, 0], values[:, :, 0], self.all[: len(keys)], self.at)
+        self.own.write(layer, keys[:, :, 0], values[:, :, 0], self.written)
         return keys, values
 
     def __call__(self, layer: int, query, keys, values, scale: float) -> torch.Tensor:
@@ -151,8 +157,7 @@ class Slots:
     def sample(self, hidden: torch.Tensor, slots: torch.Tensor) -> None:
         """Draw the next token of `slots` (n,) from hidden states (n, D), and note what is wanted of it."""
         row, drawn = self.row[slots], self.drawn[slots]
-        logits = self.policy.base.lm_head(hidden)
-        token, logprob, entropy, certainty = self.draw(logits, row_ids=self.noise[slots], position=drawn)
+        token, logprob, entropy, certainty = self.draw(self.logits(hidden), row_ids=self.noise[slots], position=drawn)
         self.ids[row, drawn], self.logprobs[row, drawn] = token.int(), logprob
         self.entropy[row] += entropy
         self.certainty[row] += certainty
@@ -161,6 +166,13 @@ class Slots:
         self.row[slots] = row.masked_fill(done, self.nobody)
         self.drawn[slots] = (drawn + 1).masked_fill(done, 0)
         self.token[slots] = token
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of hidden states (n, D): (n, V), on a GPU not rounded to bf16, as in training (kernels/logprob.py)."""
+        head = self.policy.base.lm_head
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            return torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
+        return head(hidden)
 
     def capture(self) -> None:
         """Record a step as a CUDA graph, for all slots and for halves of them; nothing may be in them yet."""
@@ -298,12 +310,12 @@ class Recorder:
             source = torch.cat([torch.arange(start, end) for start, end in spans])
             at = torch.cat([torch.arange(size) for size in sizes])
             place = torch.tensor(places).repeat_interleave(sizes)
-            self.targets.append((store, *(part.to(device) for part in (source, place, at))))
+            self.targets.append((store, source.to(device), store.rows(place.to(device), at.to(device))))
 
     def update(self, keys, values, layer: int, *args, **kwargs):
         """Keep keys and values (1, Hkv, N, D) of a layer."""
-        for store, source, places, at in self.targets:
-            store.write(layer, *(states[0].transpose(0, 1)[source] for states in (keys, values)), places, at)
+        for store, source, rows in self.targets:
+            store.write(layer, *(states[0].transpose(0, 1)[source] for states in (keys, values)), rows)
         return keys, values
 
 

@@ -104,29 +104,11 @@ def written(
     """
     config = Rollout(temperature=settings.judge_temperature, top_p=settings.judge_top_p, seed=seed)
     config.max_new_tokens, k = settings.judge_max_new_tokens, settings.judge_repeats
-    texts = [[] for _ in prefixes]
-    todo = [(b, i) for b, several in enumerate(suffixes) for i in range(len(several))]
-    while todo:
-        longest = count = 0
-        for b, i in todo:
-            longest = max(longest, len(prefixes[b].ids) + len(suffixes[b][i]) + config.max_new_tokens)
-            if count and k * (count + 1) * longest > settings.judge_tokens:
-                break
-            count += 1
-        batch, todo = todo[:count], todo[count:]
-        asked = sorted({b for b, _ in batch})
-        sampled = decoding.generate(
-            policy,
-            [prefixes[b] for b in asked],
-            [row for b, i in batch for row in rows[b][k * i : k * (i + 1)]],
-            config,
-            [[suffixes[b][i] for owner, i in batch if owner == b] for b in asked],
-        )
-        said = iter(policy.tokenizer.batch_decode([s.ids for s in sampled], skip_special_tokens=True))
-        for b, _ in batch:
-            texts[b].append([next(said) for _ in range(k)])
-        tick(len(batch))
-    return texts
+    sampled = decoding.generate(
+        policy, prefixes, [row for several in rows for row in several], config, suffixes, lambda n: tick(n / k)
+    )
+    said = iter(policy.tokenizer.batch_decode([s.ids for s in sampled], skip_special_tokens=True))
+    return [[[next(said) for _ in range(k)] for _ in several] for several in suffixes]
 
 
 def judge(
