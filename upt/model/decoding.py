@@ -151,7 +151,7 @@ def _decode(
     # A padding query sees itself, so that no row of the softmax is empty.
     mask = (causal & seen[:, None, :] | torch.eye(seen.shape[1], dtype=torch.bool, device=device))[:, None]
     cache = DynamicCache(config=model.config)
-    hidden = policy.hidden(input_ids, positions, mask, prompts, cache)[:, -1]
+    hidden = policy.hidden(input_ids, positions, None, prompts, cache, mask)[:, -1]
     following = positions.amax((0, 2)) + 1  # position of the next token, (B,)
     tokens = input_ids  # what the logits processors and stopping criteria see
     if suffixes is not None:
@@ -193,7 +193,7 @@ def _decode(
             cache.batch_select_indices(left)
         seen = torch.nn.functional.pad(seen, (0, 1), value=True)
         place = (following + position).expand(axes, -1)[..., None]
-        hidden = policy.hidden(token[:, None], place, seen[:, None, None], cache=cache)[:, -1]
+        hidden = policy.hidden(token[:, None], place, cache=cache, mask=seen[:, None, None])[:, -1]
 
     stopped = torch.isin(ids.gather(1, lengths[:, None] - 1)[:, 0], stop_ids).tolist()
     means = [(values.sum(1) / lengths).tolist() for values in (entropies, certainties)]
@@ -218,5 +218,5 @@ def _extend(policy, cache, seen, following, suffixes, axes) -> tuple[torch.Tenso
     own = torch.ones(width, total, dtype=torch.bool, device=seen.device)
     mask = own.tril(total - width) & seen[:, None, :] | own.tril(total - width).triu(total - width)
     place = (following[:, None] + live.cumsum(1) - 1).expand(axes, -1, -1)
-    hidden = policy.hidden(ids, place, mask[:, None], cache=cache)[:, -1]
+    hidden = policy.hidden(ids, place, cache=cache, mask=mask[:, None])[:, -1]
     return hidden, seen, following + live.sum(1)

@@ -88,18 +88,21 @@ class Family(ABC):
             embeds = embeds.masked_scatter(where[..., None], torch.cat([f.embeds for f in features]).to(embeds))
         return embeds
 
-    def hidden(self, model, ids, positions, mask, features: Sequence[Features], cache, **extra) -> torch.Tensor:
-        """Last hidden states (B, L, D) of ids (B, L) at positions (axes, B, L); mask (B, 1, L, K) is true where seen.
+    def hidden(self, model, ids, positions, layout, mask, features: Sequence[Features], cache, **extra) -> torch.Tensor:
+        """Last hidden states (B, L, D) of ids (B, L) at positions (axes, B, L), with the attention of `layout`.
 
-        `features`, in order of the rows, replace the placeholders in `ids`; empty where there are none. `extra` is what
-        a family's language model takes besides.
+        Without a layout, mask (B, 1, L, K) is true where a query may look. `features`, in order of the rows, replace
+        the placeholders in `ids`; empty where there are none. `extra` is what a family's language model takes besides.
         """
+        if layout is not None:
+            mask = ids.new_zeros(1, 1, 1, 1)  # for none: transformers makes one unless there is one of four axes
         return model.model.language_model(
             inputs_embeds=self.embeds(model, ids, features),
             attention_mask=mask,
             position_ids=positions if len(positions) > 1 else positions[0],
             past_key_values=cache,
             use_cache=cache is not None,
+            layout=layout,
             **extra,
         ).last_hidden_state
 
@@ -149,13 +152,13 @@ class Qwen(Family):
         positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)
         return positions[:, 0]
 
-    def hidden(self, model, ids, positions, mask, features: Sequence[Features], cache) -> torch.Tensor:
+    def hidden(self, model, ids, positions, layout, mask, features: Sequence[Features], cache) -> torch.Tensor:
         extra = {}
         if features and features[0].deepstack:
             layers = zip(*(f.deepstack for f in features), strict=True)
             deepstack = [torch.cat(layer).to(model.get_input_embeddings().weight) for layer in layers]
             extra = {"visual_pos_masks": ids == self.image_token(model.config), "deepstack_visual_embeds": deepstack}
-        return super().hidden(model, ids, positions, mask, features, cache, **extra)
+        return super().hidden(model, ids, positions, layout, mask, features, cache, **extra)
 
 
 FAMILIES: dict[str, type[Family]] = {"qwen2_vl": Qwen, "qwen2_5_vl": Qwen, "qwen3_vl": Qwen}  # by model_type

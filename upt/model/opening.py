@@ -49,7 +49,7 @@ def calm() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def load_weights(name: str, config, dtype: torch.dtype, attention: str):
+def load_weights(name: str, config, dtype: torch.dtype):
     """The transformers model of a snapshot folder or hub id; names tensors that it has no place for, on stderr.
 
     Raises PolicyError for tensors that are missing or of other shapes. A head that is tied to the embeddings is not.
@@ -62,7 +62,6 @@ def load_weights(name: str, config, dtype: torch.dtype, attention: str):
                 name,
                 config=config,
                 dtype=dtype,
-                attn_implementation=attention,
                 use_safetensors=True,  # a pickle can carry code
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # raises without naming any

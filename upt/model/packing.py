@@ -1,7 +1,8 @@
 """Groups as rows of one forward pass: `[prompt | y_1 | ... | y_G]`, each response seeing the prompt and itself.
 
 A response has the positions it would have on its own, and the prompt is computed once instead of G times. A row longer
-than the token budget is split into rows that each repeat the prompt.
+than the token budget is split into rows that each repeat the prompt. The rows of a batch lie one behind the other in
+one sequence, without padding; who sees whom is computed in attention.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from upt.model.attention import Gather, Padded, Span, Varlen, packed, transfer
 from upt.model.families import Features
 
 
@@ -36,7 +38,7 @@ class Row:
 
 
 def pack(prompts: Sequence[Prompt], responses: Sequence[Sequence[list[int]]], budget: int) -> Iterator[list[Row]]:
-    """Micro-batches of rows, each batch of at most `budget` tokens with its padding, longest rows first.
+    """Micro-batches of rows, each of at most `budget` tokens, longest rows first.
 
     responses[g][i] are the token ids of response i to prompt g. A response that alone is over the budget gets a row
     and a batch of its own. Empty responses have no log-probability and are left out.
@@ -54,58 +56,55 @@ def pack(prompts: Sequence[Prompt], responses: Sequence[Sequence[list[int]]], bu
             row.owners.append((g, i))
     rows.sort(key=len, reverse=True)
     batch: list[Row] = []
+    size = 0
     for row in rows:
-        if batch and len(batch[0]) * (len(batch) + 1) > budget:
+        if batch and size + len(row) > budget:
             yield batch
-            batch = []
+            batch, size = [], 0
         batch.append(row)
+        size += len(row)
     if batch:
         yield batch
 
 
-def layout(batch: Sequence[Row]) -> tuple[torch.Tensor, ...]:
-    """Pack rows into tensors: ids (B, L), positions (axes, B, L), segment (B, L), sources (N,), targets (N,).
+@dataclass
+class Packed:
+    """A batch of rows as one sequence of N tokens without padding, on a device: row after row `[prompt | y_1 | ...]`.
 
-    `segment` is 0 for the prompt, i for the i-th response, -1 for padding; `sources` are the places, in what
-    `predicting` makes of the hidden states, that predict the response tokens `targets`. No place is there twice.
+    `prompts` and `responses` are on the host: where in the sequence each row's prompt lies, and what of each response
+    is an input, all but its last token: none of a response of one token.
     """
-    length = max(len(row) for row in batch)
-    ids = torch.zeros(len(batch), length, dtype=torch.long)
+
+    ids: torch.Tensor  # (1, N)
+    positions: torch.Tensor  # (axes, 1, N)
+    targets: torch.Tensor  # (M,), the tokens of all responses, in order
+    sources: Gather  # the places whose states predict the targets: a prompt's last predicts all first tokens
+    attention: Varlen | Padded  # who sees whom; `layout` of Policy.hidden
+    prompts: list[Span]
+    responses: list[list[Span]]
+
+    def predicting(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The states (M, D) that predict the targets, of hidden states (1, N, D)."""
+        return self.sources(hidden[0])
+
+
+def layout(batch: Sequence[Row], device: torch.device, dtype: torch.dtype) -> Packed:
+    """Rows as one sequence on a device, for a model whose weights are of type `dtype`."""
+    ids, targets, sources, place = [], [], [], []
+    prompts, responses = [], []
     axes = len(batch[0].prompt.positions)
-    positions = torch.zeros(axes, len(batch), length, dtype=torch.long)
-    segment = torch.full((len(batch), length), -1)
-    sources, targets, count = [], [], 0
-    for b, row in enumerate(batch):
-        size = len(row.prompt.ids)
-        flat, first = list(row.prompt.ids), int(row.prompt.positions.max()) + 1
-        place, segments = [row.prompt.positions], [0] * size
-        for number, response in enumerate(row.responses, 1):
-            start = b * length + len(flat)
-            sources += [len(batch) * length + count, *range(start, start + len(response) - 1)]
-            count += 1
+    for row in batch:
+        start, first = len(ids), int(row.prompt.positions.max()) + 1
+        ids += row.prompt.ids
+        place.append(row.prompt.positions)
+        prompts.append((start, len(ids)))
+        responses.append([])
+        for response in row.responses:
+            sources += [prompts[-1][1] - 1, *range(len(ids), len(ids) + len(response) - 1)]
             targets += response
-            flat += response[:-1]
-            segments += [number] * (len(response) - 1)
+            ids += response[:-1]
             place.append(torch.arange(first, first + len(response) - 1).expand(axes, -1))
-        ids[b, : len(flat)] = torch.tensor(flat)
-        positions[:, b, : len(flat)] = torch.cat(place, 1)
-        segment[b, : len(flat)] = torch.tensor(segments)
-    return ids, positions, segment, torch.tensor(sources), torch.tensor(targets)
-
-
-def predicting(hidden: torch.Tensor, batch: Sequence[Row]) -> torch.Tensor:
-    """The hidden states (B, L, D) of a batch as (B L + R, D): behind all of them the prompt's last, once a response.
-
-    That state predicts the first token of each of its responses. An index that repeats would do, but its backward pass
-    adds with threads in a race, so that rounding changes from run to run; `expand` has a sum there.
-    """
-    states, length = hidden.flatten(0, 1), hidden.shape[1]
-    ends = states[[b * length + len(row.prompt.ids) - 1 for b, row in enumerate(batch)]]  # (B, D)
-    return torch.cat([states, *(end.expand(len(row.responses), -1) for end, row in zip(ends, batch, strict=True))])
-
-
-def packed_mask(segment: torch.Tensor) -> torch.Tensor:
-    """The attention mask (B, 1, L, L) of packed rows: a token sees the prompt and what precedes it in its response."""
-    query, key = segment[:, :, None], segment[:, None, :]
-    # Padding sees padding, so that no row of the softmax is empty.
-    return ((query == key) | ((key == 0) & (query > 0))).tril()[:, None]
+            responses[-1].append((len(ids) - len(response) + 1, len(ids)))
+    parts = [torch.tensor([ids]), torch.cat(place, 1)[:, None], torch.tensor(targets, dtype=torch.long)]
+    gather = Gather.of(torch.tensor(sources, dtype=torch.long)).to(device)
+    return Packed(*transfer(parts, device), gather, packed(prompts, responses, device, dtype), prompts, responses)

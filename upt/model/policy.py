@@ -30,12 +30,12 @@ from transformers.utils import cached_file
 from kernels import linear_logprob
 from upt.errors import PolicyError
 from upt.files import publish, write_whole, writing
-from upt.model import TARGETS
+from upt.model import TARGETS, attention
 from upt.model.families import FAMILIES, Family, Features
 from upt.model.folders import check_adapter, check_model, check_pickles
 from upt.model.opening import calm, check_fit, load_weights, loading, open_adapter
 from upt.model.origin import BASE, check_base, origin_of, snapshot_folder
-from upt.model.packing import Prompt, Row, layout, packed_mask, predicting
+from upt.model.packing import Packed, Prompt, Row, layout
 
 PIXEL_VALUES_AT_ONCE = 2**25  # preprocessed pixel values given to the vision tower at once: 128 MiB in float32
 
@@ -49,6 +49,7 @@ class Policy:
         self.cache_bytes, self.cache = cache_bytes, OrderedDict()
         self.positions = lru_cache(maxsize=256)(self._positions)
         self.model.eval().requires_grad_(False)
+        attention.install(self.base)
 
     @classmethod
     def load(
@@ -57,7 +58,6 @@ class Policy:
         adapter: str | None = None,
         dtype: str = "auto",
         device: str = "auto",
-        attention: str = "sdpa",
         gradient_checkpointing: bool | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -86,7 +86,7 @@ class Policy:
             check_adapter(adapter)
             check_base(adapter, origin, any_base, say=False)
             check_fit(config, adapter, name)
-        model = load_weights(name, config, dtypes[dtype], attention).to(device)
+        model = load_weights(name, config, dtypes[dtype]).to(device)
         with calm(), loading(f"the model {name}"):
             family = FAMILIES[config.model_type](name, min_pixels, max_pixels)
         if origin["fingerprint"] is None:  # of a hub id, the weights are here only now
@@ -287,14 +287,21 @@ class Policy:
 
     # ------------------------------------------------------------------------------------------------- the forward
 
-    def hidden(self, ids, positions, mask, prompts: Sequence[Prompt] = (), cache=None) -> torch.Tensor:
+    def hidden(self, ids, positions, layout=None, prompts: Sequence[Prompt] = (), cache=None, mask=None):
         """Last hidden states (B, L, D) of token ids (B, L) at positions (axes, B, L).
 
-        mask (B, 1, L, K) is true where a query may look. `prompts`, one for each row, give the image features that
-        replace the placeholders in `ids`; leave them out where there is no image in this part of the sequence.
+        `layout` computes the attention (attention.py). `prompts`, in the order in which their placeholders stand in
+        `ids`, give the image features that replace them; leave them out where there is no image in this part of the
+        sequence. Each layer's keys and values go through `cache.update(keys, values, layer)`, which may answer with
+        what it likes, to the layout. Without a layout, mask (B, 1, L, K) is true where a query may look.
         """
         features = [prompt.features for prompt in prompts if prompt.features is not None]
-        return self.family.hidden(self.base, ids, positions, mask, features, cache)
+        return self.family.hidden(self.base, ids, positions, layout, mask, features, cache)
+
+    def packed(self, batch: Sequence[Row]) -> tuple[Packed, torch.Tensor]:
+        """A batch as one sequence of N tokens on the policy's device, and its last hidden states (1, N, D)."""
+        found = layout(batch, self.device, self.base.dtype)
+        return found, self.hidden(found.ids, found.positions, found.attention, [row.prompt for row in batch])
 
     def logprobs(self, batch: Sequence[Row], temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy, in nats, of every response token of a batch: float32 (N,), (N,).
@@ -302,10 +309,8 @@ class Policy:
         Tokens come in the order of the rows, of the responses in a row, of the tokens in a response. Differentiable
         with respect to the adapter unless gradients are off. Checkpointing needs `policy.model.train()`.
         """
-        ids, positions, segment, sources, targets = (part.to(self.device) for part in layout(batch))
-        hidden = self.hidden(ids, positions, packed_mask(segment), [row.prompt for row in batch])
-        chosen = predicting(hidden, batch)[sources]  # (N, D)
-        return linear_logprob(chosen, self.base.lm_head.weight, targets, temperature)
+        found, hidden = self.packed(batch)
+        return linear_logprob(found.predicting(hidden), self.base.lm_head.weight, found.targets, temperature)
 
 
 def model_config(name: str):

@@ -14,7 +14,7 @@ from upt.data.questions import Question
 from upt.errors import PolicyError
 from upt.groups.shards import open_image
 from upt.model import decoding
-from upt.model.packing import Prompt, layout, pack, packed_mask, predicting
+from upt.model.packing import Prompt, pack
 from upt.model.policy import Policy
 from upt.prompts import judge_turns, template
 from upt.run.settings import Judge, Rollout
@@ -85,10 +85,9 @@ def logit_scores(
     # A row's last token is not an input, so each suffix gets one more, standing for the digit to come.
     rows = [[[*suffix, 0] for suffix in several] for several in suffixes]
     for batch in pack(prefixes, rows, budget):
-        ids, positions, segment, sources, _ = (part.to(policy.device) for part in layout(batch))
-        hidden = policy.hidden(ids, positions, packed_mask(segment), [row.prompt for row in batch])
+        packed, hidden = policy.packed(batch)
         ends = torch.tensor([len(response) for row in batch for response in row.responses]).cumsum(0) - 1
-        last = predicting(hidden, batch)[sources[ends.to(policy.device)]]  # (N, D)
+        last = packed.predicting(hidden)[ends.to(policy.device)]  # (N, D)
         p = (last @ policy.base.lm_head.weight[digits].T).float().softmax(-1)  # (N, 10)
         for (b, i), score in zip([owner for row in batch for owner in row.owners], (p @ values).tolist(), strict=True):
             scores[b][i] = min(max(score, 0.0), 1.0)  # rounding

@@ -8,7 +8,7 @@ import torch
 from upt import prompts
 from upt.answers import vote_key
 from upt.data import shapes
-from upt.model.packing import Prompt, Row, layout, packed_mask, predicting
+from upt.model.packing import Prompt, Row
 from upt.model.policy import Policy
 from upt.prompts import judge_turns
 from upt.run import presets, progress
@@ -89,11 +89,10 @@ def train(
     for step, batch in enumerate(bar):
         policy.see([(lesson.prompt, lesson.pixels, None) for lesson in batch])
         rows = [Row(lesson.prompt, lesson.responses, []) for lesson in batch]
-        ids, positions, segment, sources, targets = layout(rows)
-        hidden = policy.hidden(ids, positions, packed_mask(segment), [lesson.prompt for lesson in batch])
-        logits = predicting(hidden, rows)[sources] @ model.lm_head.weight.T
+        packed, hidden = policy.packed(rows)
+        logits = packed.predicting(hidden) @ model.lm_head.weight.T
         weights = torch.tensor([w for lesson in batch for response in lesson.weights for w in response])
-        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        losses = torch.nn.functional.cross_entropy(logits, packed.targets, reduction="none")
         loss = (losses * weights).sum() / weights.sum()
         model.zero_grad()
         loss.backward()

@@ -1,0 +1,232 @@
+"""The model's attention, under one name in transformers: packed rows, pictures' windows, and plain forward passes.
+
+Every layer of the language model calls `attend`. Given a layout (a keyword that `Policy.hidden` hands down), it is the
+layout that computes; here are those of packed rows, `[prompt | y_1 | ... | y_G]` one behind the other in one sequence
+without padding, each response seeing its prompt and itself:
+
+    Varlen    bf16 and fp16 on a GPU: one variable-length call of flash attention
+    Padded    elsewhere: two calls of `scaled_dot_product_attention`, of all prompts and of all responses
+
+Without one it is transformers' own `sdpa`, so that `model.generate()` and any forward of a user's own stay what they
+are. The vision tower's layers call `attend_windows`.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from upt.errors import PolicyError
+
+NAME = "upt"
+HALF = (torch.bfloat16, torch.float16)
+SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in torch 2.11
+
+Span = tuple[int, int]  # the first place in a sequence, and the one behind the last
+
+
+def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):
+    """Attention of one layer: query (B, Hq, L, D), key and value of Hkv heads; ((B, L, Hq, D), None).
+
+    With a layout, `layout(layer, query, key, value, scaling)` decides who sees whom, and key and value are what the
+    cache's `update` has answered, if there is a cache. Without, the mask does.
+    """
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    return layout(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def install(model) -> None:
+    """Have the layers of a transformers model call the functions of this file."""
+    model.set_attn_implementation(NAME)
+
+
+# ------------------------------------------------------------------------------------------------ gathering rows
+
+
+@dataclass
+class Gather:
+    """Rows of a tensor by an index in which rows may be there several times, and -1 stands for padding.
+
+    Autograd's own backward pass of such an index adds with threads or atomics in a race, so that rounding changes from
+    run to run. Here copies are summed one after the other, in float32 for half types: `rounds[n]` holds the rows that
+    are there more than n times, and the places of their copy n.
+    """
+
+    index: torch.Tensor  # (M,)
+    rounds: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def of(cls, index: torch.Tensor) -> "Gather":
+        rows, places = index.sort(stable=True)
+        rows, places = rows[rows >= 0], places[rows >= 0]
+        copy = torch.arange(len(rows)) - torch.searchsorted(rows, rows)
+        counts = torch.bincount(copy).tolist()
+        order = copy.argsort(stable=True)
+        return cls(index.clamp(min=0), [*zip(rows[order].split(counts), places[order].split(counts), strict=True)])
+
+    def to(self, device: torch.device) -> "Gather":
+        """On a device, by one transfer that the host does not wait for."""
+        parts = [self.index, *(part for pair in self.rounds for part in pair)]
+        index, *flat = transfer(parts, device)
+        return Gather(index, [*zip(flat[::2], flat[1::2], strict=True)])
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """(N, ...) to (M, ...)."""
+        return _Gathered.apply(rows, self)
+
+
+def transfer(parts: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors of one type on a device, as views of one transfer that the host does not wait for."""
+    if device.type == "cpu":
+        return list(parts)
+    flat = torch.cat([part.flatten() for part in parts]).pin_memory().to(device, non_blocking=True)
+    views = flat.split([part.numel() for part in parts])
+    return [view.view(part.shape) for view, part in zip(views, parts, strict=True)]
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, gather):
+        ctx.gather, ctx.size = gather, len(rows)
+        return rows.index_select(0, gather.index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        exact = torch.float32 if grad.dtype in HALF else grad.dtype
+        total = torch.zeros(ctx.size, *grad.shape[1:], dtype=exact, device=grad.device)
+        for rows, places in ctx.gather.rounds:  # no row twice within a round
+            total[rows] += grad[places]
+        return total.to(grad.dtype), None
+
+
+# ------------------------------------------------------------------------------------------------ packed rows
+
+
+def packed(
+    prompts: Sequence[Span], responses: Sequence[Sequence[Span]], device: torch.device, dtype: torch.dtype
+) -> "Varlen | Padded":
+    """The layout of rows in one sequence: prompts[b] and responses[b] are the places of row b's prompt and responses.
+
+    Responses without a place are left out. All places from 0 on belong to one of them, in this order.
+    """
+    if device.type != "cuda" or dtype not in HALF:
+        return Padded(prompts, responses, device)
+    check_varlen(device)
+    return Varlen(prompts, responses, device)
+
+
+class Varlen:
+    """Sequences `prompt` and `prompt + y_i` of keys behind each other, to which the queries are laid as they stand."""
+
+    def __init__(self, prompts: Sequence[Span], responses: Sequence[Sequence[Span]], device: torch.device):
+        queries, keys, index = [0], [0], []
+        self.longest_query = self.longest_key = 0
+        for prompt, several in zip(prompts, responses, strict=True):
+            for own in (prompt, *(span for span in several if span[0] < span[1])):
+                index += range(*prompt)
+                index += range(*own) if own is not prompt else ()
+                queries.append(own[1])
+                keys.append(len(index))
+                self.longest_query = max(self.longest_query, own[1] - own[0])
+                self.longest_key = max(self.longest_key, keys[-1] - keys[-2])
+        self.gather = Gather.of(torch.tensor(index)).to(device)
+        self.queries, self.keys = transfer([torch.tensor(cut, dtype=torch.int32) for cut in (queries, keys)], device)
+
+    def __call__(self, layer: int, query, key, value, scaling: float) -> torch.Tensor:
+        """query (1, Hq, N, D), key and value (1, Hkv, N, D) to (1, N, Hq, D)."""
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (N, H, D)
+        cuts = (self.queries, self.keys, self.longest_query, self.longest_key)
+        return varlen(query.contiguous(), self.gather(key), self.gather(value), *cuts, scaling, causal=True)[None]
+
+
+def varlen(query, key, value, queries, keys, longest_query, longest_key, scaling, causal: bool) -> torch.Tensor:
+    """Flash attention of sequences behind each other: query (N, Hq, D), key and value (M, Hkv, D) to (N, Hq, D).
+
+    `queries` and `keys` (int32) are where the sequences start and end. With `causal` the last query of a sequence sees
+    all its keys, the one before it all but the last, and so on.
+    """
+    heads = {"enable_gqa": True}
+    if not SHARES_HEADS:
+        repeat, heads = query.shape[1] // key.shape[1], {}
+        key, value = (states.repeat_interleave(repeat, 1) for states in (key, value))
+    window = (-1, 0) if causal else (-1, -1)
+    return varlen_attn(
+        query, key, value, queries, keys, longest_query, longest_key, scale=scaling, window_size=window, **heads
+    )
+
+
+@lru_cache
+def check_varlen(device: torch.device) -> None:
+    """Raise PolicyError unless the device's flash attention gives what `Padded` gives, where queries are fewer."""
+    draw = torch.Generator().manual_seed(0)
+    prompts, responses = [(0, 5), (9, 12)], [[(5, 8), (8, 9)], [(12, 14)]]
+    states = [torch.randn(1, heads, 14, 64, generator=draw).bfloat16() for heads in (4, 2, 2, 4)]
+    found = []
+    for kind, dtype in ((Varlen, torch.bfloat16), (Padded, torch.float32)):
+        *inputs, weight = (x.to(device, dtype) for x in states)
+        inputs = [x.requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            out = kind(prompts, responses, device)(0, *inputs, scaling=0.125)
+            found.append([out.detach(), *torch.autograd.grad(out, inputs, weight.transpose(1, 2))])
+    worst = max((ours - exact).abs().max().item() for ours, exact in zip(*found, strict=True))
+    if not worst < 0.05:  # bf16 is off by 0.01, another alignment by 1
+        raise PolicyError(
+            f"flash attention of torch {torch.__version__} on {device} is off by {worst:.2g} for fewer queries than "
+            "keys; install another torch of the range in requirements.txt, or give --dtype fp32"
+        )
+
+
+class Padded:
+    """Prompts padded to (B, P), and responses to (R, T) with the keys of their prompts before their own."""
+
+    def __init__(self, prompts: Sequence[Span], responses: Sequence[Sequence[Span]], device: torch.device):
+        owners = [(prompt, own) for prompt, several in zip(prompts, responses, strict=True) for own in several]
+        owners = [(prompt, own) for prompt, own in owners if own[0] < own[1]]
+        self.B, self.P = len(prompts), max(end - start for start, end in prompts)
+        self.R, self.T = len(owners), max((end - start for _, (start, end) in owners), default=0)
+        first = _padded(prompts, self.P)  # (B, P)
+        own = _padded([own for _, own in owners], self.T)  # (R, T)
+        before = _padded([prompt for prompt, _ in owners], self.P)  # (R, P)
+        queries = torch.cat([first.flatten(), own.flatten()])
+        keys = torch.cat([first.flatten(), torch.cat([before, own], 1).flatten()])
+        places = queries.new_empty(int((queries >= 0).sum()))
+        places[queries[queries >= 0]] = (queries >= 0).nonzero()[:, 0]
+        self.queries, self.keys, self.back = (Gather.of(index).to(device) for index in (queries, keys, places))
+        seen = (before >= 0)[:, None].expand(-1, self.T, -1)  # (R, T, P)
+        causal = torch.ones(self.T, self.T, dtype=torch.bool).tril().expand(self.R, -1, -1)
+        self.mask = torch.cat([seen, causal], 2)[:, None].to(device)  # (R, 1, T, P + T)
+
+    def __call__(self, layer: int, query, key, value, scaling: float) -> torch.Tensor:
+        """query (1, Hq, N, D), key and value (1, Hkv, N, D) to (1, N, Hq, D)."""
+        B, P, R, T = self.B, self.P, self.R, self.T
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (N, H, D)
+        query, key, value = self.queries(query), self.keys(key), self.keys(value)
+        first, *rest = (x[: B * P].unflatten(0, (B, P)).transpose(1, 2) for x in (query, key, value))
+        found = [scaled_dot_product_attention(first, *rest, is_causal=True, scale=scaling, enable_gqa=True)]
+        if R:
+            own = query[B * P :].unflatten(0, (R, T)).transpose(1, 2)  # (R, Hq, T, D)
+            rest = (x[B * P :].unflatten(0, (R, P + T)).transpose(1, 2) for x in (key, value))
+            found += [scaled_dot_product_attention(own, *rest, self.mask, scale=scaling, enable_gqa=True)]
+        return self.back(torch.cat([x.transpose(1, 2).flatten(0, 1) for x in found]))[None]
+
+
+def _padded(spans: Sequence[Span], width: int) -> torch.Tensor:
+    """The places of spans as (len(spans), width), with -1 behind them."""
+    places = torch.full((len(spans), width), -1)
+    for row, (start, end) in zip(places, spans, strict=True):
+        row[: end - start] = torch.arange(start, end)
+    return places
