@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from tests.conftest import FAMILIES
 from upt.data import Question, shapes
 from upt.errors import PolicyError
-from upt.model.packing import Row, layout, pack, packed_mask, predicting
+from upt.model.packing import Row, layout, pack
 from upt.model.policy import Policy
 from upt.prompts import template
 
@@ -166,7 +166,7 @@ def test_rows_are_packed_within_the_budget(tiny):
     answers[2][1] = []
     seen = []
     for batch in pack(prompts, answers, 120):
-        assert len(batch) * max(len(row) for row in batch) <= 120
+        assert sum(len(row) for row in batch) <= 120
         seen += [owner for row in batch for owner in row.owners]
     assert sorted(seen) == [(g, i) for g in range(4) for i in range(3) if (g, i) != (2, 1)]
 
@@ -176,32 +176,29 @@ def test_a_response_sees_the_prompt_and_itself():
 
     prompt = Prompt("u", [1, 2, 3], torch.tensor([[0, 1, 2]] * 3), None)
     rows = [Row(prompt, [[4, 5], [6, 7, 8]], []), Row(prompt, [[9]], [])]
-    ids, positions, segment, sources, targets = layout(rows)
-    assert ids.tolist() == [[1, 2, 3, 4, 6, 7], [1, 2, 3, 0, 0, 0]]  # the last token of a response is no input
-    assert positions[0].tolist() == [[0, 1, 2, 3, 3, 4], [0, 1, 2, 0, 0, 0]]
-    mask = packed_mask(segment)
-    assert mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 0, 1, 0],
-        [1, 1, 1, 0, 1, 1],
+    packed = layout(rows, torch.device("cpu"), torch.float32)
+    assert packed.ids.tolist() == [[1, 2, 3, 4, 6, 7, 1, 2, 3]]  # the last token of a response is no input
+    assert packed.positions[0].tolist() == [[0, 1, 2, 3, 3, 4, 0, 1, 2]]
+    assert packed.prompts == [(0, 3), (6, 9)] and packed.responses == [[(3, 4), (4, 6)], [(9, 9)]]
+    # Queries and keys of 0: every place sees as much of each place that it may see.
+    query, key = torch.zeros(1, 4, 9, 8), torch.zeros(1, 2, 9, 8)
+    value = torch.eye(9).expand(1, 2, -1, -1)
+    seen = packed.attention(0, query, key, value, 1.0)[0, :, 3]
+    assert (seen > 0).int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 1, 1, 1],
     ]
-    assert sources.tolist() == [12, 3, 13, 4, 5, 14] and targets.tolist() == [4, 5, 6, 7, 8, 9]
-    # What stands behind the 2 x 6 states are the prompts' last ones, at 2 and at 6 + 2, once for each response.
-    states = torch.arange(12.0).view(2, 6, 1)
-    assert predicting(states, rows)[sources, 0].tolist() == [2, 3, 2, 4, 5, 6 + 2]
-
-
-def test_no_state_is_read_twice_by_an_index(tiny):
-    """The backward pass of an index that repeats adds up in whatever order the threads come."""
-    policy = Policy.load(tiny, dtype="fp32", device="cpu")
-    prompts, _ = policy.encode(questions(), template("boxed"))
-    for budget in (120, 10_000):
-        for batch in pack(prompts, responses(policy, 4), budget):
-            sources = layout(batch)[3]
-            assert len(sources.unique()) == len(sources)
+    # A prompt's last state, at 2 and at 8, predicts the first token of each of its responses.
+    states = torch.arange(9.0).view(1, 9, 1)
+    assert packed.predicting(states)[:, 0].tolist() == [2, 3, 2, 4, 5, 8]
+    assert packed.targets.tolist() == [4, 5, 6, 7, 8, 9]
 
 
 def test_backward_passes_of_two_threads_agree_beside_a_busy_process(tiny):
