@@ -113,7 +113,7 @@ def test_the_judge_prefills_the_prefix_once(policy, questions, monkeypatch):
     monkeypatch.setattr(policy, "hidden", lambda ids, *rest, **more: seen.append(ids) or real(ids, *rest, **more))
     groups = groups_of(questions[:1], [SAID[0], SAID[1]] * 4)
     image = policy.base.config.image_token_id
-    for mode, calls in (("logit", 1), ("text", 4)):  # text: prefix, suffixes, and two tokens after the first
+    for mode, calls in (("logit", 1), ("text", 3)):  # text: prefix with suffixes, and two tokens after the first
         seen.clear()
         judging.judge(policy, prompts, groups, settings(judge_mode=mode, judge_max_new_tokens=3), "think-boxed", 0)
         assert len(seen) == calls

@@ -154,10 +154,10 @@ def test_each_prompt_is_prefilled_once(policy, prompts, tiny, monkeypatch):
         lambda self, ids, *args, **kwargs: shapes_seen.append(tuple(ids.shape)) or real(self, ids, *args, **kwargs),
     )
     sampling.sample_groups(policy, prompts[:4], 0, config(tiny, group_size=8))
-    assert shapes_seen[0] == (4, max(len(p.ids) for p in prompts[:4]))
+    assert shapes_seen[0] == (1, sum(len(p.ids) for p in prompts[:4]))
     later = [rows for rows, width in shapes_seen[1:]]
     assert all(width == 1 for _, width in shapes_seen[1:]) and later[0] <= 32
-    assert later == sorted(later, reverse=True) and later[-1] < later[0]  # finished rows leave the batch
+    assert later == sorted(later, reverse=True) and later[-1] < later[0]  # finished rows take no part any more
 
 
 def test_schedule_goes_through_every_question_each_epoch():

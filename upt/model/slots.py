@@ -59,10 +59,8 @@ class Store:
         keys, values = self.both[layer, :, : len(lengths)]
         return Part(keys, values, lengths, places)
 
-    def move(self, order: torch.Tensor) -> None:
-        """Places `order` become the first ones."""
-        for layer in self.both:
-            layer[:, : len(order)] = layer[:, order]
+    def move(self, places: torch.Tensor, to: torch.Tensor) -> None:
+        self.both[:, :, to] = self.both[:, :, places]
 
 
 @dataclass
@@ -267,18 +265,18 @@ class Slots:
     def shrink(self, free: list[int]) -> None:
         """With nothing left to start, move the rows together, so that a step has fewer slots."""
         live = self.count - len(free)
-        if self.graphs:
-            target = min(count for count in self.graphs if count >= live)
-        else:
-            target = live if len(free) > self.count // 8 else self.count
+        target = min(count for count in self.graphs if count >= live) if self.graphs else live
         if not 0 < target < self.count:
             return
-        order = [slot for slot in range(self.count) if self.held[slot]] + free[: target - live]
-        self.held = [self.held[slot] for slot in order]
-        at = torch.tensor(order, device=self.policy.device)
-        self.own.move(at)
-        for state in (self.row, self.drawn, self.first, self.token, self.noise):
-            state[:target] = state[at]
+        behind = [slot for slot in range(target, self.count) if self.held[slot]]
+        at, to = (torch.tensor(slots, device=self.policy.device) for slots in (behind, free[: len(behind)]))
+        if behind:
+            self.own.move(at, to)
+            for state in (self.row, self.drawn, self.first, self.token, self.noise):
+                state[to] = state[at]
+        for slot, hole in zip(behind, free, strict=False):
+            self.held[hole] = self.held[slot]
+        del self.held[target:]
         self.count = target
         self.set_places()
 
