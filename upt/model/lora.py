@@ -42,8 +42,8 @@ class Linear(lora.Linear):
 def added(x: torch.Tensor, base_layer, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
     """base_layer(x) + scale * x A^T B^T for x (..., in)."""
     base = base_layer(x)
-    low = x.flatten(0, -2) @ A.T  # (N, r)
-    return torch.addmm(base.flatten(0, -2), low, B.T, alpha=scale).view_as(base)
+    low = x.reshape(-1, x.shape[-1]) @ A.T  # (N, r)
+    return torch.addmm(base.reshape(-1, base.shape[-1]), low, B.T, alpha=scale).view_as(base)
 
 
 def quicken(model: torch.nn.Module) -> None:
