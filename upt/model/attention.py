@@ -17,16 +17,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import transformers
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils.generic import is_flash_attention_requested
 
 from upt.errors import PolicyError
 
-NAME = "upt"
+NAME, WINDOWS = "upt", "upt_flash"
 HALF = (torch.bfloat16, torch.float16)
 SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in torch 2.11
 
@@ -49,8 +51,53 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def install(model) -> None:
-    """Have the layers of a transformers model call the functions of this file."""
+    """Have the layers of a transformers model call `attend`."""
     model.set_attn_implementation(NAME)
+    # cuDNN's attention plans anew for every length, at decoding every token, and its backward pass with a mask has
+    # given NaN on an H100 (pytorch#196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def attend_windows(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
+    """Attention of a picture's patches within their window: query, key, value (1, H, N, D); ((1, N, H, D), None).
+
+    The windows of all pictures lie one behind the other, cut at `cu_seq_lens_q`, the longest of `max_length_q` patches.
+    """
+    if query.is_cuda and query.dtype in HALF:
+        query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # (N, H, D)
+        cuts = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        return varlen(query, key, value, *cuts, scaling, causal=False)[None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    windows = [x.split(lengths, 2) for x in (query, key, value)]  # each (1, H, n, D)
+    found = [None] * len(lengths)
+    for length in sorted({*lengths}):
+        same = [i for i, n in enumerate(lengths) if n == length]
+        of = (torch.cat([x[i] for i in same]) for x in windows)  # (W, H, n, D)
+        outs = scaled_dot_product_attention(*of, scale=scaling).transpose(1, 2)  # (W, n, H, D)
+        for i, out in zip(same, outs, strict=True):
+            found[i] = out
+    return torch.cat(found)[None], None
+
+
+AttentionInterface.register(WINDOWS, attend_windows)
+
+
+def install_windows(visual) -> None:
+    """Have the layers of a Qwen model's vision tower call `attend_windows`, once each.
+
+    Transformers loops over the windows unless the attention's name has "flash" in it, and its public way of naming one
+    looks such a name up among packages to install. Raises PolicyError where the tower does not take the name.
+    """
+    visual.config._attn_implementation = WINDOWS
+    used = {module.config._attn_implementation for module in visual.modules() if hasattr(module, "config")}
+    if used != {WINDOWS} or not is_flash_attention_requested(visual.config):
+        raise PolicyError(
+            f"transformers {transformers.__version__} does not let the vision tower's attention be named (it uses "
+            f"{', '.join(map(str, used))}); install one of the range in requirements.txt"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ gathering rows
@@ -61,26 +108,24 @@ class Gather:
     """Rows of a tensor by an index in which rows may be there several times, and -1 stands for padding.
 
     Autograd's own backward pass of such an index adds with threads or atomics in a race, so that rounding changes from
-    run to run. Here copies are summed one after the other, in float32 for half types: `rounds[n]` holds the rows that
-    are there more than n times, and the places of their copy n.
+    run to run. Here `copies` holds, for every number of copies c that there is, the n rows that are there c times and
+    the places (n, c) of their copies, and the backward pass sums over the second axis, half types in float32.
     """
 
     index: torch.Tensor  # (M,)
-    rounds: list[tuple[torch.Tensor, torch.Tensor]]
+    copies: list[tuple[torch.Tensor, torch.Tensor]]
 
     @classmethod
     def of(cls, index: torch.Tensor) -> "Gather":
-        rows, places = index.sort(stable=True)
-        rows, places = rows[rows >= 0], places[rows >= 0]
-        copy = torch.arange(len(rows)) - torch.searchsorted(rows, rows)
-        counts = torch.bincount(copy).tolist()
-        order = copy.argsort(stable=True)
-        return cls(index.clamp(min=0), [*zip(rows[order].split(counts), places[order].split(counts), strict=True)])
+        order = index.argsort(stable=True)
+        order = order[index[order] >= 0]
+        rows, counts = index[order].unique_consecutive(return_counts=True)
+        several = counts.repeat_interleave(counts)
+        copies = [(rows[counts == c], order[several == c].view(-1, c)) for c in counts.unique().tolist()]
+        return cls(index.clamp(min=0), copies)
 
     def to(self, device: torch.device) -> "Gather":
-        """On a device, by one transfer that the host does not wait for."""
-        parts = [self.index, *(part for pair in self.rounds for part in pair)]
-        index, *flat = transfer(parts, device)
+        index, *flat = transfer([self.index, *(part for pair in self.copies for part in pair)], device)
         return Gather(index, [*zip(flat[::2], flat[1::2], strict=True)])
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
@@ -107,10 +152,11 @@ class _Gathered(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         exact = torch.float32 if grad.dtype in HALF else grad.dtype
-        total = torch.zeros(ctx.size, *grad.shape[1:], dtype=exact, device=grad.device)
-        for rows, places in ctx.gather.rounds:  # no row twice within a round
-            total[rows] += grad[places]
-        return total.to(grad.dtype), None
+        total = grad.new_zeros(ctx.size, *grad.shape[1:])
+        for rows, places in ctx.gather.copies:
+            found = grad.index_select(0, places.flatten()).unflatten(0, places.shape)
+            total.index_copy_(0, rows, found.sum(1, dtype=exact).to(grad.dtype))
+        return total, None
 
 
 # ------------------------------------------------------------------------------------------------ packed rows

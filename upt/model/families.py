@@ -16,6 +16,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from upt.errors import PolicyError
+from upt.model import attention
 
 
 @dataclass
@@ -52,6 +53,10 @@ class Family(ABC):
     @abstractmethod
     def __init__(self, name: str, min_pixels: int | None, max_pixels: int | None):
         """Load the image processor of a snapshot or hub id into `self.image_processor`; None keeps its own limits."""
+
+    def install(self, model) -> None:
+        """Have the model's layers compute their attention in attention.py."""
+        attention.install(model)
 
     @abstractmethod
     def area_limits(self) -> dict[str, int]:
@@ -116,6 +121,10 @@ class Qwen(Family):
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         self.pixel_limits = {name: limit for name, limit in limits.items() if limit is not None}
+
+    def install(self, model) -> None:
+        super().install(model)
+        attention.install_windows(model.model.visual)
 
     def area_limits(self) -> dict[str, int]:
         size = self.image_processor.size  # of areas, though the names speak of edges

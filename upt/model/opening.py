@@ -94,7 +94,7 @@ def check_fit(config, adapter: Path | str, name: str, layers: str | None = None)
     """
     folder = Path(adapter).expanduser()
     with calm(), loading(f"the adapter {adapter}"), torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(deepcopy(config))
+        model = AutoModelForImageTextToText.from_config(deepcopy(config), attn_implementation="sdpa")
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         layered = PeftModel(model, lora_config(folder))
         needed = get_peft_model_state_dict(layered, save_embedding_layers=False)

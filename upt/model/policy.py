@@ -30,7 +30,7 @@ from transformers.utils import cached_file
 from kernels import linear_logprob
 from upt.errors import PolicyError
 from upt.files import publish, write_whole, writing
-from upt.model import TARGETS, attention
+from upt.model import TARGETS
 from upt.model.families import FAMILIES, Family, Features
 from upt.model.folders import check_adapter, check_model, check_pickles
 from upt.model.lora import quicken
@@ -51,7 +51,7 @@ class Policy:
         self.positions = lru_cache(maxsize=256)(self._positions)
         self.most_slots: int | None = None  # of decoding, known once memory ran out
         self.model.eval().requires_grad_(False)
-        attention.install(self.base)
+        family.install(self.base)
 
     @classmethod
     def load(
