@@ -13,6 +13,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -22,14 +23,19 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 import upt  # noqa: F401 - first, so that `kernels` is ours (upt/kernel_names.py)
-from kernels import advantage, advantage_triton, logprob_triton, loss_triton, sampling_triton
+from kernels import advantage, advantage_triton, attention_triton, logprob_triton, loss_triton, sampling_triton
+from kernels.attention import Part, Places
 
 TARGETS = (80, 90)
-MODULES = (logprob_triton, advantage_triton, loss_triton, sampling_triton)
+MODULES = (logprob_triton, advantage_triton, attention_triton, loss_triton, sampling_triton)
 TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
     torch.int64: "i64", torch.int32: "i32", torch.bool: "i1",
 }  # fmt: skip
+DECODERS = (  # heads, key heads and head size of the 7B, of the 3B and of Qwen3-VL-8B, and of other kinds
+    (28, 4, 128, torch.bfloat16), (16, 2, 128, torch.bfloat16), (32, 8, 128, torch.bfloat16),
+    (28, 4, 128, torch.float32), (12, 2, 80, torch.float16), (8, 8, 64, torch.bfloat16), (32, 2, 256, torch.bfloat16),
+)  # fmt: skip
 
 
 class Recorder:
@@ -106,6 +112,12 @@ def call_all() -> None:
             loss_triton.grpo_loss(logprob, logprob, row[:512], mask, logprob, lengths, weight, *settings)
     settings = ("token", None, 0.2, 0.2, 0.0, "token", 0.0, "k3")
     loss_triton.grpo_loss(row, row, row, None, None, ids[:512], None, *settings)  # an advantage a token
+    for heads, kv_heads, dim, dtype in DECODERS:
+        stores = [torch.empty(n, kv_heads, 2048, dim, dtype=dtype, device=device) for n in (27, 256)]
+        prompts, own = (Part(store, store, ids[: len(store)]) for store in stores)
+        prompts = replace(prompts, places=Places([r // 10 for r in range(256)], 27, device))
+        query = torch.empty(256, heads, 1, dim, dtype=dtype, device=device)[:, :, 0]
+        attention_triton.decode_attention(query, [prompts, own], dim**-0.5)
 
 
 def resources(compiled, capability: int) -> dict[str, int]:
