@@ -6,7 +6,7 @@
     selective_log_softmax, linear_logprob               log-probability and entropy, from logits or a frozen head
     sample, row_id                                      tokens by counter-based noise
     group_advantage                                     rewards -> advantages
-    grpo_loss, sft_loss, response_weights, kl_divergence
+    grpo_loss, sft_loss, response_weights, rollout_weights, kl_divergence
 
 CUDA tensors take Triton, others the reference; UPT_KERNELS forces either (see dispatch.py). Names are imported when
 they are first used: rewards.py takes its advantages from here and must not wait for torch. All other names, get_kernel
@@ -28,6 +28,7 @@ MODULES = {
     "sft_loss": "loss",
     "kl_divergence": "loss",
     "response_weights": "loss",
+    "rollout_weights": "loss",
     "sample": "sampling",
     "row_id": "sampling",
 }

@@ -103,7 +103,7 @@ def test_sft_is_cross_entropy_on_the_rewarded_well_formed_responses(tiny, tmp_pa
                 response["text"] = "<think>x</think>\\boxed{1}"
     groups = targets(groups, "think-boxed")
     assert [[r["advantage"] for r in g["responses"]] for g in groups] == [[1.0, 0.0, 0.0, 0.5]] * len(groups)
-    stats = update.accumulate(policy, prompts, groups, None, config)
+    stats, _ = update.accumulate(policy, prompts, groups, None, config)
     mine = gradients(policy)
     trained = [(b, g["responses"][i]["token_ids"], w) for b, g in enumerate(groups) for i, w in ((0, 1.0), (3, 0.5))]
     total = sum(len(ids) for _, ids, _ in trained)
