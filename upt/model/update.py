@@ -37,7 +37,7 @@ def update(
     olds = [None] * count
     if config.algorithm == "grpo":
         olds[1:] = [_logprobs(policy, prompts[part], groups[part], config) for part in parts[1:]]
-    steps, apart = [], []
+    steps, apart = [], [torch.zeros(0)]
     for number, (part, old) in enumerate(zip(parts, olds, strict=True)):
         stats = {"kl": kl_to_reference(policy, prompts[part], groups[part], config)} if measure_kl else {}
         found, difference = accumulate(policy, prompts[part], groups[part], old, config)
@@ -63,7 +63,7 @@ def update(
     means = {name: value if name in COUNTS else value / len(steps) for name, value in sums.items()}
     if not groups:
         means |= {name: None for name in means if name == "kl"}  # of no token
-    return means | disagreement(torch.cat([torch.zeros(0), *apart]), config) | {"nonfinite_in_a_row": in_a_row}
+    return means | disagreement(torch.cat(apart), config) | {"nonfinite_in_a_row": in_a_row}
 
 
 def accumulate(
