@@ -166,7 +166,8 @@ def rollout_weights(old_logprob: torch.Tensor, sampled_logprob: torch.Tensor, ca
     They weigh for a sampler whose probabilities are not the trainer's, whatever the reason: other kernels, rounding, an
     older policy (Yao et al. 2025, https://fengyao.notion.site/off-policy-rl; TRL's `token_truncate`, verl's
     `rollout_is: token`). Multiply advantages by them, one a token: both branches of `grpo_loss`'s maximum and its dual
-    clip are proportional to A, so this multiplies the token's loss and leaves the KL term as it is.
+    clip are proportional to A, so this multiplies the token's loss and leaves the KL term as it is, as both of these
+    libraries do. With ratio_level `sequence` a response's loss is then multiplied by the mean of its tokens' weights.
     """
     return (old_logprob - sampled_logprob).detach().exp().clamp(max=cap)
 

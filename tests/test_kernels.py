@@ -492,6 +492,11 @@ def test_rollout_weights(device):
     loss, _ = grpo_loss(logprob, old, w)  # A = 1, on policy
     loss.backward()
     assert float(loss) == pytest.approx(-(0.5 + 2) / 2) and logprob.grad[0].tolist() == pytest.approx([-0.25, -1.0])
+    # One ratio for the response: its loss has the mean of the weights, and each token half of the gradient.
+    logprob = old.detach().requires_grad_()
+    loss, _ = grpo_loss(logprob, old, w, ratio_level="sequence")
+    loss.backward()
+    assert float(loss) == pytest.approx(-1.25) and logprob.grad[0].tolist() == pytest.approx([-0.625, -0.625])
     # A = -1 at ratios 1/2 and 4: the first token's loss is clipped to 0.8, the second's to the dual clip's 3, and the
     # KL to the reference, 0.1 * (1 + 3) / 2, has no weight.
     apart = torch.tensor([[math.log(0.5), math.log(4.0)]], device=device)
