@@ -202,7 +202,7 @@ def test_shards_of_another_policy_are_said_and_can_be_weighed(tiny, tmp_path, ca
     said = capfd.readouterr().out
     (row,) = metrics(plain)
     assert row["logprob_gap_mean"] == pytest.approx(math.log(4), abs=1e-3) and row["alarms"] == []
-    assert "gap 1.4e+00 (max 1.4e+00)" in said and "samples of another policy" in said and "GAP" not in said
+    assert "gap 1.4e+00 (max 1.4e+00)" in said and "off-policy samples" in said and "GAP" not in said
     weighed = run(tiny, tmp_path / "weighed", rollout_correction="truncated", **settings)
     (weighed_row,) = metrics(weighed)
     assert (weighed_row["rollout_weight_mean"], weighed_row["rollout_capped_share"]) == (2.0, 1.0)

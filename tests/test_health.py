@@ -110,7 +110,7 @@ def test_a_gap_between_sampler_and_trainer_is_an_alarm_at_once():
         (True, {"logprob_gap_mean": None, "logprob_gap_max": None}, ["clipped 0.000", "0.5 GiB"]),
         (True, {"logprob_gap_mean": 2e-7, "logprob_gap_max": 3.1e-6}, ["gap 2.0e-07 (max 3.1e-06)", "0.5 GiB"]),
         (True, {"logprob_gap_mean": 0.25, "logprob_gap_max": 4.0}, ["0.5 GiB", "GAP: sampler and trainer disagree"]),
-        (False, {"logprob_gap_mean": 0.25, "logprob_gap_max": 4.0}, ["0.5 GiB", "samples of another policy"]),
+        (False, {"logprob_gap_mean": 0.25, "logprob_gap_max": 4.0}, ["0.5 GiB", "off-policy samples"]),
     ],
 )
 def test_a_status_line_shows_the_gap(tmp_path, monkeypatch, own, gap, said):

@@ -156,7 +156,7 @@ def status(row: dict) -> str:
     if "gap" in row["alarms"]:
         parts.append("GAP: sampler and trainer disagree")
     elif health.is_apart(row):
-        parts.append("samples of another policy")
+        parts.append("off-policy samples")
     if alarms := [name for name in row["alarms"] if name not in ("nonfinite", "gap")]:  # which have words of their own
         parts.append(f"COLLAPSE? {' '.join(alarms)}")
     return ", ".join(parts)
