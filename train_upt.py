@@ -95,6 +95,7 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
             reward_of = rewards.bind_reward(self.reward, run_seed=self.seed, **variants.band(self))
             scoring.try_out(reward_of, rewards.bind_advantage(self.advantage))
         self.check_judge()
+        self.check_correction()
         if self.init_adapter is not None:
             check_base(self.init_adapter, origin_of(self.model), self.any_base, say=False)
         self.check_rounds()
@@ -233,7 +234,7 @@ def train(
     if latest:
         start, clock.seconds = run.checkpoints.load_checkpoint(latest[0], optimizer, schedule)
         print(f"going on after step {start} of {config.steps}")
-    metrics = Metrics(config.out / "metrics.jsonl", start)
+    metrics = Metrics(config.out / "metrics.jsonl", start, own=config.from_shards is None)
     paths = shards.list_shards(config.from_shards) if config.from_shards else None
     looked = {}
 

@@ -110,8 +110,9 @@ def call_all() -> None:
         for level in levels:
             settings = (aggregation, limit, 0.2, 0.2, 3.0, level, 0.1, "k3")
             loss_triton.grpo_loss(logprob, logprob, row[:512], mask, logprob, lengths, weight, *settings)
-    settings = ("token", None, 0.2, 0.2, 0.0, "token", 0.0, "k3")
-    loss_triton.grpo_loss(row, row, row, None, None, ids[:512], None, *settings)  # an advantage a token
+    for reference, weight in ((None, None), (row, row[:512])):  # an advantage a token, as rollout_weights makes them
+        settings = ("token", None, 0.2, 0.2, 3.0, "token", 0.1 if reference is not None else 0.0, "k3")
+        loss_triton.grpo_loss(row, row, row, None, reference, ids[:512], weight, *settings)
     for heads, kv_heads, dim, dtype in DECODERS:
         stores = [torch.empty(n, kv_heads, 2048, dim, dtype=dtype, device=device) for n in (27, 256)]
         prompts, own = (Part(store, store, ids[: len(store)]) for store in stores)

@@ -189,7 +189,12 @@ class Loop:
         middle, rollout_gb = self.clock(), self.peak_gb()
         signs = [(-1.0) ** i for i in range(self.config.group_size)]
         groups = [
-            {"responses": [{"token_ids": s.ids, "finish": s.finish, "advantage": a} for s, a in zip(group, signs)]}
+            {
+                "responses": [
+                    {"token_ids": s.ids, "logprobs": s.logprobs, "finish": s.finish, "advantage": a}
+                    for s, a in zip(group, signs)
+                ]
+            }
             for group in sampled
         ]
         update.update(self.policy, self.optimizer, self.schedule, prompts, groups, self.settings, measure_kl=False)

@@ -55,7 +55,12 @@ def measure(config: Config) -> float:
     batch = stages.sampling.step_batch(policy, data.load("shapes"), 0, settings)
     sampled = stages.sampling.sample_groups(policy, batch.prompts, 0, settings)
     groups = [
-        {"responses": [{"token_ids": s.ids, "finish": s.finish, "advantage": (-1.0) ** i} for i, s in enumerate(group)]}
+        {
+            "responses": [
+                {"token_ids": s.ids, "logprobs": s.logprobs, "finish": s.finish, "advantage": (-1.0) ** i}
+                for i, s in enumerate(group)
+            ]
+        }
         for group in sampled
     ]
     seconds = []

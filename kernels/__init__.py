@@ -7,7 +7,7 @@
     sample, row_id                                      tokens by counter-based noise
     decode_attention, Part, Places                      attention of decoding over keys that rows share
     group_advantage                                     rewards -> advantages
-    grpo_loss, sft_loss, response_weights, kl_divergence
+    grpo_loss, sft_loss, response_weights, rollout_weights, kl_divergence
 
 CUDA tensors take Triton, others the reference; UPT_KERNELS forces either (see dispatch.py). Names are imported when
 they are first used: rewards.py takes its advantages from here and must not wait for torch. All other names, get_kernel
@@ -29,6 +29,7 @@ MODULES = {
     "sft_loss": "loss",
     "kl_divergence": "loss",
     "response_weights": "loss",
+    "rollout_weights": "loss",
     "sample": "sampling",
     "row_id": "sampling",
     "decode_attention": "attention",

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 ESTIMATORS = ("k1", "k2", "k3")  # of the divergence, see kl_divergence
+FARTHEST = 20.0  # k3: a reference log-probability further above the policy's counts as so far, and has no gradient
 LARGEST = 80.0  # a log-ratio above it counts as it: exp stays finite, and so do gradients of what is clipped
 
 

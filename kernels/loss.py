@@ -5,7 +5,7 @@ Responses come packed, tokens (N,) in the order of `lengths` (R,), or padded, (R
 
 import torch
 
-from kernels.common import ESTIMATORS, LARGEST
+from kernels.common import ESTIMATORS, FARTHEST, LARGEST
 from kernels.dispatch import use_triton
 
 AGGREGATIONS = ("token", "sequence", "dr-grpo")
@@ -56,7 +56,7 @@ def grpo_loss(
     A < 0 at -A * dual_clip where dual_clip > 0 (arXiv 1912.09729 eq. 5), plus kl_coef * weight * KL(policy, ref) by
     the estimator k1, k2 or k3 (http://joschu.net/blog/kl-approx.html). weight (R,) is that of each token of a response,
     by default `response_weights` of these responses; for a micro-batch give those of its minibatch. A log-ratio above
-    80 counts as 80. Only logprob gets a gradient.
+    80 counts as 80, a difference in k3 above 20 as 20 (`kl_divergence`). Only logprob gets a gradient.
 
     Returns the loss and sums over tokens: `clip_low`, `clip_high`, `dual_clip` (tokens clipped so), `ratio` (of
     rho - 1), `tokens` and, with a reference, `kl`. No sum depends on the order in which threads finish.
@@ -160,14 +160,32 @@ def sft_loss(
     return loss, stats
 
 
+def rollout_weights(old_logprob: torch.Tensor, sampled_logprob: torch.Tensor, cap: float = 2.0) -> torch.Tensor:
+    """Truncated importance weights min(exp(old_logprob - sampled_logprob), cap), one a token, without a gradient.
+
+    They weigh for a sampler whose probabilities are not the trainer's, whatever the reason: other kernels, rounding, an
+    older policy (Yao et al. 2025, https://fengyao.notion.site/off-policy-rl; TRL's `token_truncate`, verl's
+    `rollout_is: token`). Multiply advantages by them, one a token: both branches of `grpo_loss`'s maximum and its dual
+    clip are proportional to A, so this multiplies the token's loss and leaves the KL term as it is, as both of these
+    libraries do. With ratio_level `sequence` a response's loss is then multiplied by the mean of its tokens' weights.
+    """
+    return (old_logprob - sampled_logprob).detach().exp().clamp(max=cap)
+
+
 def kl_divergence(logprob: torch.Tensor, ref_logprob: torch.Tensor, estimator: str = "k3") -> torch.Tensor:
-    """Estimate KL(policy, reference) at each sampled token, in nats: k1 unbiased, k2 low variance, k3 both and >= 0."""
+    """Estimate KL(policy, reference) at each sampled token, in nats: k1 unbiased, k2 low variance, k3 both and >= 0.
+
+    k3 is exp(d) - 1 - d with d = ref_logprob - logprob. In float32 it overflows from d = 89 on, and the square of its
+    gradient from d = 45 on. So d counts as 20 at most, as in verl: a token beyond that has the value there, 4.9e8, and
+    no gradient. It is none of the policy's own: of these, d > x has a probability of exp(-x) or less, here 2e-9.
+    """
     difference = ref_logprob - logprob
     if estimator == "k1":
         return -difference
     if estimator == "k2":
         return difference.square() / 2
     if estimator == "k3":
+        difference = difference.clamp(max=FARTHEST)
         return torch.expm1(difference) - difference
     raise ValueError(f"kl_estimator must be k1, k2 or k3, not {estimator!r}")
 

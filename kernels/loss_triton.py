@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from kernels.common import ESTIMATORS, LARGEST
+from kernels.common import ESTIMATORS, FARTHEST, LARGEST
 from kernels.dispatch import on
 
 BLOCK = 512  # tokens at once
@@ -51,7 +51,7 @@ class _GrpoLoss(torch.autograd.Function):
             with on(logprob):
                 grpo_kernel[(count,)](
                     logprob, old, advantage, mask, reference, weight, lengths, ends, gradient, partial,
-                    logprob.shape[-1], clip_low, clip_high, dual_clip, kl_coef, LARGEST,
+                    logprob.shape[-1], clip_low, clip_high, dual_clip, kl_coef, LARGEST, FARTHEST,
                     PER_TOKEN=advantage.shape != (count,), PACKED=lengths is not None, MASKED=mask is not None,
                     WEIGHTED=weight is not None, PER_LENGTH=weight is None and aggregation == "sequence",
                     SEQUENCE_RATIO=ratio_level == "sequence",
@@ -101,7 +101,7 @@ def smaller(a, b):
 @triton.jit
 def grpo_kernel(
     logprob, old, advantage, mask, reference, weight, lengths, ends, gradient, partial,
-    size, clip_low, clip_high, dual_clip, kl_coef, largest,
+    size, clip_low, clip_high, dual_clip, kl_coef, largest, farthest,
     PER_TOKEN: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr, WEIGHTED: tl.constexpr,
     PER_LENGTH: tl.constexpr, SEQUENCE_RATIO: tl.constexpr, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +163,8 @@ def grpo_kernel(
             elif ESTIMATOR == 2:
                 kl, slope = 0.5 * difference * difference, -difference
             else:
-                kl, slope = expm1(difference, True), -expm1(difference, False)
+                nearer = smaller(difference, farthest)
+                kl, slope = expm1(nearer, True), tl.where(difference > farthest, 0.0, -expm1(nearer, False))
             kl = tl.where(seen, kl, 0.0)
             kl_sum += tl.sum(kl, 0)
             wanted = seen & (kl_coef > 0)  # else only measured: 0 times what is not finite would be nan

@@ -1,6 +1,7 @@
 """What a step does with skipped groups, with cross-entropy, with a judge; how a collapsing run ends."""
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -14,7 +15,7 @@ import rollout
 from tests.test_train import SMALL, adapter, run, same
 from train_upt import Config, main, targets
 from upt import answers, data
-from upt.errors import Stopped
+from upt.errors import SettingError, Stopped
 from upt.groups import shards
 from upt.model import update
 from upt.model.policy import Policy
@@ -91,6 +92,138 @@ def test_a_step_whose_groups_are_all_skipped_changes_nothing(tiny, tmp_path, cap
     assert "skipped 4" in capfd.readouterr().out
 
 
+# ------------------------------------------------------------------------------------------------ sampler and trainer
+
+
+def still(policy, rate: float = 0.0):
+    """An optimizer of that rate, which does not decay, and a schedule for it."""
+    optimizer = torch.optim.SGD(policy.trainable(), rate)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0)
+
+
+def set_adapter(policy, size: float):
+    """The adapter's output weights at random, of that standard deviation; 0: the policy is the reference."""
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, size, generator=torch.Generator().manual_seed(0))
+
+
+def sampled_by_another(groups: list[dict], factor: float, only=lambda g, i: True) -> list[dict]:
+    """The groups as a sampler would leave them whose tokens have `factor` times the probabilities."""
+    return [
+        group
+        | {
+            "responses": [
+                r | {"logprobs": [p + math.log(factor) * only(g, i) for p in r["logprobs"]]}
+                for i, r in enumerate(group["responses"])
+            ]
+        }
+        for g, group in enumerate(groups)
+    ]
+
+
+def test_the_gap_is_that_of_the_policy_before_the_step(tiny, tmp_path, monkeypatch):
+    config, policy, prompts, groups = step(tiny, tmp_path, minibatches=2, advantage="mean")
+    used = [(g, i) for g, group in enumerate(groups) for i, r in enumerate(group["responses"]) if r["advantage"]]
+    unused = [(g, i) for g in range(4) for i in range(4) if (g, i) not in used]
+    assert len(used) > 4 and len(unused) > 0
+    tokens = [len(groups[g]["responses"][i]["token_ids"]) for g, i in used]
+    passes, real = [], policy.logprobs
+    monkeypatch.setattr(policy, "logprobs", lambda batch, *rest: passes.append(len(batch)) or real(batch, *rest))
+    # The second minibatch, too, is held against the policy that sampled, far as the first update moves it.
+    stats = update.update(policy, *still(policy, 10.0), prompts, groups, config, False)
+    assert stats["logprob_gap_max"] < 1e-4 and abs(stats["ratio"] - 1) > 1e-3
+    assert len(passes) == 3  # one for each minibatch, and one for the second's old log-probabilities
+    set_adapter(policy, 0.0)
+    # The last response has e times the probability to its sampler: a gap of 1 nat a token.
+    for factor in (math.e, 1 / math.e):
+        other = sampled_by_another(groups, factor, lambda g, i: (g, i) == used[-1])
+        stats = update.update(policy, *still(policy), prompts, other, config, False)
+        assert stats["logprob_gap_max"] == pytest.approx(1, abs=1e-4)
+        assert stats["logprob_gap_mean"] == pytest.approx(tokens[-1] / sum(tokens), abs=1e-4)
+        assert not any(name.startswith("rollout_") for name in stats)
+    # What the update leaves out is not looked at; where it leaves out everything, there is no gap to tell.
+    other = sampled_by_another(groups, math.e, lambda g, i: (g, i) in unused)
+    assert update.update(policy, *still(policy), prompts, other, config, False)["logprob_gap_max"] < 1e-4
+    skipped = [group | {"skipped": True} for group in groups]
+    assert update.update(policy, *still(policy), prompts, skipped, config, False)["logprob_gap_mean"] is None
+
+
+def test_cross_entropy_has_a_gap_where_its_temperature_is_the_samplers(tiny, tmp_path):
+    for temperature, minibatches in ((1.0, 1), (1.0, 2), (0.7, 1)):
+        settings = dict(algorithm="sft", temperature=temperature, minibatches=minibatches)
+        config, policy, prompts, groups = step(tiny, tmp_path / f"{temperature}-{minibatches}", **settings)
+        groups = [g | {"responses": [r | {"advantage": 1.0} for r in g["responses"]]} for g in groups]
+        # To the sampler of the last two questions, tokens have e times the probability.
+        other = sampled_by_another(groups, math.e, lambda g, i: g > 1)
+        gap = update.update(policy, *still(policy), prompts, other, config, False)["logprob_gap_max"]
+        if temperature == 1:
+            assert gap == pytest.approx(1 if minibatches == 1 else 0, abs=1e-4)  # the first minibatch's alone
+        else:
+            assert gap is None
+
+
+def test_a_rollout_correction_weighs_the_loss_and_not_the_kl(tiny, tmp_path):
+    config, policy, prompts, groups = step(tiny, tmp_path, advantage="mean", kl_coef=0.5)
+    set_adapter(policy, 0.1)  # away from the reference, so that the KL has a gradient
+    with torch.no_grad():  # samples of this policy
+        for group, prompt in zip(groups, prompts):
+            batch = next(update.pack([prompt], [[r["token_ids"] for r in group["responses"]]], 100_000))
+            logprob = policy.logprobs(batch, config.temperature)[0].split([len(r) for r in batch[0].responses])
+            for response, values in zip(group["responses"], logprob, strict=True):
+                response["logprobs"] = values.tolist()
+    idle = [g | {"responses": [r | {"advantage": 0.0} for r in g["responses"]]} for g in groups]
+    corrected = replace(config, rollout_correction="truncated")
+
+    def gradient(groups, config):
+        stats, apart = update.accumulate(policy, prompts, groups, None, config)
+        return gradients(policy), update.disagreement(apart, config)
+
+    both, pull = gradient(groups, config)[0], gradient(idle, config)[0]
+    assert max(float(p.abs().max()) for p in pull) > 1e-4 < max(float((b - p).abs().max()) for b, p in zip(both, pull))
+    for factor, cap, weight, capped in ((1.0, 2.0, 1, 0), (2.0, 2.0, 0.5, 0), (0.25, 2.0, 2, 1), (0.25, 8.0, 4, 0)):
+        mine, stats = gradient(sampled_by_another(groups, factor), replace(corrected, rollout_cap=cap))
+        assert stats["rollout_weight_mean"] == pytest.approx(weight, rel=1e-4)
+        assert stats["rollout_capped_share"] == capped
+        for ours, whole, kl in zip(mine, both, pull, strict=True):
+            torch.testing.assert_close(ours, weight * (whole - kl) + kl, atol=1e-5, rtol=1e-3)
+    # Off, the sampler's log-probabilities are read for the gap alone.
+    mine, _ = gradient(sampled_by_another(groups, 0.25), config)
+    assert all(torch.equal(a, b) for a, b in zip(mine, both))
+
+
+def test_shards_of_another_policy_are_said_and_can_be_weighed(tiny, tmp_path, capfd):
+    sampling = dict(model=tiny, steps=1, questions_per_step=4, group_size=4, max_new_tokens=12)
+    rollout.main(rollout.Config(out=tmp_path / "rollouts", **sampling))
+    path = shards.shard_path(tmp_path / "rollouts", 0)
+    shards.write_shard(path, sampled_by_another(shards.read_shard(path), 0.25))
+    settings = dict(from_shards=tmp_path / "rollouts", minibatches=2, steps=1)
+    plain = run(tiny, tmp_path / "plain", **settings)
+    said = capfd.readouterr().out
+    (row,) = metrics(plain)
+    assert row["logprob_gap_mean"] == pytest.approx(math.log(4), abs=1e-3) and row["alarms"] == []
+    assert "gap 1.4e+00 (max 1.4e+00)" in said and "off-policy samples" in said and "GAP" not in said
+    weighed = run(tiny, tmp_path / "weighed", rollout_correction="truncated", **settings)
+    (weighed_row,) = metrics(weighed)
+    assert (weighed_row["rollout_weight_mean"], weighed_row["rollout_capped_share"]) == (2.0, 1.0)
+    # Every weight is 2: twice the loss.
+    assert weighed_row["loss"] == pytest.approx(2 * row["loss"], rel=1e-3) and not same(plain, weighed)
+    again = main(Config(out=tmp_path / "weighed", resume=True))
+    assert again["config"]["rollout_correction"] == "truncated"
+
+
+@pytest.mark.parametrize(
+    "mistake, said",
+    [
+        ({"rollout_cap": 3.0}, "--rollout-cap 3.0 is for .* --rollout-correction truncated; give both"),
+        ({"rollout_correction": "truncated", "algorithm": "sft"}, "--algorithm sft makes none: leave one of them out"),
+    ],
+)
+def test_a_correction_with_nothing_to_correct(tiny, tmp_path, mistake, said):
+    with pytest.raises(SettingError, match=said):
+        Config(model=tiny, out=tmp_path, **SMALL | mistake).resolve()
+
+
 # ------------------------------------------------------------------------------------------------ cross-entropy
 
 
@@ -103,7 +236,7 @@ def test_sft_is_cross_entropy_on_the_rewarded_well_formed_responses(tiny, tmp_pa
                 response["text"] = "<think>x</think>\\boxed{1}"
     groups = targets(groups, "think-boxed")
     assert [[r["advantage"] for r in g["responses"]] for g in groups] == [[1.0, 0.0, 0.0, 0.5]] * len(groups)
-    stats = update.accumulate(policy, prompts, groups, None, config)
+    stats, _ = update.accumulate(policy, prompts, groups, None, config)
     mine = gradients(policy)
     trained = [(b, g["responses"][i]["token_ids"], w) for b, g in enumerate(groups) for i, w in ((0, 1.0), (3, 0.5))]
     total = sum(len(ids) for _, ids, _ in trained)

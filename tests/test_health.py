@@ -93,6 +93,36 @@ def test_the_checkpoint_with_most_information_is_chosen_among_the_healthy():
     assert health.best_checkpoint(flat, [10, 20, 30]) == 30
 
 
+def test_a_gap_between_sampler_and_trainer_is_an_alarm_at_once():
+    gaps = (None, 0.0, 1e-6, 0.04, 0.1, 0.11)
+    watch = health.Watch()
+    assert [watch.add(row(n, logprob_gap_mean=gap)) for n, gap in enumerate(gaps)] == [[]] * 5 + [["gap"]]
+    assert watch.add(row(6)) == []
+    assert health.Watch(own=False).add(row(0, logprob_gap_mean=1.0)) == []  # shards may be another policy's
+    rows = [row(n, alarms=["gap"] if n == 2 else []) for n in range(4)]
+    assert health.unhealthy_from(rows) == 2
+
+
+@pytest.mark.parametrize(
+    "own, gap, said",
+    [
+        (True, {}, ["clipped 0.000", "0.5 GiB"]),
+        (True, {"logprob_gap_mean": None, "logprob_gap_max": None}, ["clipped 0.000", "0.5 GiB"]),
+        (True, {"logprob_gap_mean": 2e-7, "logprob_gap_max": 3.1e-6}, ["gap 2.0e-07 (max 3.1e-06)", "0.5 GiB"]),
+        (True, {"logprob_gap_mean": 0.25, "logprob_gap_max": 4.0}, ["0.5 GiB", "GAP: sampler and trainer disagree"]),
+        (False, {"logprob_gap_mean": 0.25, "logprob_gap_max": 4.0}, ["0.5 GiB", "off-policy samples"]),
+    ],
+)
+def test_a_status_line_shows_the_gap(tmp_path, monkeypatch, own, gap, said):
+    monkeypatch.setattr("upt.run.metrics.peak_memory_gib", lambda: 0.5)
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0, own)
+    group = make_group(keys="aab")
+    for response in group["responses"]:
+        response |= {"reward": 1.0, "advantage": 0.0}
+    line = metrics.write(0, [group], {"clip_low": 0.0, "clip_high": 0.0} | gap, {}, {})
+    assert line.split(", ")[-2:] == said and "COLLAPSE" not in line
+
+
 def test_a_status_line_shows_alarms_and_counts(tmp_path):
     metrics = Metrics(tmp_path / "metrics.jsonl", 0)
     group = make_group(keys="aab")

@@ -13,6 +13,7 @@ from kernels import (
     kl_divergence,
     linear_logprob,
     response_weights,
+    rollout_weights,
     row_id,
     sample,
     selective_log_softmax,
@@ -458,6 +459,53 @@ def test_a_small_kl_keeps_its_digits(device):
     logprob, reference, advantage = tensors(device, [[0.0]], [[2e-4]], [0.0])
     _, stats = grpo_loss(logprob, logprob, advantage, None, reference)
     assert float(stats["kl"]) == pytest.approx(2e-8, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "difference, kl, slope",  # of the reference's log-probability to the policy's; with respect to the latter
+    [
+        (math.log(2.0), 1 - math.log(2.0), -1.0),
+        (-1000.0, 999.0, 1.0),
+        (19.0, math.expm1(19) - 19, -math.expm1(19)),
+        (1000.0, math.expm1(20) - 20, 0.0),  # counts as 20, where e^20 - 21 = 485,165,174
+    ],
+)
+def test_k3_and_its_gradient_stay_finite(device, difference, kl, slope):
+    logprob, reference, advantage = tensors(device, [[-1.0]], [[difference - 1]], [0.0])
+    logprob.requires_grad_()
+    loss, stats = grpo_loss(logprob, logprob, advantage, None, reference, kl_coef=0.1)
+    loss.backward()
+    assert float(stats["kl"]) == pytest.approx(kl, rel=1e-5) and float(loss) == pytest.approx(0.1 * kl, rel=1e-5)
+    assert float(logprob.grad) == pytest.approx(0.1 * slope, rel=1e-5)
+
+
+def test_rollout_weights(device):
+    # Tokens sampled with probabilities 1/2 and 1/5, which are 1/4 and 4/5 to the trainer: half, and four times.
+    old, sampled = tensors(device, [[math.log(0.25), math.log(0.8)]], [[math.log(0.5), math.log(0.2)]])
+    for cap, expected in ((2.0, [0.5, 2.0]), (8.0, [0.5, 4.0]), (1.0, [0.5, 1.0])):
+        assert rollout_weights(old, sampled, cap)[0].tolist() == pytest.approx(expected)
+    assert rollout_weights(old + 1000, sampled)[0].tolist() == [2, 2]
+    assert rollout_weights(old - 1000, sampled)[0].tolist() == [0, 0]
+    w = rollout_weights(old.requires_grad_(), sampled)
+    assert not w.requires_grad
+    logprob = old.detach().requires_grad_()
+    loss, _ = grpo_loss(logprob, old, w)  # A = 1, on policy
+    loss.backward()
+    assert float(loss) == pytest.approx(-(0.5 + 2) / 2) and logprob.grad[0].tolist() == pytest.approx([-0.25, -1.0])
+    # One ratio for the response: its loss has the mean of the weights, and each token half of the gradient.
+    logprob = old.detach().requires_grad_()
+    loss, _ = grpo_loss(logprob, old, w, ratio_level="sequence")
+    loss.backward()
+    assert float(loss) == pytest.approx(-1.25) and logprob.grad[0].tolist() == pytest.approx([-0.625, -0.625])
+    # A = -1 at ratios 1/2 and 4: the first token's loss is clipped to 0.8, the second's to the dual clip's 3, and the
+    # KL to the reference, 0.1 * (1 + 3) / 2, has no weight.
+    apart = torch.tensor([[math.log(0.5), math.log(4.0)]], device=device)
+    kl = {"kl_coef": 0.1, "kl_estimator": "k1"}
+    here = old.detach() + apart
+    reference = here - torch.tensor([[1.0, 3.0]], device=device)
+    loss, stats = grpo_loss(here, old, -w, None, reference, dual_clip=3.0, **kl)
+    assert float(loss) == pytest.approx((0.5 * 0.8 + 2 * 3) / 2 + 0.2)
+    assert float(stats["clip_low"]) == float(stats["dual_clip"]) == 1
 
 
 def test_the_loss_is_read_backwards_without_a_race(device):

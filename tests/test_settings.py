@@ -80,6 +80,9 @@ REFUSED = [  # script, setting, value, what is said
     ("train_upt", "dual_clip", 1.0, "--dual-clip must be 0 .off. or above 1, not 1.0"),
     ("train_upt", "clip_low", 1.2, "--clip-low must be from 0 to 1"),
     ("train_upt", "clip_high", -0.2, "--clip-high must be at least 0"),
+    ("train_upt", "rollout_cap", 0.5, "--rollout-cap must be at least 1, not 0.5"),
+    ("train_upt", "rollout_cap", INF, "--rollout-cap must be a finite number"),
+    ("train_upt", "rollout_correction", "sequence", "expected none or truncated"),
     ("train_upt", "top_p", 0, "--top-p must be above 0 and at most 1"),
     ("train_upt", "top_k", -2, "--top-k must be at least 0"),
     ("train_upt", "temperature", 1e-30, "--temperature must be 0 .greedy. or at least 0.001"),
@@ -153,6 +156,7 @@ def test_a_setting_changed_later_is_checked_when_it_is_used(tiny):
         ("step", "step is no setting; did you mean 'steps'"),
         ("lr", "lr is no setting; it is called learning_rate here"),
         ("num_generations", "it is called group_size here"),
+        ("vllm_importance_sampling_cap", "it is called rollout_cap here"),
         ("zzz", "zzz is no setting; --help of the script lists them"),
     ],
 )

@@ -396,7 +396,6 @@ def test_grpo_loss(
     mask = (torch.rand(shape) < 0.8) if masked or not packed else None
     if not packed:
         mask &= torch.arange(longest) < size[:, None]
-    per_token = per_token and level == "token"
     parts = {
         "old_logprob": logprob + difference,
         "advantage": torch.randn(shape if per_token else count).double(),

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from kernels import grpo_loss, kl_divergence, response_weights, sft_loss
+from kernels import grpo_loss, kl_divergence, response_weights, rollout_weights, sft_loss
 from upt.model.packing import pack
 from upt.model.policy import Policy
 
@@ -25,6 +25,7 @@ def update(
     `config` has the loss settings of train_upt.Config. With `measure_kl` the KL to the reference is measured before
     each update, without touching it; with a kl_coef it is part of the loss and measured anyway. `in_a_row` updates
     before this step were not finite, one after the other; `nonfinite_in_a_row` says so of the end of this step.
+    What `disagreement` says is of the policy before the step's first update, from forward passes that are made anyway.
     """
     policy.model.train()
     kept = [i for i, group in enumerate(groups) if not group.get("skipped")]
@@ -36,10 +37,14 @@ def update(
     olds = [None] * count
     if config.algorithm == "grpo":
         olds[1:] = [_logprobs(policy, prompts[part], groups[part], config) for part in parts[1:]]
-    steps = []
-    for part, old in zip(parts, olds, strict=True):
+    steps, apart = [], [torch.zeros(0)]
+    for number, (part, old) in enumerate(zip(parts, olds, strict=True)):
         stats = {"kl": kl_to_reference(policy, prompts[part], groups[part], config)} if measure_kl else {}
-        stats |= accumulate(policy, prompts[part], groups[part], old, config)
+        found, difference = accumulate(policy, prompts[part], groups[part], old, config)
+        stats |= found
+        # Cross-entropy is at temperature 1, and only in the first minibatch of the policy that sampled.
+        if config.algorithm == "grpo" or (number == 0 and config.temperature == 1):
+            apart.append(difference)
         norm = torch.nn.utils.clip_grad_norm_(policy.trainable(), config.max_grad_norm or math.inf).item()
         stats |= {"grad_norm": norm, "nonfinite": 0, "no_signal": 0}
         if all(p.grad is None for p in policy.trainable()):
@@ -58,13 +63,17 @@ def update(
     means = {name: value if name in COUNTS else value / len(steps) for name, value in sums.items()}
     if not groups:
         means |= {name: None for name in means if name == "kl"}  # of no token
-    return means | {"nonfinite_in_a_row": in_a_row}
+    return means | disagreement(torch.cat(apart), config) | {"nonfinite_in_a_row": in_a_row}
 
 
-def accumulate(policy: Policy, prompts: list, groups: list[dict], old: dict | None, config) -> dict[str, float]:
-    """Sum the gradient of one minibatch's loss over its micro-batches; the loss and its statistics.
+def accumulate(
+    policy: Policy, prompts: list, groups: list[dict], old: dict | None, config
+) -> tuple[dict[str, float], torch.Tensor]:
+    """Sum the gradient of one minibatch's loss over its micro-batches.
 
-    `old` holds the log-probabilities from before the step by (group, response); None: the policy has not moved since.
+    Returns the loss and its statistics, and of each token that was looked at, (N,) on the CPU, by how much its old
+    log-probability is above the one that it was sampled with. `old` holds the log-probabilities from before the step
+    by (group, response); None: the policy's own, as it has not moved since or the loss has no ratio.
     """
     lengths = torch.tensor([[_used_length(r, config) for r in g["responses"]] for g in groups])  # (B, G)
     weights = response_weights(lengths.flatten(), config.aggregation, config.max_new_tokens).view_as(lengths)
@@ -73,6 +82,7 @@ def accumulate(policy: Policy, prompts: list, groups: list[dict], old: dict | No
     totals |= {"kl": 0.0} if config.kl_coef > 0 else {}
     kl = {"kl_coef": config.kl_coef, "kl_estimator": config.kl_estimator}
     temperature = config.temperature if config.algorithm == "grpo" else 1.0
+    apart = [torch.zeros(0)]
     for batch in pack(prompts, _trained(groups, config), config.update_tokens):
         owners = [owner for row in batch for owner in row.owners]
         sizes = torch.tensor([len(response) for row in batch for response in row.responses])
@@ -82,16 +92,24 @@ def accumulate(policy: Policy, prompts: list, groups: list[dict], old: dict | No
             with policy.reference():
                 reference, _ = policy.logprobs(batch, temperature)
         logprob, _ = policy.logprobs(batch, temperature)  # (N,)
-        advantage = torch.tensor([groups[g]["responses"][i]["advantage"] for g, i in owners], dtype=torch.float32)
+        before = logprob.detach() if old is None else torch.cat([old[owner] for owner in owners])
+        responses = [groups[g]["responses"][i] for g, i in owners]
+        sampled = torch.tensor([p for r in responses for p in r["logprobs"]], dtype=torch.float32)  # (N,)
+        sampled = sampled.to(policy.device)
+        apart.append((before - sampled).cpu())
+        advantage = torch.tensor([r["advantage"] for r in responses], dtype=torch.float32).to(policy.device)  # (R,)
         weight = torch.stack([weights[owner] for owner in owners])  # (R,)
         per_response = {"lengths": sizes.to(policy.device), "weight": weight.to(policy.device)}
+        if config.rollout_correction == "truncated":
+            of_token = advantage.repeat_interleave(per_response["lengths"], output_size=len(logprob))  # (N,)
+            advantage = of_token * rollout_weights(before, sampled, config.rollout_cap)
         if config.algorithm == "sft":
-            loss, stats = sft_loss(logprob, advantage.to(policy.device), reference, **per_response, **kl)
+            loss, stats = sft_loss(logprob, advantage, reference, **per_response, **kl)
         else:
             loss, stats = grpo_loss(
                 logprob,
-                logprob.detach() if old is None else torch.cat([old[owner] for owner in owners]),
-                advantage.to(policy.device),
+                before,
+                advantage,
                 ref_logprob=reference,
                 **per_response,
                 clip_low=config.clip_low,
@@ -104,7 +122,24 @@ def accumulate(policy: Policy, prompts: list, groups: list[dict], old: dict | No
         totals["loss"] += loss.item()
         for name in totals.keys() & stats.keys():  # means over all tokens; those left out have ratio 1, not clipped
             totals[name] += stats[name].item() / count
-    return totals
+    return totals, torch.cat(apart)
+
+
+def disagreement(apart: torch.Tensor, config) -> dict[str, float | None]:
+    """How far trainer and sampler are from each other, over tokens (N,) whose log-probabilities are `apart`.
+
+    logprob_gap_mean and logprob_gap_max, in nats. With rollout_correction `truncated` also rollout_weight_mean, the
+    mean weight of a token, and rollout_capped_share, the share of those that were cut down to the cap. None: no token.
+    """
+    corrected = config.rollout_correction == "truncated"
+    names = ["logprob_gap_mean", "logprob_gap_max"] + ["rollout_weight_mean", "rollout_capped_share"] * corrected
+    if not len(apart):
+        return dict.fromkeys(names)
+    values = [apart.abs().mean(), apart.abs().max()]
+    if corrected:
+        weight = apart.exp()
+        values += [weight.clamp(max=config.rollout_cap).mean(), (weight > config.rollout_cap).float().mean()]
+    return dict(zip(names, torch.stack(values).tolist(), strict=True))
 
 
 @torch.no_grad()

@@ -47,9 +47,12 @@ def peak_memory_gib() -> float:
 
 
 class Metrics:
-    """metrics.jsonl, one line a step. Lines of steps that a resumed run does again are dropped first."""
+    """metrics.jsonl, one line a step. Lines of steps that a resumed run does again are dropped first.
 
-    def __init__(self, path: Path, start: int):
+    `own`: the run samples its responses itself, so that sampler and trainer have to agree.
+    """
+
+    def __init__(self, path: Path, start: int, own: bool = True):
         self.path = path
         # What follows the last line break was cut off when a run was killed; its step is done again.
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
@@ -59,7 +62,7 @@ class Metrics:
             fix = "mend the line, or move the file away: the log then begins where the run goes on"
             raise ShardError(f"{path}: a line is no record of a step ({in_words(error)}); {fix}") from error
         write_whole(path, [f"{json.dumps(row)}\n".encode() for row in self.rows])
-        self.watch = health.Watch([row for row in self.rows if row.get("groups")])
+        self.watch = health.Watch([row for row in self.rows if row.get("groups")], own)
 
     @property
     def nonfinite_in_a_row(self) -> int:
@@ -142,13 +145,19 @@ def status(row: dict) -> str:
     parts += [f"{name} {100 * value:.1f}" for name, value in row.get("benchmarks", {}).items()]
     if row.get("kl") is not None:
         parts.append(f"kl {row['kl']:.4f}")
+    if row.get("logprob_gap_mean") is not None:
+        parts.append(f"gap {row['logprob_gap_mean']:.1e} (max {row['logprob_gap_max']:.1e})")
     if row["tokens_per_second"] is not None:
         parts.append(f"{row['tokens_per_second']:.0f} tok/s")
     parts.append(f"{row['peak_memory_gib']:.1f} GiB")
     for name, (before, what, after) in REMARKS.items():
         if count := row.get(name):
             parts.append(f"{before} {count} {what}{'s' * (count != 1)}{after}")
-    if alarms := [name for name in row["alarms"] if name != "nonfinite"]:  # which NONFINITE stands for
+    if "gap" in row["alarms"]:
+        parts.append("GAP: sampler and trainer disagree")
+    elif health.is_apart(row):
+        parts.append("off-policy samples")
+    if alarms := [name for name in row["alarms"] if name not in ("nonfinite", "gap")]:  # which have words of their own
         parts.append(f"COLLAPSE? {' '.join(alarms)}")
     return ", ".join(parts)
 

@@ -283,6 +283,10 @@ class Update:
     """how token losses are averaged"""
     ratio_level: Literal["token", "sequence"] = "token"
     """sequence: one ratio for a response (GSPO)"""
+    rollout_correction: Literal["none", "truncated"] = "none"
+    """truncated: a token's loss is multiplied by its probability before the step over the one it was sampled with"""
+    rollout_cap: Annotated[float, "at least 1", "at most 1000"] = 2.0
+    """largest such weight"""
     kl_coef: Weight | None = None
     """weight of KL(policy, reference) in the loss"""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -299,6 +303,19 @@ class Update:
     """linear layers of the language model that get an adapter"""
     gradient_checkpointing: bool | None = None
     """recompute activations in the backward pass; None: on a GPU only"""
+
+    def check_correction(self) -> None:
+        """Raise SettingError for a correction that has nothing to correct, with what to change."""
+        if self.rollout_correction == "none" and self.rollout_cap != 2.0:
+            raise SettingError(
+                f"--rollout-cap {self.rollout_cap} is for the weights of --rollout-correction truncated; give both, or "
+                "leave it out"
+            )
+        if self.rollout_correction != "none" and self.algorithm == "sft":
+            raise SettingError(
+                f"--rollout-correction {self.rollout_correction} weighs the samples of a policy gradient, and "
+                "--algorithm sft makes none: leave one of them out"
+            )
 
     def keep_lora(self, adapter: str) -> None:
         """Take the settings of an adapter that goes on training. Raises SettingError for others that were given."""

@@ -19,7 +19,10 @@ ELSEWHERE = {
     "epsilon-high": "clip-high", "max-completion-length": "max-new-tokens", "max-response-length": "max-new-tokens",
     "max-prompt-length": "max-prompt-tokens", "model-name-or-path": "model", "dataset-name": "data", "dataset": "data",
     "output-dir": "out", "save-steps": "save-every", "lora-r": "lora-rank", "loss-type": "aggregation", "reward-funcs":
-    "reward", "resume-from-checkpoint": "resume", "adv-estimator": "advantage",
+    "reward", "resume-from-checkpoint": "resume", "adv-estimator": "advantage", "vllm-importance-sampling-correction":
+    "rollout-correction", "vllm-importance-sampling-mode": "rollout-correction", "vllm-importance-sampling-cap":
+    "rollout-cap", "vllm-importance-sampling-clip-max": "rollout-cap", "rollout-is": "rollout-correction",
+    "rollout-is-threshold": "rollout-cap", "importance-sampling-level": "ratio-level",
 }  # fmt: skip
 WORDS = {
     int: "a whole number",
