@@ -14,7 +14,7 @@ Features of pictures wait in the CPU's memory. b stands for the bytes of a numbe
 of activations were checked on a CPU with the allocator's own counts (tests/test_reckoning.py).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from math import ceil
 
@@ -195,15 +195,16 @@ def update_bytes(sizes: Sizes, demand: Demand, keys: float | None = None) -> tup
     """Bytes of a micro-batch's activations: of each of its tokens, and whatever their number.
 
     With checkpointing a token's state at every layer, and what one layer saves when it is computed again; without, what
-    all save. Besides, 8 I for two gradients on their way through the MLP and 16 D for the last norm, the saved gradient
-    of linear_logprob (kernels/logprob.py) and that of the stream. Fixed is linear_logprob's chunk of logits, of which
-    there is never more.
+    all save. Besides, 8 I for two gradients on their way through the MLP, and the gradient that linear_logprob saves
+    (kernels/logprob.py): 4 D, on a bf16 base 16 D with the last norm's float32 copies. Fixed is linear_logprob's chunk
+    of logits, of which there is never more.
     """
     saved = saved_bytes(sizes, demand, demand.keys_per_token if keys is None else keys)
     kept = sizes.layers * saved
     if demand.gradient_checkpointing:
         kept = saved + sizes.layers * demand.bytes_each * sizes.hidden
-    return kept + 8 * sizes.intermediate + 16 * sizes.hidden, LOGITS_AT_ONCE
+    last = (4 if demand.bytes_each == 4 else 16) * sizes.hidden
+    return kept + 8 * sizes.intermediate + last, LOGITS_AT_ONCE
 
 
 # ------------------------------------------------------------------------------------------------ a run
@@ -217,20 +218,19 @@ def reckon(sizes: Sizes, demand: Demand, free_bytes: float, phases: Sequence[str
     held = {"weights": b * sizes.parameters}
     if demand.lora_rank:
         held["adapter"] = adapter_bytes(sizes, demand, gradients=False)
+    at_once = max(PREFILL_TOKENS, demand.max_prompt_tokens)
+    tower = tower_bytes(sizes, demand.max_prompt_tokens, b)
+    passes = max(tower, forward_bytes(sizes, at_once, b) + feature_bytes(sizes, at_once, b))
+    kv = kv_bytes(sizes, b)
     if "rollout" in phases:
-        at_once = max(PREFILL_TOKENS, demand.max_prompt_tokens)
-        prefill = forward_bytes(sizes, at_once, b) + feature_bytes(sizes, at_once, b)
-        passes = max(prefill, tower_bytes(sizes, demand.max_prompt_tokens, b))
-        kv, logits = kv_bytes(sizes, b), b * sizes.vocab
-        slot, prompt = kv * demand.max_new_tokens, kv * demand.max_prompt_tokens
+        slot, prompt, logits = kv * demand.max_new_tokens, kv * demand.max_prompt_tokens, b * sizes.vocab
         slots = slots_that_fit(room - sum(held.values()) - passes, slot + logits, prompt, questions, G)
         cache = slots * slot + resident_prompts(slots, questions, G) * prompt
         found["rollout"] = held | {"KV": cache, "logits": slots * logits, "prefill and tower": passes}
-    if "judging" in phases:
-        written = demand.judge_mode == "text"
-        batch = "KV of a batch" if written else "forward pass"
-        size = kv_bytes(sizes, b) if written else forward_bytes(sizes, 1, b)
-        found["judging"] = held | {batch: size * demand.judge_tokens}
+    if "judging" in phases and demand.judge_mode == "text":
+        found["judging"] = held | {"KV of a batch": kv * demand.judge_tokens, "prefill and tower": passes}
+    elif "judging" in phases:
+        found["judging"] = held | {"pass and tower": max(tower, forward_bytes(sizes, demand.judge_tokens, b))}
     if "update" in phases:
         held = {"weights": held["weights"], "adapter": adapter_bytes(sizes, demand, gradients=True)}
         token, fixed = update_bytes(sizes, demand)
@@ -249,8 +249,14 @@ def fits(config: dict, settings, free_bytes: float, phases: Sequence[str] = PHAS
     found = reckon(sizes, demand, free_bytes, phases)
     if found.fits:
         return found
-    fixed = {"lora_rank"} if getattr(settings, "init_adapter", None) else set()  # an adapter keeps its own
-    offers = [*advice(sizes, demand, lambda *other: reckon(*other, free_bytes, phases).fits, fixed)]
+    lowered = [name for name in LEAST if getattr(settings, name, None)]
+    lowered = [name for name in lowered if name != "judge_tokens" or "judging" in phases]
+    others = {name: sizes_of(other) for name, other in CONFIGS.items()}
+    if getattr(settings, "init_adapter", None):  # it keeps its rank, and fits this model alone
+        lowered, others = [name for name in lowered if name != "lora_rank"], {}
+    if getattr(settings, "adapter", None):
+        others = {}
+    offers = advice(sizes, demand, lowered, others, lambda *other: reckon(*other, free_bytes, phases).fits)
     fix = f"give {', or '.join(offers)}" if offers else "no setting makes it fit: take a GPU with more memory"
     raise SettingError(
         f"{settings.model} does not fit, even in its smallest batches: it {found}; {USABLE:.0%} of what is free can be "
@@ -259,36 +265,40 @@ def fits(config: dict, settings, free_bytes: float, phases: Sequence[str] = PHAS
 
 
 def advice(
-    sizes: Sizes, demand: Demand, fitting: Callable[[Sizes, Demand], bool], fixed: Iterable[str] = ()
-) -> Iterator[str]:
-    """Settings that make a run fit, each by itself; where none does, several together; then smaller models."""
-    names, alone = [name for name in LEAST if name not in fixed], False
-    for name, value in (("dtype", "bf16"), ("gradient_checkpointing", True)):
-        if getattr(demand, name) != value and fitting(sizes, replace(demand, **{name: value})):
-            alone = True
-            yield f"{flag(name)} {value}"
-    for name in names:
-        values = (halved(demand, [name], times) for times in range(1, 32))
-        if found := next((of for of in values if fitting(sizes, of)), None):
-            alone = True
-            yield words(demand, found)
-    together = (halved(demand, names, times) for times in range(1, 32))
-    if not alone and (found := next((of for of in together if fitting(sizes, of)), None)):
-        yield words(demand, found)
-    for name, config in CONFIGS.items():
-        smaller = sizes_of(config)
-        if smaller.parameters < sizes.parameters and fitting(smaller, demand):
-            yield f"--model {name}"
+    sizes: Sizes,
+    demand: Demand,
+    lowered: Sequence[str],
+    others: dict[str, Sizes],
+    fitting: Callable[[Sizes, Demand], bool],
+) -> list[str]:
+    """What to type so that a run fits: settings of which each does by itself, else several together; smaller models.
+
+    `lowered` are names in LEAST, each of which is halved until it does; `others` are models by name.
+    """
+    lean = replace(demand, dtype="bf16", gradient_checkpointing=True)
+    ways = [[replace(demand, dtype="bf16")], [replace(demand, gradient_checkpointing=True)]]
+    ways += [halved(demand, [name]) for name in lowered]
+    together = [lean, *halved(lean, lowered)]
+    found = [other for way in ways for other in _first(way, sizes, fitting)] or _first(together, sizes, fitting)
+    smaller = [name for name, of in others.items() if of.parameters < sizes.parameters and fitting(of, demand)]
+    return [typed(demand, other) for other in found] + [f"--model {name}" for name in smaller]
 
 
-def halved(demand: Demand, names: Iterable[str], times: int) -> Demand:
-    """The demand with these settings halved so often, each down to its least value in LEAST at most."""
+def _first(way: Sequence[Demand], sizes: Sizes, fitting: Callable[[Sizes, Demand], bool]) -> list[Demand]:
+    """The first of these demands that fits, in a list; [] where none does."""
+    return next(([other] for other in way if fitting(sizes, other)), [])
+
+
+def halved(demand: Demand, names: Sequence[str]) -> list[Demand]:
+    """The demand with these settings halved, again and again, until each is at its least value in LEAST."""
     values = {name: getattr(demand, name) for name in names}
-    return replace(demand, **{name: min(v, max(LEAST[name], v >> times)) for name, v in values.items()})
+    lower = replace(demand, **{name: min(v, max(LEAST[name], v // 2)) for name, v in values.items()})
+    return [] if lower == demand else [lower, *halved(lower, names)]
 
 
-def words(demand: Demand, other: Demand) -> str:
+def typed(demand: Demand, other: Demand) -> str:
     """What is to be typed for `other` in place of `demand`."""
-    changed = {name: getattr(other, name) for name in LEAST if getattr(other, name) != getattr(demand, name)}
+    names = ("dtype", "gradient_checkpointing", *LEAST)
+    changed = {name: getattr(other, name) for name in names if getattr(other, name) != getattr(demand, name)}
     dropped = " (longer prompts are left out)" if "max_prompt_tokens" in changed else ""
     return " ".join(f"{flag(name)} {value}" for name, value in changed.items()) + dropped
