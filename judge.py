@@ -90,6 +90,7 @@ def main(config: Config) -> dict[str, float]:
     print(
         f"judging {len(paths)} shards of {config.rollouts} by {config.model}: {how}, into {config.out}", file=sys.stderr
     )
+    model.check_room(config, ["judging"])
     policy = model.Policy.load(config.model, **config.loading())
     if fresh:
         identity = {"model": config.model, "adapter": config.adapter}

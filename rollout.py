@@ -48,6 +48,7 @@ def main(config: Config) -> None:
     print(f"sampling {config.model} on {questions.describe()}: {much}, into {folder}", file=sys.stderr)
     if questions.weights:
         print(data.shares(questions, config.questions_per_step), file=sys.stderr)
+    model.check_room(config, ["rollout"])
     policy = model.Policy.load(config.model, **config.loading())
     identity = {"seed": config.seed, "model": config.model, "adapter": config.adapter}
     manifests.write(folder, stage="rollout", config=asdict(config), data=keep_data(folder, taken), **identity)

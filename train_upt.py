@@ -327,6 +327,9 @@ def scored(policy: "Policy", questions: "data.Questions", name: str, config: Con
 
 def starting_policy(config: Config) -> "Policy":
     """The model that the run starts from: --adapter is merged into it, in OUT/start, --init-adapter put on it."""
+    samples = config.from_shards is None or config.eval_questions or config.eval
+    judges = config.reward != STORED and rewards.needs_judge(config.reward)
+    model.check_room(config, ["update", *["rollout"] * bool(samples), *["judging"] * judges])
     options, name, start = config.loading("adapter"), config.model, config.out / "start"
     if config.adapter:
         if not (config.out / "manifest.json").exists():  # left by a command that never came to be a run

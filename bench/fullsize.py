@@ -38,6 +38,7 @@ from upt.model import policy, update
 from upt.model.families import Qwen
 from upt.prompts import template
 from upt.ranges import Count
+from upt.reckoning.published import CONFIGS
 from upt.run import cli
 from upt.run.typed import Typed
 from upt.stages import sampling
@@ -45,23 +46,20 @@ from upt.warmup import tiny
 
 PIXELS = 28  # a token of the language model is a square of this side in the picture
 
-# The published configurations: language model, vision tower, whether the head is the embedding.
-QWEN_VISION = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420}
-QWEN_VISION |= {"fullatt_block_indexes": [7, 15, 23, 31]}
 MODELS = {
-    "qwen2.5-vl-7b-random": (
-        {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-         "num_key_value_heads": 4, "vocab_size": 152_064}, QWEN_VISION, False,
-    ),
-    "qwen2.5-vl-3b-random": (
-        {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-         "num_key_value_heads": 2, "vocab_size": 151_936}, QWEN_VISION, True,
-    ),
-    "tiny-random": (  # to try this script without a GPU
-        {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "vocab_size": 1024},
-        {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "fullatt_block_indexes": [1]}, True,
-    ),
+    "qwen2.5-vl-7b-random": CONFIGS["Qwen/Qwen2.5-VL-7B-Instruct"],
+    "qwen2.5-vl-3b-random": CONFIGS["Qwen/Qwen2.5-VL-3B-Instruct"],
+    "tiny-random": {  # to try this script without a GPU
+        "text_config": {
+            "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "vocab_size": 1024,
+        },
+        "vision_config": {
+            "depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "fullatt_block_indexes": [1],
+            "out_hidden_size": 256, "patch_size": 14,
+        },
+        "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 
 
@@ -89,7 +87,8 @@ class Config(Typed):
 
 def build(config: Config, device: str) -> policy.Policy:
     """The model with random weights, a small tokenizer with Qwen's special tokens, and a fresh adapter."""
-    language, vision, tied = MODELS[config.model]
+    published = MODELS[config.model]
+    language, tied = published["text_config"], published["tie_word_embeddings"]
     tokenizer = tiny.make_tokenizer([template("think-boxed")])
     token_id = tokenizer.convert_tokens_to_ids
     size = language["hidden_size"] // language["num_attention_heads"]  # of a head
@@ -105,7 +104,7 @@ def build(config: Config, device: str) -> policy.Policy:
             "pad_token_id": tokenizer.pad_token_id,
             "tie_word_embeddings": tied,
         },
-        vision_config=vision | {"out_hidden_size": language["hidden_size"], "patch_size": 14},
+        vision_config=published["vision_config"],
         image_token_id=token_id("<|image_pad|>"),
         video_token_id=token_id("<|video_pad|>"),
         vision_start_token_id=token_id("<|vision_start|>"),

@@ -6,6 +6,7 @@
     model      the policy: families of models, packed forward pass, decoding, update
     stages     sampling, judging, asking, and rounds of them, as functions on groups
     compare    reward variants beside each other, on saved groups or by training
+    reckoning  what a run needs: memory, slots, seconds, by formulas
     run        settings and presets, checkpoints and metrics, the command line
 
 Importing it loads none of torch, transformers and datasets: modules that need them are imported at their first use.
