@@ -7,7 +7,7 @@ and token position, so a response does not change with the slots that it is samp
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,10 +18,12 @@ from upt.errors import PolicyError
 from upt.model.lora import sampling
 from upt.model.packing import Prompt
 from upt.model.policy import Policy
-from upt.model.slots import Job, Sizes, Slots
+from upt.model.room import free_bytes
+from upt.model.slots import PREFILL_TOKENS, Job, Sizes, Slots, bytes_of
+from upt.reckoning.memory import USABLE, resident_prompts, slots_that_fit
 from upt.run import progress
 
-MOST_SLOTS = 256
+HOST_BYTES = 2**31  # for keys and values, on a CPU
 UNSEEN = {"cpu": 1, "cuda": 8}  # steps between two looks at what has finished: a look makes a GPU wait
 
 
@@ -124,6 +126,9 @@ def _decode(model, input_ids, *, generation_config, policy, jobs, keys, draw, sl
     found: dict[int, Sampled] = {}
     while jobs:
         sizes = _sizes(policy, jobs, new, slots)
+        if policy.device.type == "cuda" and not policy.told:
+            progress.say(f"sampling in {sizes.slots} slots")
+            policy.told = True
         state, tight = None, False
         try:
             state = Slots(policy, sizes, keys, draw, stops)
@@ -183,16 +188,28 @@ def _nothing(why) -> PolicyError:
 
 
 def _sizes(policy: Policy, jobs: Sequence[Job], new: int, slots: int | None) -> Sizes:
-    """How many slots, and room for these jobs; `slots` None: as many as there is memory for."""
-    rows = sum(len(rows) for job in jobs for rows in job.rows)
-    branches = max(len(job.rows) for job in jobs)
-    most = min(rows, slots or MOST_SLOTS, policy.most_slots or rows)
-    return Sizes(
-        slots=most,
-        places=min(len(jobs), 2 * math.ceil(most * len(jobs) / rows)),
+    """Room for these jobs in `slots` slots; None: in as many as there is memory for."""
+    rows = [sum(map(len, job.rows)) for job in jobs]
+    sizes = Sizes(
+        slots=sum(rows),
+        places=len(jobs),
         prompt=max(len(job.prompt.ids) for job in jobs),
         new=new,
         axes=len(jobs[0].prompt.positions),
-        branches=branches,
+        branches=max(len(job.rows) for job in jobs),
         suffix=max(len(suffix) for job in jobs for suffix in [[], *job.suffixes]),
     )
+    if slots is None:
+        slot, prompt = bytes_of(policy, sizes)
+        slots = slots_that_fit(_free(policy), slot, prompt, len(jobs), max(rows))
+    slots = min(slots, sizes.slots, policy.most_slots or sizes.slots)
+    return replace(sizes, slots=slots, places=resident_prompts(slots, len(jobs), min(rows)))
+
+
+def _free(policy: Policy) -> float:
+    """Bytes that slots may take: on a CPU the same whatever is free, so that a run can be repeated."""
+    if policy.device.type == "cpu":
+        return HOST_BYTES
+    text, size = policy.base.config.text_config, policy.base.dtype.itemsize
+    prefill = PREFILL_TOKENS * size * (4 * text.intermediate_size + 5 * text.hidden_size)
+    return USABLE * free_bytes(policy.device) - prefill

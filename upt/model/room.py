@@ -10,6 +10,12 @@ from upt.reckoning.memory import PHASES, fits
 from upt.reckoning.sizes import VISIONS
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that can be taken now, with what torch holds and nobody uses."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def check_room(settings, phases: Sequence[str] = PHASES) -> None:
     """Say on stderr what a run of these phases needs of the GPU's free memory; on a CPU nothing.
 
@@ -22,6 +28,5 @@ def check_room(settings, phases: Sequence[str] = PHASES) -> None:
     if config.model_type not in VISIONS:  # a family of the user's own
         print(f"what a {config.model_type} model needs of the GPU's memory is not reckoned", file=sys.stderr)
         return
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch holds and nobody uses
-    print(fits(config.to_dict(), settings, free, phases), file=sys.stderr)
+    print(fits(config.to_dict(), settings, free_bytes(device), phases), file=sys.stderr)
+

@@ -5,6 +5,7 @@ every slot's latest token to the model and draws the next one. It reads nothing 
 shape depends on a value, so that on a GPU it is one CUDA graph.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,24 +77,36 @@ class Sizes:
     suffix: int = 0  # tokens of the longest one
 
 
+def kept(policy: Policy) -> tuple[int, int, int]:
+    """What is kept of a token: layers, heads of keys and values, their size."""
+    text = policy.base.config.text_config
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return text.num_hidden_layers, text.num_key_value_heads, dim
+
+
+def bytes_of(policy: Policy, sizes: Sizes) -> tuple[int, int]:
+    """What a slot takes, with its logits, and what a prompt with its suffixes does."""
+    head = policy.base.lm_head.weight
+    token = 2 * math.prod(kept(policy)) * head.itemsize
+    return token * sizes.new + 4 * len(head), token * (sizes.prompt + sizes.branches * sizes.suffix)
+
+
 class Slots:
     """The buffers, and what goes on in them. `draw` is `kernels.sample` with all but logits, rows and position."""
 
     def __init__(self, policy: Policy, sizes: Sizes, keys: Sequence[int], draw: Callable, stops: Sequence[int]):
         self.policy, self.sizes, self.draw = policy, sizes, draw
         self.count, self.nobody = sizes.slots, len(keys)  # slots in use; the row of a slot that is idle
-        text, device = policy.base.config.text_config, policy.device
-        heads = text.num_attention_heads
-        shape = text.num_key_value_heads, getattr(text, "head_dim", None) or text.hidden_size // heads
-        like = policy.base.lm_head.weight
+        device, like = policy.device, policy.base.lm_head.weight
+        layers, heads, dim = kept(policy)
 
         def store(places: int, room: int) -> Store:
-            return Store(text.num_hidden_layers, places, shape[0], room, shape[1], like)
+            return Store(layers, places, heads, room, dim, like)
 
         branches = sizes.places * sizes.branches
         self.prompts, self.own = store(sizes.places, sizes.prompt), store(sizes.slots, max(1, sizes.new - 1))
         self.suffixes = store(branches, sizes.suffix) if sizes.suffix else None
-        self.last = like.new_empty(branches, text.hidden_size)  # of the last token before the responses
+        self.last = like.new_empty(branches, like.shape[1])  # of the last token before the responses
 
         def integers(size: int, value: int = 0) -> torch.Tensor:
             return torch.full((size,), value, device=device)
@@ -117,6 +130,7 @@ class Slots:
         self.waiting: deque[tuple[int, int, int]] = deque()  # (row, branch, position of the first token)
         self.left: dict[int, int] = {}
         self.lookups, self.graphs = {}, {}
+        self.lookups[self.count] = self.new_places(self.count)
         if device.type == "cuda":
             self.capture()
 
@@ -131,7 +145,7 @@ class Slots:
 
     def eager_step(self, count: int) -> None:
         self.written = self.own.rows(self.all[:count], (self.drawn[:count] - 1).clamp(min=0))
-        self.look = self.lookups.setdefault(count, self.new_places(count))
+        self.look = self.lookups[count]
         position = (self.first[:count] + self.drawn[:count] - 1).expand(self.sizes.axes, -1)[..., None]
         hidden = self.policy.hidden(self.token[:count, None], position, self, cache=self)[:, -1]
         self.sample(hidden, self.all[:count])
@@ -176,6 +190,7 @@ class Slots:
         """Record a step as a CUDA graph, for all slots and for halves of them; nothing may be in them yet."""
         count, pool = self.sizes.slots, None
         while True:
+            self.lookups[count] = self.new_places(count)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):

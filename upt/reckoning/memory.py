@@ -110,8 +110,9 @@ def gib(size: float) -> str:
 
 
 def resident_prompts(slots: int, questions: int, group_size: int) -> int:
-    """Prompts whose keys are there at once: those of the groups in the slots, and the next group's."""
-    return min(questions, ceil(slots / group_size) + 1)
+    """Prompts whose keys are there at once: twice the groups that fill the slots, so that a few long responses, each
+    with a prompt of its own, don't keep others from the idle slots."""
+    return min(questions, 2 * ceil(slots / group_size))
 
 
 def slots_that_fit(
