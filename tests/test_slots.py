@@ -118,7 +118,7 @@ def test_out_of_memory_goes_on_with_half_the_slots(policy, prompts, tiny, alone,
         real(self)
 
     monkeypatch.setattr(slots.Slots, "step", step)
-    monkeypatch.setattr(policy, "most_slots", None)
+    monkeypatch.setattr(policy, "fitted", {})
     rows, settings = keys(prompts, 5), config(tiny, max_new_tokens=12, slots=12)
     found = decoding.generate(policy, prompts, rows, settings, tick=done.append)
     assert [response.ids for response in found] == [alone[key].ids for key in rows]

@@ -50,8 +50,7 @@ class Policy:
         self.cache_bytes, self.cache = cache_bytes, OrderedDict()
         self.fitted = {}  # token budgets that had to be lowered (memory.py)
         self.positions = lru_cache(maxsize=256)(self._positions)
-        self.most_slots: int | None = None  # of decoding, known once memory ran out
-        self.told = False  # how many there are
+        self.told = False  # in how many slots it samples
         self.model.eval().requires_grad_(False)
         family.install(self.base)
 
