@@ -281,7 +281,7 @@ class Slots:
         """With nothing left to start, move the rows together, so that a step has fewer slots."""
         live = self.count - len(free)
         target = min(count for count in self.graphs if count >= live) if self.graphs else live
-        if not 0 < target < self.count:
+        if not 0 < target <= self.count - max(1, self.count // 16):  # moving has its price, too
             return
         behind = [slot for slot in range(target, self.count) if self.held[slot]]
         at, to = (torch.tensor(slots, device=self.policy.device) for slots in (behind, free[: len(behind)]))
