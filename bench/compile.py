@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 import upt  # noqa: F401 - first, so that `kernels` is ours (upt/kernel_names.py)
 from kernels import advantage, advantage_triton, attention_triton, logprob_triton, loss_triton, sampling_triton
-from kernels.attention import Part, Places
+from kernels.parts import Part, Places
 
 TARGETS = (80, 90)
 MODULES = (logprob_triton, advantage_triton, attention_triton, loss_triton, sampling_triton)

@@ -29,7 +29,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import train_upt
-from bench.kernels import naive_linear
+from bench.cases import naive_linear
 from bench.loop import hardware
 from upt import data
 from upt.errors import SettingError

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention import ROWS, Part
 from kernels.dispatch import on
 from kernels.logprob_triton import LOG2_E
+from kernels.parts import ROWS, Part
 
 STRETCH = 512  # keys that a program reads, at most
 PROGRAMS = 512  # stretches get shorter, down to SHORTEST, until there are as many

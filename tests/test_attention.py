@@ -182,7 +182,7 @@ def test_shared_keys_are_not_copied_for_each_row():
 
 
 def test_places_by_hand(monkeypatch):
-    monkeypatch.setattr(attention, "ROWS", 2)
+    monkeypatch.setattr("kernels.parts.ROWS", 2)
     places = Places([2, 0, 2, -1, 2], 4)
     assert places.members.tolist() == [[1, 0, 0], [0, 0, 0], [0, 2, 4]]  # of places 0 to 2, filled up with 0
     assert [places.members.flatten()[s].item() for s in places.slot[[0, 1, 2, 4]]] == [0, 1, 2, 4]
