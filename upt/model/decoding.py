@@ -116,7 +116,7 @@ def _padded(prompts: Sequence[Prompt], pad: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _jobs(prompts: Sequence[Prompt], count: int, suffixes) -> list[Job]:
-    """What is to be sampled: rows 0 to count - 1, in equal shares for the prompts or for all suffixes of all prompts."""
+    """What is to be sampled: rows 0 to count - 1, in equal shares for all suffixes of all prompts."""
     suffixes = [[] for _ in prompts] if suffixes is None else suffixes
     branches = [max(1, len(several)) for several in suffixes]
     share, jobs, first = count // sum(branches), [], 0
@@ -127,7 +127,7 @@ def _jobs(prompts: Sequence[Prompt], count: int, suffixes) -> list[Job]:
 
 
 def _decode(model, input_ids, *, generation_config, policy, jobs, keys, draw, slots, tick, **kwargs) -> list[Sampled]:
-    """All rows of all jobs, a number of slots at a time, longest prompts first; on a GPU fewer slots if they don't fit."""
+    """All rows of all jobs, longest prompts first, in half as many slots where memory runs out."""
     stops, new = generation_config.eos_token_id, generation_config.max_new_tokens
     jobs = sorted(jobs, key=lambda job: -len(job.prompt.ids))
     found: dict[int, Sampled] = {}
@@ -142,16 +142,14 @@ def _decode(model, input_ids, *, generation_config, policy, jobs, keys, draw, sl
             _run(state, deque(jobs), tick)
         except torch.OutOfMemoryError as error:
             if sizes.slots == 1:
-                fix = "give a smaller --max-new-tokens or --max-prompt-tokens, or a smaller model"
-                raise PolicyError(f"one response at a time is too much for the memory of {policy.device}: {fix}") from error
+                fix = "give a smaller --max-new-tokens or --max-prompt-tokens, or take a smaller model"
+                raise PolicyError(f"out of memory with one response at a time: {fix}") from error
             tight = True
-        if state:
-            found |= _finished(state, stops)
+        found |= _finished(state, stops) if state else {}
         if tight:
-            state = None
+            state, policy.fitted["--slots"] = None, sizes.slots // 2
             gc.collect()
             torch.cuda.empty_cache()
-            policy.fitted["--slots"] = sizes.slots // 2
             progress.say(f"out of memory with {sizes.slots} slots: going on with {sizes.slots // 2}")
         jobs = [job.without(found) for job in jobs]
         jobs = [job for job in jobs if any(job.rows)]
