@@ -131,7 +131,6 @@ def noise_words(
     block = torch.arange((size + 3) // 4, device=rows.device)
     found = torch.empty(len(rows), len(block), 4, dtype=dtype, device=rows.device)
     position, low, high = (torch.zeros_like(rows) + word for word in (position, seed & MASK, seed >> 32 & MASK))
-    position &= MASK
     some = max(1, COUNTERS // max(1, len(block)))
     for start in range(0, len(rows), some):
         part = slice(start, start + some)
