@@ -20,20 +20,7 @@ CPU = torch.device("cpu")
 PROMPTS, RESPONSES = [(0, 5), (15, 16), (17, 24)], [[(5, 8), (8, 8), (8, 15)], [(16, 17)], []]
 
 
-def flash(
-    query,
-    key,
-    value,
-    queries,
-    keys,
-    longest_query,
-    longest_key,
-    *,
-    scale,
-    window_size,
-    enable_gqa=False,
-    from_the_top=False,
-):
+def flash(query, key, value, queries, keys, longest_query, longest_key, *, scale, window_size, top=False, **heads):
     """Stands in for torch's variable-length attention, which needs a GPU: one sequence after the other."""
     cuts = [queries.tolist(), keys.tolist()]
     assert all(cut[0] == 0 and len(cut) == len(cuts[0]) for cut in cuts) and queries.dtype == keys.dtype == torch.int32
@@ -44,7 +31,7 @@ def flash(
         mask = torch.ones(b - a, d - c, dtype=torch.bool)
         mask = mask.tril(0 if top else d - c - (b - a)) if window_size == (-1, 0) else mask
         q, k, v = (x.transpose(0, 1) for x in (query[a:b], key[c:d], value[c:d]))
-        found.append(scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa).transpose(0, 1))
+        found.append(scaled_dot_product_attention(q, k, v, mask, scale=scale, **heads).transpose(0, 1))
     return torch.cat(found)
 
 

@@ -19,7 +19,7 @@ import rollout
 from train_upt import Config, main
 from upt import data
 from upt.data import shapes
-from upt.errors import Diverged, SettingError, ShardError
+from upt.errors import Diverged, PolicyError, SettingError, ShardError
 from upt.groups import shards, variants
 from upt.model import update
 from upt.model.policy import Policy
@@ -140,6 +140,48 @@ def test_the_step_does_not_depend_on_the_micro_batches(tiny, tmp_path):
     assert logs[0]["grad_norm"] > 0.01
     for name, value in adapter(whole).items():
         torch.testing.assert_close(value, adapter(split)[name], atol=2e-4, rtol=1e-3)
+
+
+def out_of_memory(monkeypatch, fails) -> None:
+    """A device on which a packed pass fails if `fails(policy, tokens)`."""
+    real = Policy.packed
+
+    def packed(self, batch):
+        if fails(self, sum(map(len, batch))):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has none.")
+        return real(self, batch)
+
+    monkeypatch.setattr(Policy, "packed", packed)
+
+
+def second_pass_with_a_gradient():
+    """Once, in the middle of a minibatch."""
+    found = []
+    return lambda policy, _: any(p.grad is not None for p in policy.trainable()) and not found and not found.append(1)
+
+
+@pytest.mark.parametrize(
+    "budget, fits, fails, settings",
+    [
+        (600, 150, lambda policy, tokens: tokens > 150, {"kl_every": 1, "minibatches": 2}),
+        (180, 90, second_pass_with_a_gradient(), {}),
+    ],
+    ids=["more than fits", "a gradient begun"],
+)
+def test_out_of_memory_halves_the_budget(tiny, tmp_path, monkeypatch, capfd, budget, fits, fails, settings):
+    settings |= {"steps": 2, "advantage": "mean"}
+    small = run(tiny, tmp_path / "small", update_tokens=fits, **settings)
+    assert "out of memory" not in capfd.readouterr().out
+    out_of_memory(monkeypatch, fails)
+    assert same(small, run(tiny, tmp_path / "halved", update_tokens=budget, **settings))
+    said = [line for line in capfd.readouterr().out.splitlines() if "out of memory" in line]
+    assert len(said) == 1 and f"--update-tokens {budget}: going on with {fits}" in said[0]
+
+
+def test_out_of_memory_with_a_single_response_says_what_to_change(tiny, tmp_path, monkeypatch):
+    out_of_memory(monkeypatch, lambda policy, tokens: True)
+    with pytest.raises(PolicyError, match=r"--update-tokens 1\): .*2.00 GiB; shorten --max-new-tokens"):
+        run(tiny, tmp_path / "none", steps=1, update_tokens=4)
 
 
 def test_accumulated_gradient_is_that_of_the_loss(tiny, tmp_path):
