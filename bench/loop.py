@@ -12,6 +12,8 @@ tokens, no KL, one update a step; sampling through HF generate.
     pictures   the same pictures enlarged to 361 tokens, for prompts of about 400; G = 16; responses of exactly 64
 
 In `pictures` nothing stops: the stop token of every side is the placeholder of pictures, which no side ever samples.
+What comes behind an answer has no majority to agree with, so there the reward is a fair coin on both sides, and nearly
+all responses are trained on.
 
 Rollout is everything before the update: reading the pictures, sampling, decoding the text, vote keys, rewards,
 advantages. Update is forward, backward, clipping, AdamW, metrics. Loading, checkpoints and evaluation are not timed.

@@ -35,9 +35,10 @@ class Shape:
     group_size: int
     side: int | None = None  # of a picture in pixels; None: as it is drawn
     new_tokens: int | None = None  # of every response; None: until it stops, at most as many as train_upt.py has
+    reward: str = "majority"
 
 
-SHAPES = {"short": Shape(32, 8), "pictures": Shape(4, 16, 19 * 28, 64)}
+SHAPES = {"short": Shape(32, 8), "pictures": Shape(4, 16, 19 * 28, 64, "random")}
 
 
 class Ours:
@@ -49,7 +50,7 @@ class Ours:
         shape = SHAPES[config.shape]
         if shape.side:
             c.min_pixels = c.max_pixels = shape.side**2
-        c.max_new_tokens = shape.new_tokens
+        c.max_new_tokens, c.reward = shape.new_tokens, shape.reward
         self.config = c.resolve()
         self.questions = data.load(c.data, c.split, c.seed)
         self.policy = Policy.load(c.model, device="cpu", min_pixels=c.min_pixels, max_pixels=c.max_pixels)
@@ -189,10 +190,11 @@ def run_trl(ours: Ours, accumulation: int, steps: int, others: dict[str, Ours | 
             turns.middle = perf_counter()
             return turns.batch
 
-    def agreement(completions, **kwargs) -> list[float]:
+    def reward(completions, **kwargs) -> list[float]:
         responses = [{"key": vote_key(turn[0]["content"])} for turn in completions]
-        groups = [{"responses": responses[i : i + c.group_size]} for i in range(0, len(responses), c.group_size)]
-        return [value for group in groups for value in rewards.majority(group)]
+        starts = range(0, len(responses), c.group_size)
+        groups = [{"step": len(turns.steps), "uid": i, "responses": responses[i : i + c.group_size]} for i in starts]
+        return [value for group in groups for value in rewards.REWARDS[c.reward](group)]
 
     def examples(batch: dict) -> dict:
         asked = [questions[row] for row in batch["row"]]
@@ -223,7 +225,7 @@ def run_trl(ours: Ours, accumulation: int, steps: int, others: dict[str, Ours | 
     )
     model, processor = plain(ours)
     lora = copy.deepcopy(ours.policy.model.peft_config["default"])
-    trainer = Timed(model, agreement, settings, dataset, processing_class=processor, peft_config=lora)
+    trainer = Timed(model, reward, settings, dataset, processing_class=processor, peft_config=lora)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(turns)
     trainer.train()

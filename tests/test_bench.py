@@ -46,11 +46,12 @@ def test_both_sides_run_on_the_same_prompts(tiny, capsys):
 
 
 def test_pictures_of_361_tokens_and_responses_that_do_not_stop(tiny, tmp_path):
-    config = loop.Config(model=tiny, shape="pictures", questions=1, group_size=2, trl_accumulation=(1,)).resolve()
+    config = loop.Config(model=tiny, shape="pictures", questions=1, group_size=6, trl_accumulation=(1,)).resolve()
     ours = sides.Ours(config, tmp_path / "run")
     generate = sides.Generate(ours)
     steps = [side.step(0) for side in (ours, generate)]
-    assert [step["tokens"] for step in steps] == [2 * 64, 2 * 64]
+    assert [step["tokens"] for step in steps] == [6 * 64, 6 * 64]
+    assert steps[0]["trained"] == 1  # by coins that differ, as they do for this seed
     assert ours.prompts == generate.prompts and ours.prompts[0].count(ours.policy.base.config.image_token_id) == 361
     _, processor = sides.plain(ours)  # as TRL is given it
     assert processor.tokenizer.eos_token_id == ours.policy.base.config.image_token_id
