@@ -125,18 +125,25 @@ def peak(form: Callable) -> int:
     return most
 
 
+def copy_gb_s(milliseconds: int = 1000) -> float:
+    """GB/s of a copy of 4.3 GB on a GPU, bytes read and written."""
+    from triton.testing import do_bench
+
+    source = torch.randn(2**31, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / do_bench(lambda: target.copy_(source), rep=milliseconds, return_mode="median") / 1e6
+
+
 def ceilings(shape: tuple[int, int, int], config: Config) -> dict[str, float]:
     """GB/s of a copy, and milliseconds of cuBLAS's product at this shape."""
     from triton.testing import do_bench
 
     count, size, width = shape
-    source = torch.randn(2**31, dtype=torch.bfloat16, device="cuda")  # 4.3 GB
-    target = torch.empty_like(source)
-    copy = do_bench(lambda: target.copy_(source), rep=config.milliseconds, return_mode="median")
+    copied = copy_gb_s(config.milliseconds)
     hidden = torch.randn(count, width, dtype=torch.bfloat16, device="cuda")
     weight = torch.randn(size, width, dtype=torch.bfloat16, device="cuda")
     product = do_bench(lambda: hidden @ weight.T, rep=config.milliseconds, return_mode="median")
-    return {"copy_gb_s": 2 * source.nbytes / copy / 1e6, "product_ms": product}
+    return {"copy_gb_s": copied, "product_ms": product}
 
 
 # --------------------------------------------------------------------------------------------------- the reporting

@@ -5,51 +5,58 @@ and pictures (the prompts' token ids are compared at every step), G, temperature
 constant learning rate; reward 1 for agreement with the group's majority, normalised in the group; loss averaged over
 tokens, no KL, one update a step; sampling through HF generate.
 
-    python -m bench.loop --save          # prints a table, writes bench/results/loop-<date>-cpu.json
+    python -m bench.loop --save                      # prints a table, writes bench/results/loop-<date>-cpu.json
+    python -m bench.loop --shape pictures --save     # loop-pictures-<date>-cpu.json
+
+    short      pictures of 9 tokens; responses of at most 32, which stop by themselves after some 15
+    pictures   the same pictures enlarged to 361 tokens, for prompts of about 400; G = 16; responses of exactly 64
+
+In `pictures` nothing stops: the stop token of every side is the placeholder of pictures, which no side ever samples.
+What comes behind an answer has no majority to agree with, so there the reward is a fair coin on both sides, and nearly
+all responses are trained on.
 
 Rollout is everything before the update: reading the pictures, sampling, decoding the text, vote keys, rewards,
 advantages. Update is forward, backward, clipping, AdamW, metrics. Loading, checkpoints and evaluation are not timed.
+`HF generate` is a rollout alone, of the same prompts by the model without an adapter: preparing the pictures,
+`generate(num_return_sequences=G)`, decoding the text. It is given the other sides' turns, and trains nothing.
+
+Peak memory is what a process of each side's own holds at most in its first two steps, above what it held when all was
+loaded: resident pages by Linux's count, so with what the allocator keeps for later.
 
 What helps us: responses whose advantage is 0 are left out of our update, which changes no gradient (`trained` is the
 share left in). What helps TRL: its pictures are drawn before the step; it writes nothing, we write pictures, the shard
 as sampled and as scored, and metrics; its gradient checkpointing, on by default, is off; the fastest of several numbers
-of micro-batches is used. TRL can also sample through vLLM, which needs a GPU and is left out. The samples differ:
-`length`, the mean response in tokens, should be alike.
+of micro-batches is used. TRL and HF generate have the plain transformers model with `sdpa` attention. TRL can also
+sample through vLLM, which needs a GPU and is left out. The samples differ: `length`, the mean response in tokens,
+should be alike.
 """
 
-import copy
 import json
+import math
 import os
 import platform
 import re
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from time import perf_counter, strftime
+from time import strftime
+from typing import Literal
 
-import datasets
 import torch
-from transformers import PrinterCallback, Qwen2_5_VLProcessor, TrainerCallback
 
-import rewards
-import train_upt
-from upt import data
-from upt.answers import vote_key
+from bench.memory import Resident, in_own_process
+from bench.sides import SHAPES, Generate, Ours, run_trl
 from upt.errors import SettingError
 from upt.files import write_whole
-from upt.groups import shards
-from upt.model import update
-from upt.model.policy import Policy
-from upt.prompts import template
 from upt.ranges import Count, Name, Number, Seed
 from upt.run import cli
-from upt.run.metrics import Clock, Metrics
 from upt.run.typed import Typed
-from upt.stages import sampling
+
+MEMORY_STEPS = 2  # the second is made with the optimizer's state
 
 
 @dataclass
@@ -58,138 +65,32 @@ class Config(Typed):
 
     model: Name = "models/tiny"
     """snapshot folder of a Qwen2.5-VL"""
+    shape: Literal["short", "pictures"] = "short"
+    """short prompts and responses, or pictures of 361 tokens with responses of 64"""
     steps: Count = 10
     """timed steps on each side"""
     warmup: Number = 2
     """steps on each side before the clock counts"""
-    questions: Count = 32
-    """questions in one step"""
-    group_size: Count = 8
-    """responses to each question, G"""
+    questions: Count | None = None
+    """questions in one step; None: 32, with pictures 4"""
+    group_size: Count | None = None
+    """responses to each question, G; None: 8, with pictures 16"""
     trl_accumulation: tuple[Count, ...] = (1, 4)
     """numbers of micro-batches in a step to try for TRL; the fastest is measured"""
     seed: Seed = 0
     """order of the questions, pictures, adapters and sampling"""
     save: bool = False
-    """write bench/results/loop-<date>-cpu.json"""
+    """write bench/results/loop-<date>-cpu.json, with pictures loop-pictures-<date>-cpu.json"""
 
-
-class Ours:
-    """Our loop, one step at a time, as `train_upt.train` runs it."""
-
-    def __init__(self, config: Config, folder: Path):
-        c = train_upt.Config(model=config.model, out=folder, seed=config.seed, device="cpu", minibatches=1)
-        c.questions_per_step, c.group_size = config.questions, config.group_size
-        self.config = c.resolve()
-        self.questions = data.load(c.data, c.split, c.seed)
-        self.policy = Policy.load(c.model, device="cpu")
-        self.policy.add_lora(c.lora_rank, c.lora_alpha, c.lora_targets, c.seed)
-        adapter = self.policy.trainable()
-        self.optimizer = torch.optim.AdamW(adapter, c.learning_rate, weight_decay=c.weight_decay, fused=True)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda n: 1.0)
-        folder.mkdir(parents=True)
-        self.metrics = Metrics(folder / "metrics.jsonl", 0)
-        self.prompts: list[list[int]] = []  # token ids of the latest step's prompts
-
-    def step(self, number: int) -> dict[str, float]:
-        c, start, clock = self.config, perf_counter(), Clock()
-        prompts, groups, left_out = train_upt.sampled(self.policy, self.questions, number, c, clock, lambda *_: None)
-        groups = rewards.score(groups, c.reward, c.advantage, c.seed)
-        shards.write_shard(shards.shard_path(c.out / "rollouts", number), groups)
-        middle = perf_counter()
-        stats = update.update(self.policy, self.optimizer, self.schedule, prompts, groups, c, measure_kl=False)
-        self.metrics.write(number, groups, stats, clock.seconds, {"left_out": len(left_out)})
-        end, self.prompts = perf_counter(), [prompt.ids for prompt in prompts]
-        responses = [response for group in groups for response in group["responses"]]
-        trained = sum(response["advantage"] != 0 for response in responses)
-        return record(start, middle, end, sum(len(r["token_ids"]) for r in responses), len(responses), trained)
-
-
-class Turns(TrainerCallback):
-    """Times the trainer's steps. With `ours`, our side makes a step before each of them."""
-
-    def __init__(self, ours: Ours | None):
-        self.ours, self.steps, self.our_steps = ours, [], []
-        self.start, self.middle, self.batch = 0.0, 0.0, {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self.ours:
-            self.our_steps.append(self.ours.step(len(self.steps)))
-        self.start = perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        end, mask = perf_counter(), self.batch["completion_mask"]
-        self.steps.append(record(self.start, self.middle, end, int(mask.sum()), len(mask), len(mask)))
-        if self.ours:
-            rows = zip(self.batch["prompt_ids"], self.batch["prompt_mask"].bool())
-            theirs = [ids[seen].tolist() for ids, seen in rows]
-            if theirs != [ids for ids in self.ours.prompts for _ in range(self.ours.config.group_size)]:
-                raise RuntimeError("the two sides were given different prompts: the comparison would mean nothing")
-        if state.global_step < state.max_steps:
-            self.on_train_begin(args, state, control)
-
-
-def record(start: float, middle: float, end: float, tokens: int, responses: int, trained: int) -> dict[str, float]:
-    """One step of one side: seconds, sampled tokens, their mean number, the share of responses in the update."""
-    seconds = {"seconds": end - start, "rollout": middle - start, "update": end - middle}
-    return seconds | {"tokens": tokens, "length": tokens / responses, "trained": trained / responses}
-
-
-def run_trl(ours: Ours, accumulation: int, steps: int, alternate: bool = False) -> Turns:
-    """Train with TRL for some steps, in our side's settings; with `alternate` the two sides take turns."""
-    from trl import GRPOConfig, GRPOTrainer  # not in requirements.txt
-
-    c, turns = ours.config, Turns(ours if alternate else None)
-
-    class Processor(Qwen2_5_VLProcessor):
-        get_attributes = classmethod(lambda cls: ["image_processor", "tokenizer"])  # video needs torchvision
-
-    class Timed(GRPOTrainer):
-        def _generate_and_score_completions(self, inputs):
-            turns.batch = super()._generate_and_score_completions(inputs)
-            turns.middle = perf_counter()
-            return turns.batch
-
-    def agreement(completions, **kwargs) -> list[float]:
-        responses = [{"key": vote_key(turn[0]["content"])} for turn in completions]
-        groups = [{"responses": responses[i : i + c.group_size]} for i in range(0, len(responses), c.group_size)]
-        return [value for group in groups for value in rewards.majority(group)]
-
-    def examples(batch: dict) -> dict:
-        asked = [questions[row] for row in batch["row"]]
-        prompts = [[{"role": "user", "content": wording.replace("{question}", q.question)}] for q in asked]
-        return {"prompt": prompts, "image": [q.image for q in asked]}
-
-    wording, size = template(c.prompt), c.questions_per_step * c.group_size
-    order = [sampling.schedule(len(ours.questions), c.questions_per_step, c.seed, step) for step in range(steps)]
-    questions = ours.questions.get(row for rows in order for row in rows)
-    dataset = datasets.Dataset.from_dict({"row": range(len(questions))}).with_transform(examples)
-    start = Policy.load(c.model, device="cpu")
-    # TRL's defaults are ours already: one iteration, dapo loss (the mean over tokens), group-scaled rewards, clip 0.2,
-    # beta 0, top-p 1, gradient norm 1, fused AdamW.
-    quiet = {"report_to": "none", "logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
-    plain = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "shuffle_dataset": False}
-    settings = GRPOConfig(
-        output_dir=str(c.out / "trl"),
-        max_steps=steps,
-        per_device_train_batch_size=size // accumulation,
-        gradient_accumulation_steps=accumulation,
-        num_generations=c.group_size,
-        max_completion_length=c.max_new_tokens,
-        temperature=c.temperature,
-        learning_rate=c.learning_rate,
-        lr_scheduler_type="constant",
-        weight_decay=c.weight_decay,
-        seed=c.seed,
-        **(plain | quiet),
-    )
-    processor = Processor(start.family.image_processor, start.tokenizer, chat_template=start.tokenizer.chat_template)
-    lora = copy.deepcopy(ours.policy.model.peft_config["default"])
-    trainer = Timed(start.model, agreement, settings, dataset, processing_class=processor, peft_config=lora)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(turns)
-    trainer.train()
-    return turns
+    def resolve(self) -> "Config":
+        """A copy with the shape's numbers. Raises SettingError for micro-batches that don't come out even."""
+        shape = SHAPES[self.shape]
+        size = {name: getattr(self, name) or getattr(shape, name) for name in ("questions", "group_size")}
+        if bad := [n for n in self.trl_accumulation if math.prod(size.values()) % n]:
+            raise SettingError(
+                f"--trl-accumulation {bad[0]} does not divide questions x group size, the responses of a step"
+            )
+        return replace(self, **size)
 
 
 def summarise(steps: list[dict]) -> dict[str, float]:
@@ -197,8 +98,27 @@ def summarise(steps: list[dict]) -> dict[str, float]:
     seconds = [step["seconds"] for step in steps]
     medians = {part: statistics.median(step[part] for step in steps) for part in ("seconds", "rollout", "update")}
     means = {name: statistics.mean(step[name] for step in steps) for name in ("tokens", "length", "trained")}
-    rate = means["tokens"] / statistics.mean(seconds)
-    return medians | means | {"fastest": min(seconds), "slowest": max(seconds), "tokens_per_second": rate}
+    rates = {
+        "tokens_per_second": means["tokens"] / statistics.mean(seconds),
+        "sampled_per_second": means["tokens"] / statistics.mean(step["rollout"] for step in steps),
+    }
+    return medians | means | rates | {"fastest": min(seconds), "slowest": max(seconds)}
+
+
+def peak_memory(config: Config, side: str, accumulation: int) -> int:
+    """Bytes that a side holds at most in its first steps, above what it held when all was loaded.
+
+    Called in a process of its own: memory that another side has left behind would be taken again, and not counted.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ours = Ours(config, Path(folder) / "run")
+        if side == "TRL":
+            return run_trl(ours, accumulation, MEMORY_STEPS).resident.above()
+        one = ours if side == "upt" else Generate(ours)
+        resident = Resident()
+        for number in range(MEMORY_STEPS):
+            one.step(number)
+        return resident.above()
 
 
 def hardware() -> str:
@@ -208,48 +128,64 @@ def hardware() -> str:
 
 
 def table(result: dict) -> str:
-    lines = [f"{'':12}{'s/step':>8}{'min..max':>13}{'rollout':>9}{'update':>8}{'tok/s':>8}{'length':>8}{'trained':>9}"]
+    head = f"{'':12}{'s/step':>8}{'min..max':>13}{'rollout':>9}{'sampled/s':>11}{'update':>8}{'tok/s':>8}{'length':>8}"
+    lines = [f"{head}{'trained':>9}{'peak MB':>9}"]
     for name, s in result["sides"].items():
-        lines.append(
-            f"{name:12}{s['seconds']:8.3f}{s['fastest']:7.2f}..{s['slowest']:4.2f}{s['rollout']:9.3f}{s['update']:8.3f}"
-            f"{s['tokens_per_second']:8.0f}{s['length']:8.1f}{s['trained']:9.0%}"
-        )
+        whole = f"{s['seconds']:8.3f}{s['fastest']:7.2f}..{s['slowest']:4.2f}"
+        update, rate, share = f"{s['update']:8.3f}", f"{s['tokens_per_second']:8.0f}", f"{s['trained']:9.0%}"
+        if not s["update"]:  # a rollout alone
+            whole, update, rate, share = f"{'-':>8}{'-':>13}", f"{'-':>8}", f"{'-':>8}", f"{'-':>9}"
+        memory = f"{s['peak_mb']:9.0f}" if s["peak_mb"] else f"{'-':>9}"
+        rollout = f"{s['rollout']:9.3f}{s['sampled_per_second']:11.0f}"
+        lines.append(f"{name:12}{whole}{rollout}{update}{rate}{s['length']:8.1f}{share}{memory}")
+    for name, ratio in (("TRL", result["ratio"]), ("HF generate", result["generate_ratio"])):
+        lines.append(f"{name} / upt: " + ", ".join(f"{part} {value:.2f}" for part, value in ratio.items()))
     tried = (f"{seconds:.2f} s a step in {n} micro-batches" for n, seconds in result["trl_tried"].items())
     versions = (f"{name} {number}" for name, number in result["versions"].items())
-    lines.append("TRL / upt: " + ", ".join(f"{part} {value:.2f}" for part, value in result["ratio"].items()))
     lines += [f"TRL tried: {', '.join(tried)}", ", ".join([result["hardware"], "float32", *versions])]
     return "\n".join(lines) + "\nload average {:.2f} before, {:.2f} after".format(*result["load"])
+
+
+def ratios(other: dict, ours: dict, parts: tuple[str, ...]) -> dict[str, float]:
+    """How many times ours the other side takes; memory that was not measured is left out."""
+    return {part: other[part] / ours[part] for part in parts if ours[part] and other[part]}
 
 
 def main(config: Config) -> dict:
     """Measure, print the table and return what `--save` writes."""
     if find_spec("trl") is None:
         sys.exit("TRL is not installed: pip install -r requirements-bench.txt")
-    if bad := [n for n in config.trl_accumulation if n < 1 or config.questions * config.group_size % n]:
-        raise SettingError(
-            f"--trl-accumulation {bad[0]} does not divide questions x group size, the responses of a step"
-        )
-    before, tried = os.getloadavg()[0], {}
+    config, before, tried = config.resolve(), os.getloadavg()[0], {}
     with tempfile.TemporaryDirectory() as folder:
         ours = Ours(config, Path(folder) / "run")
         for n in config.trl_accumulation:
             tried[n] = summarise(run_trl(ours, n, config.warmup + 3).steps[config.warmup :])["seconds"]
-        turns = run_trl(ours, min(tried, key=tried.get), config.warmup + config.steps, alternate=True)
-    steps = {"upt": turns.our_steps[config.warmup :], f"TRL {version('trl')}": turns.steps[config.warmup :]}
-    upt, trl = sides = [summarise(side) for side in steps.values()]
+        fastest = min(tried, key=tried.get)
+        others = {"upt": ours, "HF generate": Generate(ours)}
+        turns = run_trl(ours, fastest, config.warmup + config.steps, others)
+    load = [before, os.getloadavg()[0]]
+    steps = {"upt": turns.other_steps["upt"], "TRL": turns.steps, "HF generate": turns.other_steps["HF generate"]}
+    steps = {name: of[config.warmup :] for name, of in steps.items()}
+    sides = {name: summarise(of) for name, of in steps.items()}
+    for name, side in sides.items():
+        peak = in_own_process(peak_memory, config, name, fastest) if sys.platform == "linux" else None
+        side["peak_mb"] = peak and peak / 1e6
     result = {
         "config": asdict(config) | {"max_new_tokens": ours.config.max_new_tokens},
-        "sides": dict(zip(steps, sides, strict=True)),
-        "ratio": {part: trl[part] / upt[part] for part in ("seconds", "rollout", "update")},
+        "prompt_tokens": statistics.mean(map(len, ours.prompts)),
+        "sides": sides,
+        "ratio": ratios(sides["TRL"], sides["upt"], ("seconds", "rollout", "update", "peak_mb")),
+        "generate_ratio": ratios(sides["HF generate"], sides["upt"], ("rollout", "peak_mb")),
         "trl_tried": tried,
         "hardware": hardware(),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
-        "load": [before, os.getloadavg()[0]],
+        "load": load,
         "steps": steps,
     }
     print(table(result))
     if config.save:
-        path = Path(__file__).parent / f"results/loop-{strftime('%Y-%m-%d')}-cpu.json"
+        shape = "" if config.shape == "short" else f"{config.shape}-"
+        path = Path(__file__).parent / f"results/loop-{shape}{strftime('%Y-%m-%d')}-cpu.json"
         write_whole(path, [json.dumps(result, indent=1).encode()])
     return result
 

@@ -297,7 +297,7 @@ class Slots:
         self.count = target
         self.set_places()
 
-    # ---------------------------------------------------------------------------------------------- who looks where
+    # -------------------------------------------------------------------------------------------- who looks where
 
     def new_places(self, count: int) -> tuple[Places, Places | None]:
         """Which prompt, and which suffix, each of the first slots looks at."""
@@ -316,7 +316,7 @@ class Slots:
 
 
 class Recorder:
-    """A cache in transformers' sense that writes spans of a sequence to places of stores, (store, places, spans) each."""
+    """A cache in transformers' sense that writes spans of a sequence to places of stores: (store, places, spans)."""
 
     def __init__(self, targets: Sequence[tuple[Store, list[int], list[Span]]]):
         self.targets = []
