@@ -109,7 +109,7 @@ class Gather:
 
     Autograd's own backward pass of such an index adds with threads or atomics in a race, so that rounding changes from
     run to run. Here `copies` holds, for every number of copies c that there is, the n rows that are there c times and
-    the places (n, c) of their copies. The backward pass sums over the second axis; for half types torch sums in float32.
+    the places (n, c) of their copies. The backward pass sums over the second axis; torch does so in float32.
     """
 
     index: torch.Tensor  # (M,)
