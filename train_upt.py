@@ -70,7 +70,7 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
     gpus: Count = 1
     """processes; more than one is not supported yet"""
     feature_cache_gib: Annotated[float, "at least 0", "at most 1000000"] = 0.0
-    """keep image features from step to step, up to this much memory"""
+    """keep image features from step to step, up to this much of the CPU's memory"""
     save_every: Count = 10
     """steps between checkpoints"""
     keep: Count = 2

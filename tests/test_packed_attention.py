@@ -17,7 +17,7 @@ from upt.model.policy import Policy
 
 CPU = torch.device("cpu")
 # Rows of a prompt and its responses, of one of which nothing is an input, and a row of a prompt alone.
-PROMPTS, RESPONSES = [(0, 5), (15, 16), (17, 24)], [[(5, 8), (8, 8), (8, 15)], [(16, 17)], []]
+PROMPTS, RESPONSES = [(0, 5), (15, 16), (18, 25)], [[(5, 8), (8, 8), (8, 15)], [(16, 18)], []]
 
 
 def flash(query, key, value, queries, keys, longest_query, longest_key, *, scale, window_size, top=False, **heads):
@@ -42,7 +42,7 @@ def states(length: int, *heads: int, dtype=torch.float64) -> list[torch.Tensor]:
 
 def by_rows(query, key, value, scaling: float) -> torch.Tensor:
     """Each place of PROMPTS and RESPONSES with the keys that it may see, written out."""
-    mask = torch.zeros(24, 24, dtype=torch.bool)
+    mask = torch.zeros(25, 25, dtype=torch.bool)
     for prompt, several in zip(PROMPTS, RESPONSES):
         for start, end in (prompt, *several):
             for place in range(start, end):
@@ -55,7 +55,7 @@ def by_rows(query, key, value, scaling: float) -> torch.Tensor:
 def test_rows_see_their_prompt_and_themselves(kind, shares_heads, monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", flash)
     monkeypatch.setattr(attention, "SHARES_HEADS", shares_heads)
-    inputs = states(24, 4, 2, 2)
+    inputs = states(25, 4, 2, 2)
     ours = getattr(attention, kind)(PROMPTS, RESPONSES, CPU)(0, *inputs, 0.3)
     exact = by_rows(*inputs, 0.3)
     torch.testing.assert_close(ours, exact, atol=1e-14, rtol=1e-13)
@@ -98,7 +98,7 @@ def test_no_row_is_written_twice_in_a_backward_pass():
         made = kind(PROMPTS, RESPONSES, CPU)
         for gather in (made.gather,) if kind is attention.Varlen else (made.queries, made.keys, made.back):
             rows = torch.cat([rows for rows, _ in gather.copies])
-            assert len(rows.unique()) == len(rows) == 24  # so no order of threads changes a sum
+            assert len(rows.unique()) == len(rows) == 25  # so no order of threads changes a sum
 
 
 # ------------------------------------------------------------------------------------------------ in a model

@@ -109,7 +109,7 @@ class Gather:
 
     Autograd's own backward pass of such an index adds with threads or atomics in a race, so that rounding changes from
     run to run. Here `copies` holds, for every number of copies c that there is, the n rows that are there c times and
-    the places (n, c) of their copies, and the backward pass sums over the second axis, half types in float32.
+    the places (n, c) of their copies. The backward pass sums over the second axis; torch does so in float32.
     """
 
     index: torch.Tensor  # (M,)
@@ -151,11 +151,10 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        exact = torch.float32 if grad.dtype in HALF else grad.dtype
         total = grad.new_zeros(ctx.size, *grad.shape[1:])
         for rows, places in ctx.gather.copies:
             found = grad.index_select(0, places.flatten()).unflatten(0, places.shape)
-            total.index_copy_(0, rows, found.sum(1, dtype=exact).to(grad.dtype))
+            total.index_copy_(0, rows, found.sum(1))
         return total, None
 
 
