@@ -45,11 +45,7 @@ def keys(prompts, count: int) -> list[int]:
 def alone(policy, prompts, tiny) -> dict:
     """Of every prompt five responses of at most 12 tokens, each sampled by itself."""
     one = config(tiny, max_new_tokens=12, slots=1)
-    return {
-        key: decoding.generate(policy, [prompt], [key], one)[0]
-        for prompt in prompts
-        for key in keys([prompt], 5)
-    }
+    return {key: decoding.generate(policy, [prompt], [key], one)[0] for prompt in prompts for key in keys([prompt], 5)}
 
 
 @pytest.fixture

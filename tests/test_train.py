@@ -21,7 +21,7 @@ from upt import data
 from upt.data import shapes
 from upt.errors import Diverged, SettingError, ShardError
 from upt.groups import shards, variants
-from upt.model import slots, update
+from upt.model import update
 from upt.model.policy import Policy
 from upt.run.metrics import accuracy
 from upt.stages import sampling

@@ -19,9 +19,9 @@ from upt.errors import PolicyError
 from upt.model.lora import sampling
 from upt.model.packing import Prompt
 from upt.model.policy import Policy
-from upt.model.room import free_bytes
-from upt.model.slots import PREFILL_TOKENS, Job, Sizes, Slots, bytes_of
-from upt.reckoning.memory import USABLE, resident_prompts, slots_that_fit
+from upt.model.room import room_left
+from upt.model.slots import Job, Sizes, Slots, bytes_of
+from upt.reckoning.memory import prefill_bytes, resident_prompts, slots_that_fit
 from upt.run import progress
 
 HOST_BYTES = 2**31  # for keys and values, on a CPU
@@ -116,7 +116,7 @@ def _padded(prompts: Sequence[Prompt], pad: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _jobs(prompts: Sequence[Prompt], count: int, suffixes) -> list[Job]:
-    """What is to be sampled: rows 0 to count - 1, in equal shares for the prompts or for all suffixes of all prompts."""
+    """What is to be sampled: rows 0 to count - 1, in equal shares for all suffixes of all prompts."""
     suffixes = [[] for _ in prompts] if suffixes is None else suffixes
     branches = [max(1, len(several)) for several in suffixes]
     share, jobs, first = count // sum(branches), [], 0
@@ -127,7 +127,7 @@ def _jobs(prompts: Sequence[Prompt], count: int, suffixes) -> list[Job]:
 
 
 def _decode(model, input_ids, *, generation_config, policy, jobs, keys, draw, slots, tick, **kwargs) -> list[Sampled]:
-    """All rows of all jobs, a number of slots at a time, longest prompts first; on a GPU fewer slots if they don't fit."""
+    """All rows of all jobs, longest prompts first, in half as many slots where memory runs out."""
     stops, new = generation_config.eos_token_id, generation_config.max_new_tokens
     jobs = sorted(jobs, key=lambda job: -len(job.prompt.ids))
     found: dict[int, Sampled] = {}
@@ -142,16 +142,14 @@ def _decode(model, input_ids, *, generation_config, policy, jobs, keys, draw, sl
             _run(state, deque(jobs), tick)
         except torch.OutOfMemoryError as error:
             if sizes.slots == 1:
-                fix = "give a smaller --max-new-tokens or --max-prompt-tokens, or a smaller model"
-                raise PolicyError(f"one response at a time is too much for the memory of {policy.device}: {fix}") from error
+                fix = "give a smaller --max-new-tokens or --max-prompt-tokens, or take a smaller model"
+                raise PolicyError(f"out of memory with one response at a time: {fix}") from error
             tight = True
-        if state:
-            found |= _finished(state, stops)
+        found |= _finished(state, stops) if state else {}
         if tight:
-            state = None
+            state, policy.fitted["--slots"] = None, sizes.slots // 2
             gc.collect()
             torch.cuda.empty_cache()
-            policy.fitted["--slots"] = sizes.slots // 2
             progress.say(f"out of memory with {sizes.slots} slots: going on with {sizes.slots // 2}")
         jobs = [job.without(found) for job in jobs]
         jobs = [job for job in jobs if any(job.rows)]
@@ -207,15 +205,16 @@ def _sizes(policy: Policy, jobs: Sequence[Job], new: int, slots: int | None) -> 
     )
     if slots is None:
         slot, prompt = bytes_of(policy, sizes)
-        slots = slots_that_fit(_free(policy), slot, prompt, len(jobs), max(rows))
+        slots = slots_that_fit(_free(policy, jobs, sizes), slot, prompt, len(jobs), max(rows))
     slots = min(slots, sizes.slots, policy.fitted.get("--slots", sizes.slots))
     return replace(sizes, slots=slots, places=resident_prompts(slots, len(jobs), min(rows)))
 
 
-def _free(policy: Policy) -> float:
+def _free(policy: Policy, jobs: Sequence[Job], sizes: Sizes) -> float:
     """Bytes that slots may take: on a CPU the same whatever is free, so that a run can be repeated."""
     if policy.device.type == "cpu":
         return HOST_BYTES
-    text, size = policy.base.config.text_config, policy.base.dtype.itemsize
-    prefill = PREFILL_TOKENS * size * (4 * text.intermediate_size + 5 * text.hidden_size)
-    return USABLE * free_bytes(policy.device) - prefill
+    text, longest = policy.base.config.text_config, sizes.prompt + sizes.branches * sizes.suffix
+    deepstack = max(len(job.prompt.features.deepstack) if job.prompt.features else 0 for job in jobs)
+    each = policy.base.dtype.itemsize
+    return room_left(policy.device) - prefill_bytes(text.hidden_size, text.intermediate_size, longest, each, deepstack)

@@ -37,8 +37,7 @@ from upt.model.lora import quicken
 from upt.model.opening import calm, check_fit, load_weights, loading, open_adapter
 from upt.model.origin import BASE, check_base, origin_of, snapshot_folder
 from upt.model.packing import Packed, Prompt, Row, layout
-
-PIXEL_VALUES_AT_ONCE = 2**25  # preprocessed pixel values given to the vision tower at once: 128 MiB in float32
+from upt.reckoning.memory import PIXEL_VALUES_AT_ONCE
 
 
 class Policy:

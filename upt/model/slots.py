@@ -16,8 +16,8 @@ from kernels.attention import Part, Places, decode_attention
 from upt.model.attention import Span
 from upt.model.packing import Prompt, Row, layout
 from upt.model.policy import Policy
+from upt.reckoning.memory import PREFILL_TOKENS, slot_bytes
 
-PREFILL_TOKENS = 8192  # prompt tokens that go through the model at once
 SMALLEST = 8  # slots below which a GPU takes no smaller graph: a step is no faster
 
 
@@ -88,7 +88,7 @@ def bytes_of(policy: Policy, sizes: Sizes) -> tuple[int, int]:
     """What a slot takes, with its logits, and what a prompt with its suffixes does."""
     head = policy.base.lm_head.weight
     token = 2 * math.prod(kept(policy)) * head.itemsize
-    return token * sizes.new + 4 * len(head), token * (sizes.prompt + sizes.branches * sizes.suffix)
+    return slot_bytes(token, sizes.new, len(head)), token * (sizes.prompt + sizes.branches * sizes.suffix)
 
 
 class Slots:
@@ -314,7 +314,7 @@ class Slots:
 
 
 class Recorder:
-    """A cache in transformers' sense that writes spans of a sequence to places of stores: (store, places, spans) each."""
+    """A cache, as transformers has them, that writes spans of a sequence to places: (store, places, spans) each."""
 
     def __init__(self, targets: Sequence[tuple[Store, list[int], list[Span]]]):
         self.targets = []
