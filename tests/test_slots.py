@@ -128,7 +128,7 @@ def test_out_of_memory_goes_on_with_half_the_slots(policy, prompts, tiny, alone,
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(slots.Slots, "step", never)
-    with pytest.raises(PolicyError, match="one response at a time .* --max-new-tokens"):
+    with pytest.raises(PolicyError, match="one response at a time: .* --max-new-tokens"):
         decoding.generate(policy, prompts, rows, settings)
 
 
