@@ -290,6 +290,7 @@ def test_memory_of_the_seven_by_hand():
     assert smaller.phases["update"]["activations"] / 8192 == pytest.approx(504_000, rel=0.01)
     alone = fits(CONFIGS[SEVEN], settings(lora_rank=None), 78.5 * GIB, ["rollout"])
     assert {*alone.phases} == {"pictures", "rollout"} and "adapter" not in alone.phases["rollout"]
+    assert fits(CONFIGS[SEVEN], settings(slots=20), 78.5 * GIB).slots == {"rollout": 20}
     asked = fits(CONFIGS[SEVEN], settings(), 78.5 * GIB, ["rollout"])
     assert asked.phases["rollout"]["adapter"] == 6 * lora  # nothing is trained: no moments
     double = fits(CONFIGS[SEVEN], settings(dtype="fp32"), 139 * GIB)

@@ -82,7 +82,7 @@ class Policy:
         dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.bfloat16 if on_gpu else torch.float32}
         if dtype not in dtypes:
             raise PolicyError(f"dtype must be one of {', '.join(dtypes)}, not {dtype!r}")
-        if on_gpu:  # LoRA's products are float32 even with bf16 weights, whose rounding is coarser than TF32's
+        if on_gpu:  # for what stays float32, as in PEFT's own layers: bf16 weights round coarser than TF32 does
             torch.set_float32_matmul_precision("high" if dtypes[dtype] == torch.bfloat16 else "highest")
         config = model_config(name)
         origin = origin_of(name)

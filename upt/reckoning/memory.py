@@ -51,9 +51,10 @@ class Demand:
     group_size: int = 1
     max_prompt_tokens: int = 2048
     max_new_tokens: int = 2048
+    slots: int = MOST_SLOTS  # a bound: fewer where they don't fit
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = TARGETS
-    update_tokens: int = MOST_TOKENS  # a bound: a micro-batch has no more, and fewer where they don't fit
+    update_tokens: int = MOST_TOKENS  # a bound: a micro-batch has fewer where they don't fit
     gradient_checkpointing: bool = True
     judge_mode: str = "logit"
     judge_tokens: int = 65_536
@@ -231,14 +232,15 @@ def update_bytes(sizes: Sizes, demand: Demand) -> tuple[float, int]:
 
 
 def sampled(
-    sizes: Sizes, demand: Demand, left: float, prompt: int, new: int, group_size: int
+    sizes: Sizes, demand: Demand, left: float, prompt: int, new: int, group_size: int, most: int = MOST_SLOTS
 ) -> tuple[int, dict[str, int]]:
-    """How many slots fit into `left` bytes for responses of `new` tokens to prompts of `prompt`, and what they take."""
+    """How many slots, `most` of them, fit into `left` bytes, and what they take by part: for responses of `new` tokens
+    to prompts of `prompt`."""
     b, questions, vision = demand.bytes_each, demand.questions_per_step, sizes.vision
     kv = kv_bytes(sizes, b)
     prefill = prefill_bytes(sizes.hidden, sizes.intermediate, prompt, b, vision.deepstack)
     slot = slot_bytes(kv, new, sizes.vocab)
-    slots = slots_that_fit(left - prefill, slot, kv * prompt, questions, group_size)
+    slots = slots_that_fit(left - prefill, slot, kv * prompt, questions, group_size, most)
     logits = 4 * slots * sizes.vocab
     cache = slots * slot - logits + resident_prompts(slots, questions, group_size) * kv * prompt
     return slots, {"KV": cache, "logits": logits, "prefill": prefill}
@@ -253,7 +255,7 @@ def reckon(sizes: Sizes, demand: Demand, free_bytes: float, phases: Sequence[str
     left = USABLE * free_bytes - sum(held.values())
     found, slots, tokens = {"pictures": held | {"tower": tower_bytes(sizes, P, b)}}, {}, 0
     if "rollout" in phases:
-        slots["rollout"], parts = sampled(sizes, demand, left, P, R, G)
+        slots["rollout"], parts = sampled(sizes, demand, left, P, R, G, demand.slots)
         found["rollout"] = held | parts
     if "judging" in phases and demand.judge_mode == "text":  # a prompt of all the responses that are judged with it
         judgements = G * demand.judge_repeats
@@ -265,8 +267,8 @@ def reckon(sizes: Sizes, demand: Demand, free_bytes: float, phases: Sequence[str
     if trained:
         held = weights | {"adapter": adapter_bytes(lora, b, moments=True, gradients=True)}
         token, fixed = update_bytes(sizes, demand)
-        most = min(demand.update_tokens, MOST_TOKENS)
-        tokens = tokens_that_fit(USABLE * free_bytes - sum(held.values()), token, fixed, demand.row, most)
+        room = USABLE * free_bytes - sum(held.values())
+        tokens = tokens_that_fit(room, token, fixed, demand.row, demand.update_tokens)
         found["update"] = held | {"activations": int(tokens * token), "logits": fixed}
     return Reckoned(found, int(free_bytes), slots, tokens)
 
