@@ -78,6 +78,13 @@ def resolve(config: Config) -> tuple[Config, dict]:
     return config, manifests.origin(manifest, rollout.FREE)
 
 
+def sampled_with(rollouts: Path) -> dict[str, int]:
+    """How many responses a question has, and how long question and response may be, as far as the manifest says."""
+    sampling = manifests.sampled_by(manifests.read(rollouts)).get("config") or {}
+    names = ("questions_per_step", "group_size", "max_prompt_tokens", "max_new_tokens")
+    return {name: sampling[name] for name in names if isinstance(sampling.get(name), int)}
+
+
 @alone
 def main(config: Config) -> dict[str, float]:
     """Judge a folder of shards into another; returns the summary that it prints."""
@@ -90,7 +97,7 @@ def main(config: Config) -> dict[str, float]:
     print(
         f"judging {len(paths)} shards of {config.rollouts} by {config.model}: {how}, into {config.out}", file=sys.stderr
     )
-    model.check_room(config, ["judging"])
+    model.check_room(config, ["judging"], **sampled_with(config.rollouts))
     policy = model.Policy.load(config.model, **config.loading())
     if fresh:
         identity = {"model": config.model, "adapter": config.adapter}

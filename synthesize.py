@@ -71,6 +71,7 @@ def main(config: Config) -> dict:
     manifests.check(config.out, "synthesize", settings, ignore=FREE)
     taken = {"data": data.fingerprint.of_questions(questions)}
     check_data(config.out, taken)
+    model.check_room(config, ["rollout"], group_size=max(config.group_size, config.per_image))
     policy = model.Policy.load(config.model, **config.loading())
     identity = {"seed": config.seed, "model": config.model, "adapter": config.adapter}
     kept = keep_data(config.out, taken)

@@ -142,8 +142,9 @@ def limits(found: Reckoned, parts: dict, step: dict, work: Work) -> str:
     )
     slowest = max(step, key=step.get)
     whole = min(MOST_SLOTS, work.responses)
-    short = found.slots + work.group_size <= whole
-    return f"{first}; decoding by {slowest}" + (f", as KV has room for {found.slots} slots only" if short else "")
+    slots = found.slots["rollout"]
+    few = f", as KV has room for {slots} slots only" if slots + work.group_size <= whole else ""
+    return f"{first}; decoding by {slowest}{few}"
 
 
 def report(config: Config) -> str:
@@ -151,8 +152,8 @@ def report(config: Config) -> str:
     (name, published), (card_name, card) = model_of(config.model), card_of(config.card)
     sizes, work = sizes_of(published), work_of(config)
     found = fits(published, replace(config, model=name), free_of(card))
-    parts = seconds(sizes, card, work, found.slots)
-    step = decoding_step(sizes, card, work, found.slots)
+    slots = found.slots["rollout"]
+    parts, step = seconds(sizes, card, work, slots), decoding_step(sizes, card, work, slots)
     lines = [
         f"{name}: {sizes.parameters / 1e9:.2f} billion parameters in bf16, rank {config.lora_rank}",
         f"{card_name}: {card.memory} GiB, {card.tflops:g} TFLOP/s in bf16, {card.bandwidth:g} TB/s",
@@ -164,7 +165,7 @@ def report(config: Config) -> str:
         lines += ["", f"{phase}, GiB", *(f"  {part:24}{gib(size):>8}" for part, size in of.items())]
         lines.append(f"  {'in all':24}{gib(sum(of.values())):>8}")
     lines += ["", f"needs about {gib(found.needs)} of {gib(found.free)} GiB, of which {USABLE:.0%} can be used"]
-    lines += [f"{found.slots} slots, {found.tokens:,} tokens in a micro-batch"]
+    lines += [f"{slots} slots, {found.tokens:,} tokens in a micro-batch"]
     for phase, of in parts.items():
         lines += ["", f"{phase}, seconds of a step", *(f"  {part:24}{time:8.0f}" for part, time in of.items())]
         lines.append(f"  {'in all':24}{sum(of.values()):8.0f}")
@@ -180,11 +181,12 @@ def row(name: str, sizes: Sizes, card_name: str, config: Config) -> str:
     memory = f"| {card_name}, {card.memory} | {gib(found.needs)} |"
     if not found.fits:
         return f"{memory} | | | | {refusal(name, config, card)} |"
-    parts = seconds(sizes, card, work, found.slots)
+    slots = found.slots["rollout"]
+    parts = seconds(sizes, card, work, slots)
     rollout, update = (sum(of.values()) for of in parts.values())
-    limit = limits(found, parts, decoding_step(sizes, card, work, found.slots), work)
+    limit = limits(found, parts, decoding_step(sizes, card, work, slots), work)
     times = f"{rollout:,.0f} | {update:,.0f} | {(rollout + update) / 60:,.0f}"
-    return f"{memory} {found.slots} | {found.tokens:,} | {times} | {limit} |"
+    return f"{memory} {slots} | {found.tokens:,} | {times} | {limit} |"
 
 
 def refusal(name: str, config: Config, card: Card) -> str:

@@ -224,7 +224,7 @@ def main(config: Config) -> dict:
     count, much = min(config.eval_questions, len(questions)), f"greedy and {config.eval_samples} samples each"
     what = f"{config.model}{f' with {config.adapter}' if config.adapter else ''}"
     print(f"evaluating {what} on {count} of {questions.describe()}: {much}", file=sys.stderr)
-    policy = trained.load_policy(config)
+    policy = trained.load_policy(config, questions_per_step=QUESTIONS_AT_ONCE, group_size=config.eval_samples)
     with progress.bar(total=count * (1 + config.eval_samples), desc="evaluating", unit="response") as bar:
         scores = evaluate(policy, questions, config, count, config.eval_samples, bar.update)
     print(table({config.adapter or config.model: scores}))

@@ -19,9 +19,9 @@ from upt.errors import PolicyError
 from upt.model.lora import sampling
 from upt.model.packing import Prompt
 from upt.model.policy import Policy
-from upt.model.room import free_bytes
-from upt.model.slots import PREFILL_TOKENS, Job, Sizes, Slots, bytes_of
-from upt.reckoning.memory import USABLE, resident_prompts, slots_that_fit
+from upt.model.room import room_left
+from upt.model.slots import Job, Sizes, Slots, bytes_of
+from upt.reckoning.memory import prefill_bytes, resident_prompts, slots_that_fit
 from upt.run import progress
 
 HOST_BYTES = 2**31  # for keys and values, on a CPU
@@ -205,15 +205,16 @@ def _sizes(policy: Policy, jobs: Sequence[Job], new: int, slots: int | None) -> 
     )
     if slots is None:
         slot, prompt = bytes_of(policy, sizes)
-        slots = slots_that_fit(_free(policy), slot, prompt, len(jobs), max(rows))
+        slots = slots_that_fit(_free(policy, jobs, sizes), slot, prompt, len(jobs), max(rows))
     slots = min(slots, sizes.slots, policy.fitted.get("--slots", sizes.slots))
     return replace(sizes, slots=slots, places=resident_prompts(slots, len(jobs), min(rows)))
 
 
-def _free(policy: Policy) -> float:
+def _free(policy: Policy, jobs: Sequence[Job], sizes: Sizes) -> float:
     """Bytes that slots may take: on a CPU the same whatever is free, so that a run can be repeated."""
     if policy.device.type == "cpu":
         return HOST_BYTES
-    text, size = policy.base.config.text_config, policy.base.dtype.itemsize
-    prefill = PREFILL_TOKENS * size * (4 * text.intermediate_size + 5 * text.hidden_size)
-    return USABLE * free_bytes(policy.device) - prefill
+    text, longest = policy.base.config.text_config, sizes.prompt + sizes.branches * sizes.suffix
+    deepstack = max(len(job.prompt.features.deepstack) if job.prompt.features else 0 for job in jobs)
+    each = policy.base.dtype.itemsize
+    return room_left(policy.device) - prefill_bytes(text.hidden_size, text.intermediate_size, longest, each, deepstack)

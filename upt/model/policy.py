@@ -37,8 +37,7 @@ from upt.model.lora import quicken
 from upt.model.opening import calm, check_fit, load_weights, loading, open_adapter
 from upt.model.origin import BASE, check_base, origin_of, snapshot_folder
 from upt.model.packing import Packed, Prompt, Row, layout
-
-PIXEL_VALUES_AT_ONCE = 2**25  # preprocessed pixel values given to the vision tower at once: 128 MiB in float32
+from upt.reckoning.memory import PIXEL_VALUES_AT_ONCE
 
 
 class Policy:
@@ -83,7 +82,7 @@ class Policy:
         dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.bfloat16 if on_gpu else torch.float32}
         if dtype not in dtypes:
             raise PolicyError(f"dtype must be one of {', '.join(dtypes)}, not {dtype!r}")
-        if on_gpu:  # LoRA's products are float32 even with bf16 weights, whose rounding is coarser than TF32's
+        if on_gpu:  # for what stays float32, as in PEFT's own layers: bf16 weights round coarser than TF32 does
             torch.set_float32_matmul_precision("high" if dtypes[dtype] == torch.bfloat16 else "highest")
         config = model_config(name)
         origin = origin_of(name)

@@ -17,8 +17,8 @@ from kernels.parts import Part, Places
 from upt.model.attention import Span
 from upt.model.packing import Prompt, Row, layout
 from upt.model.policy import Policy
+from upt.reckoning.memory import PREFILL_TOKENS, slot_bytes
 
-PREFILL_TOKENS = 8192  # prompt tokens that go through the model at once
 SMALLEST = 8  # slots below which a GPU takes no smaller graph: a step is no faster
 
 
@@ -90,7 +90,7 @@ def bytes_of(policy: Policy, sizes: Sizes) -> tuple[int, int]:
     """What a slot takes, with its logits, and what a prompt with its suffixes does."""
     head = policy.base.lm_head.weight
     token = 2 * math.prod(kept(policy)) * head.itemsize
-    return token * sizes.new + 4 * len(head), token * (sizes.prompt + sizes.branches * sizes.suffix)
+    return slot_bytes(token, sizes.new, len(head)), token * (sizes.prompt + sizes.branches * sizes.suffix)
 
 
 class Slots:

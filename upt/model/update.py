@@ -15,6 +15,7 @@ from kernels import grpo_loss, kl_divergence, response_weights, rollout_weights,
 from upt.model.memory import fitting
 from upt.model.packing import pack
 from upt.model.policy import Policy
+from upt.model.room import update_tokens
 
 COUNTS = ("nonfinite", "no_signal")
 
@@ -35,8 +36,9 @@ def update(
         def within(budget: int):
             return work(policy, *args, replace(config, update_tokens=budget))
 
-        return fitting(policy, "--update-tokens", config.update_tokens, within)
+        return fitting(policy, "--update-tokens", budget, within)
 
+    budget = config.update_tokens or update_tokens(policy, optimizer, config)
     policy.model.train()
     kept = [i for i, group in enumerate(groups) if not group.get("skipped")]
     prompts, groups = [prompts[i] for i in kept], [groups[i] for i in kept]

@@ -1,17 +1,19 @@
 """Bytes of a run on one GPU, by phase and part; how many slots and tokens fit; and refusing a run that cannot.
 
     found = fits(config, settings, free_bytes)      # raises SettingError with what would fit
-    print(found)        # needs about 49.7 of 78.5 GiB free: rollout 49.7 (weights 15.4, ...); update 29.7 (...)
+    print(found)        # needs about 52.0 of 78.5 GiB free: pictures 19.4 (weights 15.4, ...); rollout 52.0 (...); ...
 
 Phases follow one another, so the largest is what a run needs:
 
-    rollout    weights + adapter + KV + logits + prefill or vision tower, whichever takes more
-    judging    weights + adapter + KV of one batch, or its packed forward pass
+    pictures   weights + adapter + the vision tower over one batch of pictures
+    rollout    weights + adapter + KV and logits of the slots + a prefill
+    judging    the same for written judgements; in logit mode weights + adapter + one packed forward pass
     update     weights + adapter with gradients + activations of one micro-batch
 
 A prompt's keys and values lie there once, however many slots continue it; a slot has room for the longest response.
 Features of pictures wait in the CPU's memory. b stands for the bytes of a number: 2 in bf16, 4 in float32. The formulas
-of activations were checked on a CPU with the allocator's own counts (tests/test_reckoning.py).
+of activations were checked on a CPU with the allocator's own counts (tests/test_reckoning.py). The engine asks the same
+functions for its slots and budgets, with what is free by then.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,36 +23,45 @@ from math import ceil
 from upt.errors import SettingError
 from upt.model import TARGETS
 from upt.reckoning.published import CONFIGS
-from upt.reckoning.sizes import Sizes, adapted, feature_bytes, kv_bytes, lora_parameters, sizes_of
+from upt.reckoning.sizes import Sizes, adapted, kv_bytes, lora_parameters, sizes_of
 from upt.run.typed import flag
 
 GIB = 2**30
 USABLE = 0.92  # of free memory; the rest goes to libraries' workspaces and to gaps between blocks
 MOST_SLOTS, MOST_TOKENS = 256, 16_384  # beyond, throughput hardly grows: products are bound by arithmetic by then
-PREFILL_TOKENS = 8192  # prompts prefilled at once, unless one alone is longer
-PIXEL_VALUES_AT_ONCE = 2**25  # of Policy.encode
+PREFILL_TOKENS = 8192  # prompt tokens that go through the model at once, unless one prompt alone has more
+PIXEL_VALUES_AT_ONCE = 2**25  # preprocessed pixel values given to the vision tower at once: 128 MiB in float32
 LOGITS_AT_ONCE = 80 * 2**22  # bytes, of linear_logprob's chunk on a GPU
 STEP = 256  # a token budget is a multiple of this, where it is above the longest row
 PHASES = ("rollout", "update")
 # Settings that may be lowered to make a run fit, in the order in which they are offered, and how far.
-LEAST = {"max_new_tokens": 256, "max_prompt_tokens": 512, "lora_rank": 8, "judge_tokens": 4096}
+LEAST = {"max_new_tokens": 256, "max_prompt_tokens": 512, "lora_rank": 8}
+LEAST |= {"judge_tokens": 4096, "judge_max_new_tokens": 256}
+BUDGETS = {"logit": "judge_tokens", "text": "judge_max_new_tokens"}  # what decides on the memory of judging
 
 
 @dataclass(frozen=True)
 class Demand:
-    """The settings that memory depends on, by the names they have in a Config. No rank: there is no adapter."""
+    """The settings that memory depends on, by the names they have in a Config, and what torch offers.
+
+    No rank: there is no adapter.
+    """
 
     questions_per_step: int = 1
     group_size: int = 1
     max_prompt_tokens: int = 2048
     max_new_tokens: int = 2048
+    slots: int = MOST_SLOTS  # a bound: fewer where they don't fit
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = TARGETS
-    update_tokens: int = MOST_TOKENS  # a bound: a micro-batch has no more, and fewer where they don't fit
+    update_tokens: int = MOST_TOKENS  # a bound: a micro-batch has fewer where they don't fit
     gradient_checkpointing: bool = True
     judge_mode: str = "logit"
     judge_tokens: int = 65_536
+    judge_max_new_tokens: int = 1024
+    judge_repeats: int = 1
     dtype: str = "bf16"
+    shares_heads: bool = True  # flash attention reads a key for several heads; else they are repeated (torch 2.11)
 
     @classmethod
     def of(cls, settings) -> "Demand":
@@ -76,12 +87,12 @@ class Demand:
 
 @dataclass(frozen=True)
 class Reckoned:
-    """What a run needs: {phase: {part: bytes}}, of `free` bytes, with so many slots and tokens in a micro-batch."""
+    """What a run needs: {phase: {part: bytes}}, of `free` bytes."""
 
     phases: dict[str, dict[str, int]]
     free: int
-    slots: int
-    tokens: int
+    slots: dict[str, int]  # of each phase that samples
+    tokens: int  # of a micro-batch
 
     @property
     def needs(self) -> int:
@@ -93,10 +104,13 @@ class Reckoned:
         return self.needs <= USABLE * self.free
 
     def __str__(self) -> str:
-        slots = "1 slot" if self.slots == 1 else f"{self.slots} slots"
-        counts = {"KV": f" ({slots})", "activations": f" ({self.tokens:,} tokens)"}
         told = []
         for phase, parts in self.phases.items():
+            slots = self.slots.get(phase)
+            counts = {
+                "KV": f" ({slots} slot{'s' if slots != 1 else ''})",
+                "activations": f" ({self.tokens:,} tokens)",
+            }
             listed = ", ".join(f"{part} {gib(size)}{counts.get(part, '')}" for part, size in parts.items())
             told.append(f"{phase} {gib(sum(parts.values()))} ({listed})")
         return f"needs about {gib(self.needs)} of {gib(self.free)} GiB free: {'; '.join(told)}"
@@ -120,8 +134,7 @@ def slots_that_fit(
 ) -> int:
     """Slots to sample in: at most `most` and one a response, whole groups where one fits, at least 1.
 
-    slot_bytes is what one takes, kv_bytes times the longest response with its logits; prompt_bytes what a resident
-    prompt takes, kv_bytes times the longest prompt.
+    slot_bytes is what one takes (see there), prompt_bytes what a resident prompt takes, kv_bytes times the longest one.
     """
 
     def needed(slots: int) -> int:
@@ -146,16 +159,27 @@ def tokens_that_fit(
 # ------------------------------------------------------------------------------------------------ parts
 
 
-def adapter_bytes(sizes: Sizes, demand: Demand, gradients: bool) -> int:
-    """LoRA in float32, as PEFT keeps it: weights, Adam's moments, gradients; on a bf16 base a bf16 copy to sample."""
-    each = 4 + 8 + (4 if gradients else 0) + (2 if demand.bytes_each == 2 else 0)
-    return each * lora_parameters(sizes, demand.lora_rank, demand.lora_targets)
+def adapter_bytes(parameters: int, bytes_each: int = 2, moments: bool = False, gradients: bool = False) -> int:
+    """LoRA's weights in float32, Adam's two moments, gradients; on a bf16 base the bf16 copy that it computes with."""
+    return parameters * (4 + 8 * moments + 4 * gradients + (2 if bytes_each == 2 else 0))
 
 
-def forward_bytes(sizes: Sizes, tokens: int, bytes_each: int = 2) -> int:
-    """The most that a forward pass without gradients holds at once, in the MLP: 4 I for silu(gate), up, LoRA's part of
-    it and their sum, 5 D for the residual stream and its normed state in two types."""
-    return bytes_each * tokens * (4 * sizes.intermediate + 5 * sizes.hidden)
+def forward_bytes(hidden: int, intermediate: int, tokens: int, bytes_each: int = 2) -> int:
+    """The most that a forward pass without gradients holds at once, in the MLP: 3 I for silu(gate), up and up with
+    LoRA's part of it, 5 D for the residual stream and its normed state in two types."""
+    return bytes_each * tokens * (3 * intermediate + 5 * hidden)
+
+
+def prefill_bytes(hidden: int, intermediate: int, longest: int, bytes_each: int = 2, deepstack: int = 0) -> int:
+    """The same over the prompts that are prefilled at once, with the features of their pictures."""
+    tokens = max(PREFILL_TOKENS, longest)
+    return forward_bytes(hidden, intermediate, tokens, bytes_each) + bytes_each * tokens * (1 + deepstack) * hidden
+
+
+def slot_bytes(kv: int, new: int, vocab: int) -> int:
+    """A slot's keys and values, `kv` bytes a token but the response's last one, which is fed to nothing; its float32
+    logits."""
+    return kv * max(1, new - 1) + 4 * vocab
 
 
 def tower_bytes(sizes: Sizes, longest: int, bytes_each: int = 2) -> int:
@@ -171,12 +195,12 @@ def tower_bytes(sizes: Sizes, longest: int, bytes_each: int = 2) -> int:
     return patches * (max(turning, mlp) + bytes_each * vision.patch_values)
 
 
-def saved_bytes(sizes: Sizes, demand: Demand, keys: float) -> float:
+def saved_bytes(sizes: Sizes, demand: Demand) -> float:
     """What autograd saves of one token in one layer, for a backward pass into LoRA and the layer's input.
 
-    Norms: their input in float32, and 1/rms. Adapted layers: the input, which PEFT casts to float32 for each of them,
-    and A's output. Attention: queries, outputs, `keys` keys and values, a float32 logsumexp a head. MLP: gate, silu
-    (gate), up. Frozen weights save no inputs of their own.
+    Norms: their input in float32, and 1/rms. Adapted layers: their inputs, two normed states and the MLP's product,
+    each saved once for all that read it, and A's outputs. Attention: queries, outputs, gathered keys and values, a
+    float32 logsumexp a head. MLP: gate, silu(gate), up. Frozen weights save no inputs of their own.
     """
     b, D, inner = demand.bytes_each, sizes.hidden, sizes.intermediate
     queries, heads = sizes.heads * sizes.head_dim, sizes.heads + sizes.kv_heads
@@ -184,74 +208,84 @@ def saved_bytes(sizes: Sizes, demand: Demand, keys: float) -> float:
     if sizes.head_norms:
         norms += heads * (4 * sizes.head_dim + 4)
     layers = adapted(sizes, demand.lora_targets) if demand.lora_rank else []
-    casts = 4 * sum(i for i, _ in layers) / sizes.layers
-    if b == 4:  # nothing to cast: states that several layers share are saved once
-        casts = 4 * (2 * D + inner)
-    lora = casts + 4 * demand.lora_rank * len(layers) / sizes.layers
-    attention = b * (2 * queries + 2 * keys * sizes.kv_heads * sizes.head_dim) + 4 * sizes.heads
+    lora = b * (2 * D + inner + demand.lora_rank * len(layers) / sizes.layers) if layers else 0
+    kv_heads = sizes.kv_heads if demand.shares_heads else sizes.heads
+    attention = b * (2 * queries + 2 * demand.keys_per_token * kv_heads * sizes.head_dim) + 4 * sizes.heads
     return norms + lora + attention + 3 * b * inner
 
 
-def update_bytes(sizes: Sizes, demand: Demand, keys: float | None = None) -> tuple[float, int]:
+def update_bytes(sizes: Sizes, demand: Demand) -> tuple[float, int]:
     """Bytes of a micro-batch's activations: of each of its tokens, and whatever their number.
 
-    With checkpointing a token's state at every layer, and what one layer saves when it is computed again; without, what
-    all save. Besides, 8 I for two gradients on their way through the MLP, and the gradient that linear_logprob saves
-    (kernels/logprob.py): 4 D, on a bf16 base 16 D with the last norm's float32 copies. Fixed is linear_logprob's chunk
-    of logits, of which there is never more.
+    With checkpointing a token's state at every layer is kept, without it what all layers save. The most is there either
+    as the gradient leaves the head: 24 D for the last norm's float32 copies and what linear_logprob saves
+    (kernels/logprob.py); or within a layer: what it saves when it is computed again, two gradients on their way through
+    the MLP, 4 D for the state's own. Fixed is linear_logprob's chunk of logits, of which there is never more.
     """
-    saved = saved_bytes(sizes, demand, demand.keys_per_token if keys is None else keys)
-    kept = sizes.layers * saved
-    if demand.gradient_checkpointing:
-        kept = saved + sizes.layers * demand.bytes_each * sizes.hidden
-    last = (4 if demand.bytes_each == 4 else 16) * sizes.hidden
-    return kept + 8 * sizes.intermediate + last, LOGITS_AT_ONCE
+    b, D = demand.bytes_each, sizes.hidden
+    saved = saved_bytes(sizes, demand)
+    kept, again = (sizes.layers * b * D, saved) if demand.gradient_checkpointing else (sizes.layers * saved, 0)
+    return kept + max(24 * D, again + 2 * b * sizes.intermediate + 4 * D), LOGITS_AT_ONCE
 
 
 # ------------------------------------------------------------------------------------------------ a run
 
 
+def sampled(
+    sizes: Sizes, demand: Demand, left: float, prompt: int, new: int, group_size: int, most: int = MOST_SLOTS
+) -> tuple[int, dict[str, int]]:
+    """How many slots, `most` of them, fit into `left` bytes, and what they take by part: for responses of `new` tokens
+    to prompts of `prompt`."""
+    b, questions, vision = demand.bytes_each, demand.questions_per_step, sizes.vision
+    kv = kv_bytes(sizes, b)
+    prefill = prefill_bytes(sizes.hidden, sizes.intermediate, prompt, b, vision.deepstack)
+    slot = slot_bytes(kv, new, sizes.vocab)
+    slots = slots_that_fit(left - prefill, slot, kv * prompt, questions, group_size, most)
+    logits = 4 * slots * sizes.vocab
+    cache = slots * slot - logits + resident_prompts(slots, questions, group_size) * kv * prompt
+    return slots, {"KV": cache, "logits": logits, "prefill": prefill}
+
+
 def reckon(sizes: Sizes, demand: Demand, free_bytes: float, phases: Sequence[str] = PHASES) -> Reckoned:
     """What a run of these phases needs, with the most slots and tokens that fit in USABLE of `free_bytes`."""
-    b, room = demand.bytes_each, USABLE * free_bytes
-    questions, G = demand.questions_per_step, demand.group_size
-    slots, tokens, found = 0, 0, {}
-    held = {"weights": b * sizes.parameters}
-    if demand.lora_rank:
-        held["adapter"] = adapter_bytes(sizes, demand, gradients=False)
-    at_once = max(PREFILL_TOKENS, demand.max_prompt_tokens)
-    tower = tower_bytes(sizes, demand.max_prompt_tokens, b)
-    passes = max(tower, forward_bytes(sizes, at_once, b) + feature_bytes(sizes, at_once, b))
-    kv = kv_bytes(sizes, b)
+    b, P, R, G = demand.bytes_each, demand.max_prompt_tokens, demand.max_new_tokens, demand.group_size
+    lora = lora_parameters(sizes, demand.lora_rank, demand.lora_targets) if demand.lora_rank else 0
+    weights, trained = {"weights": b * sizes.parameters}, "update" in phases
+    held = weights | ({"adapter": adapter_bytes(lora, b, moments=trained)} if lora else {})
+    left = USABLE * free_bytes - sum(held.values())
+    found, slots, tokens = {"pictures": held | {"tower": tower_bytes(sizes, P, b)}}, {}, 0
     if "rollout" in phases:
-        slot, prompt, logits = kv * demand.max_new_tokens, kv * demand.max_prompt_tokens, b * sizes.vocab
-        slots = slots_that_fit(room - sum(held.values()) - passes, slot + logits, prompt, questions, G)
-        cache = slots * slot + resident_prompts(slots, questions, G) * prompt
-        found["rollout"] = held | {"KV": cache, "logits": slots * logits, "prefill and tower": passes}
-    if "judging" in phases and demand.judge_mode == "text":
-        found["judging"] = held | {"KV of a batch": kv * demand.judge_tokens, "prefill and tower": passes}
+        slots["rollout"], parts = sampled(sizes, demand, left, P, R, G, demand.slots)
+        found["rollout"] = held | parts
+    if "judging" in phases and demand.judge_mode == "text":  # a prompt of all the responses that are judged with it
+        judgements = G * demand.judge_repeats
+        slots["judging"], parts = sampled(sizes, demand, left, P + G * R, demand.judge_max_new_tokens, judgements)
+        found["judging"] = held | parts
     elif "judging" in phases:
-        found["judging"] = held | {"pass and tower": max(tower, forward_bytes(sizes, demand.judge_tokens, b))}
-    if "update" in phases:
-        held = {"weights": held["weights"], "adapter": adapter_bytes(sizes, demand, gradients=True)}
+        at_once = max(demand.judge_tokens, demand.row)
+        found["judging"] = held | {"pass": forward_bytes(sizes.hidden, sizes.intermediate, at_once, b)}
+    if trained:
+        held = weights | {"adapter": adapter_bytes(lora, b, moments=True, gradients=True)}
         token, fixed = update_bytes(sizes, demand)
-        most = min(demand.update_tokens, MOST_TOKENS)
-        tokens = tokens_that_fit(room - sum(held.values()), token, fixed, demand.row, most)
+        room = USABLE * free_bytes - sum(held.values())
+        tokens = tokens_that_fit(room, token, fixed, demand.row, demand.update_tokens)
         found["update"] = held | {"activations": int(tokens * token), "logits": fixed}
     return Reckoned(found, int(free_bytes), slots, tokens)
 
 
-def fits(config: dict, settings, free_bytes: float, phases: Sequence[str] = PHASES) -> Reckoned:
+def fits(config: dict, settings, free_bytes: float, phases: Sequence[str] = PHASES, **known) -> Reckoned:
     """What a run needs of `free_bytes`; `config` is the model's config.json, `settings` a Config that is filled in.
 
-    Raises SettingError for a run that does not fit with one slot and one row at a time, with the settings that would.
+    `known` are fields of Demand that the settings lack, or have for something else. Raises SettingError for a run that
+    does not fit with one slot and one row at a time, with the settings that would.
     """
-    sizes, demand = sizes_of(config), Demand.of(settings)
+    sizes, demand = sizes_of(config), replace(Demand.of(settings), **known)
     found = reckon(sizes, demand, free_bytes, phases)
     if found.fits:
         return found
+    judging = BUDGETS[demand.judge_mode] if "judging" in phases else None
     lowered = [name for name in LEAST if getattr(settings, name, None)]
-    lowered = [name for name in lowered if name != "judge_tokens" or "judging" in phases]
+    lowered = [name for name in lowered if name not in BUDGETS.values() or name == judging]
     others = {name: sizes_of(other) for name, other in CONFIGS.items()}
     if getattr(settings, "init_adapter", None):  # it keeps its rank, and fits this model alone
         lowered, others = [name for name in lowered if name != "lora_rank"], {}

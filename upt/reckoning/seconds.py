@@ -36,9 +36,9 @@ CONTEXT = 1.5  # GiB of a card that CUDA's context, the driver and error correct
 # H100's 989 TFLOP/s. Of attention a little less than the 35 % that FlashAttention-2 reaches there by the abstract of
 # arXiv 2407.08608. Of copies four fifths of the bandwidth.
 PRODUCTS, ATTENTION, COPIES = 550 / 989, 0.30, 0.80
-TF32 = 0.25  # LoRA's float32 products, a share of the bf16 peak: TF32 has half of it
-# Kernels of a decoding step of Qwen2.5-VL-7B under PEFT, counted: 1,227 without LoRA, 2,403 with all seven targets.
-LAUNCHES, LAUNCHES_PER_LAYER, LAUNCHES_PER_ADAPTER = 23, 43, 6
+# Kernels of a decoding step, counted on Slots.eager_step of Qwen2.5-VL: of a layer 39 and its attention's four; of an
+# adapter two products and the copy that torch.addmm begins with.
+LAUNCHES, LAUNCHES_PER_LAYER, LAUNCHES_PER_ADAPTER = 63, 43, 3
 GAP = 2.5e-6  # seconds between two kernels of a CUDA graph, from the end of one to the full speed of the next; assumed
 BYTES = 2  # of a bf16 number
 SAMPLING_PASSES = 20  # over a row of logits: the search for the nucleus, the statistics, the draw
@@ -161,18 +161,21 @@ def attention_seconds(sizes: Sizes, card: Card, work: Work) -> float:
 
 
 def adapter_seconds(sizes: Sizes, card: Card, work: Work) -> float:
-    """LoRA as PEFT computes it: products in TF32, casts and sums in float32 that each read and write memory.
+    """LoRA's products beside the frozen layers' own, in bf16: multiplied or moved, whichever takes longer.
 
-    A forward pass moves 10 bytes a number of each adapted layer's input (read, cast, read by A) and 28 of its output
-    (B's, scaled, added to the layer's own, cast). The reference goes without; a backward pass costs two forward ones.
+    A forward pass reads each adapted layer's input, copies its output, and reads and writes that where the product is
+    added: 2 bytes x (i + 4 o). A backward pass reads the output's gradient for A's and for B's, reads the input, and
+    writes and adds the input's gradient: 2 x (5 i + 2 o), with twice the products. The reference goes without.
     """
     if not work.lora_rank:
         return 0.0
     layers = adapted(sizes, work.lora_targets)
-    passes = sum(work.forwards) - (1 if work.reference else 0) + 2
-    products = 2 * lora_parameters(sizes, work.lora_rank, work.lora_targets) / (card.tflops * 1e12 * TF32)
-    moved = sum(10 * i + 28 * o for i, o in layers)
-    return work.trained_tokens * passes * (products + moved / (card.bandwidth * 1e12 * COPIES))
+    passes = sum(work.forwards) - (1 if work.reference else 0)
+    products = 2 * lora_parameters(sizes, work.lora_rank, work.lora_targets) * (passes + 2)
+    moved = BYTES * sum(passes * (i + 4 * o) + 5 * i + 2 * o for i, o in layers)
+    return work.trained_tokens * max(
+        products / (card.tflops * 1e12 * PRODUCTS), moved / (card.bandwidth * 1e12 * COPIES)
+    )
 
 
 def elementwise_seconds(sizes: Sizes, card: Card, work: Work) -> float:

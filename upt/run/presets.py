@@ -40,7 +40,6 @@ TINY = COMMON | {
     "warmup_steps": 3,
     "lora_rank": 32,
     "lora_alpha": 64,
-    "update_tokens": 2048,
     "eval_questions": 512,
     "judge_mode": "logit",
     "judge_prompt": "judge-tiny",
@@ -61,7 +60,6 @@ REAL = COMMON | {
     "warmup_steps": 3,
     "lora_rank": 64,
     "lora_alpha": 128,
-    "update_tokens": 8192,
     "eval_questions": 512,
     "judge_mode": "text",
     "judge_prompt": "judge",
@@ -129,6 +127,11 @@ def is_tiny(model: str) -> bool:
         return (config.get("text_config") or config).get("hidden_size", TINY_WIDTH + 1) <= TINY_WIDTH
     except (OSError, ValueError, AttributeError, TypeError):
         return False  # a hub id, or nothing that can be loaded, which the loading code says
+
+
+def update_tokens(model: str) -> int:
+    """Token budget of a micro-batch on a CPU; on a GPU it comes from the free memory (upt/model/room.py)."""
+    return 2048 if is_tiny(model) else 8192
 
 
 def fill(config) -> None:

@@ -153,7 +153,7 @@ class Judge:
     judge_max_new_tokens: Count | None = None
     """text mode: longest judgement, in tokens"""
     judge_tokens: Count | None = None
-    """token budget of one batch; scores do not depend on it"""
+    """logit mode: token budget of one batch; scores do not depend on it"""
 
     def check_judge(self) -> None:
         """Raise SettingError for settings that cannot work, with what to change."""
@@ -264,7 +264,8 @@ class Update:
     minibatches: Count | None = None
     """updates in one step; the step's questions are split among them"""
     update_tokens: Count | None = None
-    """token budget of one micro-batch; the step does not depend on it"""
+    """token budget of one micro-batch; None: on a GPU what there is room for, up to 16384. The step does not depend on
+    it"""
     learning_rate: Rate | None = None
     """peak of AdamW's learning rate"""
     warmup_steps: Number | None = None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from upt import model
 from upt.errors import SettingError, ShardError
 from upt.groups import manifests
+from upt.model.folders import lora_of
 
 if TYPE_CHECKING:
     from upt.model import Policy
@@ -62,11 +63,15 @@ def take(config, settings: dict, names: dict[str, str]) -> None:
             setattr(config, name, settings[of_run])
 
 
-def load_policy(config) -> "Policy":
+def load_policy(config, **known) -> "Policy":
     """The policy of a Config; with `run` as it was in training, so that its numbers are those of training.
 
-    An adapter by itself is merged into the weights, which rounds them.
+    An adapter by itself is merged into the weights, which rounds them. `known` is how much is asked at a time, for
+    `check_room`. Raises SettingError for a model that does not fit on the GPU.
     """
+    if config.run is not None:
+        known["lora_rank"], _, known["lora_targets"] = lora_of(config.adapter)
+    model.check_room(config, ["rollout"], **known)
     if config.run is None:
         return model.Policy.load(config.model, **config.loading())
     policy = model.Policy.load(config.model, **config.loading("adapter", "any_base"))
