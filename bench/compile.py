@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 import upt  # noqa: F401 - first, so that `kernels` is ours (upt/kernel_names.py)
 from kernels import advantage, advantage_triton, attention_triton, logprob_triton, loss_triton, sampling_triton
-from kernels.attention import Part, Places
+from kernels.parts import Part, Places
 
 TARGETS = (80, 90)
 MODULES = (logprob_triton, advantage_triton, attention_triton, loss_triton, sampling_triton)
@@ -34,7 +34,7 @@ TYPES = {
 }  # fmt: skip
 DECODERS = (  # heads, key heads and head size of the 7B, of the 3B and of Qwen3-VL-8B, and of other kinds
     (28, 4, 128, torch.bfloat16), (16, 2, 128, torch.bfloat16), (32, 8, 128, torch.bfloat16),
-    (28, 4, 128, torch.float32), (12, 2, 80, torch.float16), (8, 8, 64, torch.bfloat16), (32, 2, 256, torch.bfloat16),
+    (28, 4, 128, torch.float32), (12, 2, 80, torch.float16), (14, 2, 64, torch.bfloat16), (32, 2, 256, torch.bfloat16),
 )  # fmt: skip
 
 
@@ -96,6 +96,7 @@ def call_all() -> None:
         for top_p, top_k in ((1.0, 0), (0.9, 50)):
             sampling_triton.sample(z, 0.7, top_p, top_k, 0, ids, 3, range(5))
     sampling_triton.sample(logits, 0.0, 1.0, 0, 0, ids, 3, ())
+    sampling_triton.sample(logits, 0.7, 0.99, 0, 0, ids, ids, range(5))  # a position a row
     full = torch.empty(512, vocabulary, device=device)
     for narrow in (torch.bfloat16, torch.float32):
         logprob_triton.rows(full, ids[:512], 0.7, full.view(narrow)[:, :vocabulary])

@@ -22,7 +22,7 @@ import torch
 
 import train_upt
 from bench import random_model
-from bench.kernels import naive_linear
+from bench.cases import naive_linear
 from bench.random_model import LORA_RANK, attempt, clock, peak_gb, replaced, shown
 from upt.model import update
 from upt.prompts import template

@@ -33,8 +33,8 @@ MODULES = {
     "sample": "sampling",
     "row_id": "sampling",
     "decode_attention": "attention",
-    "Part": "attention",
-    "Places": "attention",
+    "Part": "parts",
+    "Places": "parts",
 }
 __all__ = list(MODULES)
 OURS = list(__path__)

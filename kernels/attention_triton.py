@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention import ROWS, Part
 from kernels.dispatch import on
 from kernels.logprob_triton import LOG2_E
+from kernels.parts import ROWS, Part
 
 STRETCH = 512  # keys that a program reads, at most
 PROGRAMS = 512  # stretches get shorter, down to SHORTEST, until there are as many
@@ -44,7 +44,7 @@ def decode_attention(query: torch.Tensor, parts: Sequence[Part], scale: float) -
                     part.lengths.stride(0), rows, heads, part.keys.shape[2], scale, REP=heads // part.keys.shape[1],
                     ROWS=ROWS if part.places else 1, TILED=part.places is not None, STRETCH=stretch, QUERIES=queries,
                     BLOCK=_block(query), DIM=dim, WIDTH=_width(dim), EXACT=exact,
-                    num_warps=8 if queries > 64 or query.dtype == torch.float32 else 4, num_stages=3,
+                    num_warps=8 if queries * _width(dim) > 2**13 or query.dtype == torch.float32 else 4, num_stages=3,
                 )  # fmt: skip
                 first += grid[2]
         merge_kernel[(rows, heads)](
@@ -59,8 +59,9 @@ def _grid(query: torch.Tensor, part: Part) -> tuple[int, int, tuple[int, int, in
     kv_heads, room = part.keys.shape[1:3]
     tiles, rows = (len(part.places.tiles), ROWS) if part.places else (len(query), 1)
     of_tile = rows * query.shape[1] // kv_heads
-    most = 2**16 // (_width(query.shape[2]) * query.element_size() ** 2)  # what registers hold
-    queries = min(max(most, 16), 128, max(16, triton.next_power_of_2(of_tile)))  # tl.dot takes no fewer than 16
+    # What registers hold; a product of float32 is three products of parts.
+    most = 16 if query.dtype == torch.float32 else max(16, min(128, 2**14 // _width(query.shape[2])))
+    queries = min(most, max(16, triton.next_power_of_2(of_tile)))  # tl.dot takes no fewer than 16
     tiles *= triton.cdiv(of_tile, queries)
     stretch = STRETCH
     while stretch > SHORTEST and tiles * kv_heads * triton.cdiv(room, stretch) < PROGRAMS:

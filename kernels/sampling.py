@@ -15,6 +15,7 @@ import torch
 from kernels.dispatch import use_triton
 
 MASK = 0xFFFFFFFF
+COUNTERS = 2**15  # of Philox that the reference works on at once: a cache holds them
 
 
 def row_id(step: int, uid: str, index: int) -> int:
@@ -30,36 +31,43 @@ def sample(
     top_k: int,
     seed: int,
     row_ids: torch.Tensor,
-    position: int,
+    position: int | torch.Tensor,
     banned: Sequence[int] = (),
     statistics: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """One token a row, (R,) int64, from softmax(logits / temperature) cut to top-k and top-p, and its log-probability.
 
-    logits (R, V) in bf16, fp16 or fp32 and of any strides, row_ids (R,) int64 from `row_id`, `position` of the token in
-    its response. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing. The tokens `banned` are never drawn. Top-k
-    keeps the k likeliest tokens, top-p then the smallest set of the likeliest whose probability among those reaches
-    top_p; tokens that tie with the last one stay.
+    logits (R, V) in bf16, fp16 or fp32 and of any strides, row_ids (R,) int64 from `row_id`; `position` of the token in
+    its response, or (R,) int64 or int32, one of each row, modulo 2^32. temperature 0 is greedy; top_k 0 and top_p 1 cut
+    nothing. The tokens `banned` are never drawn. Top-k keeps the k likeliest tokens, top-p then the smallest set of the
+    likeliest whose probability among those reaches top_p; tokens that tie with the last one stay.
 
     The log-probability, (R,) float32 in nats, is that under the whole softmax(logits / temperature), nothing cut or
     banned; at temperature 0 under softmax(logits). With `statistics` also the entropy of that distribution and
     logsumexp - mean over the vocabulary of logits / temperature (self-certainty).
-    The seed counts modulo 2^64. Raises ValueError when shapes disagree, a setting is out of its range or all tokens are
-    banned; on a CPU also for a row without a finite logit or with a nan, whose token on a GPU has log-probability nan.
+    The seed counts modulo 2^64. In Triton nothing is read on the host, and `banned` is copied to the GPU once: a CUDA
+    graph can capture every call but the first. Raises ValueError when shapes disagree, a setting is out of its range or
+    all tokens are banned; on a CPU also for a row without a finite logit or with a nan, whose token on a GPU has
+    log-probability nan.
     """
     banned = [int(token) for token in banned]
-    varying = torch.is_tensor(position)
+    each = isinstance(position, torch.Tensor) and position.dim() > 0
+    position = position if each else int(position)
     shaped = logits.dim() == 2 and logits.shape[1] > 0 and row_ids.shape == logits.shape[:1]
     if not (shaped and logits.is_floating_point() and row_ids.dtype == torch.int64):
         raise ValueError(
             f"expected floating-point logits (R, V) and row_ids (R,) int64; got {tuple(logits.shape)} {logits.dtype}, "
             f"{tuple(row_ids.shape)} {row_ids.dtype}"
         )
-    if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or top_k < 0 or not (varying or 0 <= position <= MASK):
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(
-            "expected temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= position < 2^32, not "
-            f"{temperature=}, {top_p=}, {top_k=}, {position=}"
+            f"expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0, not {temperature=}, {top_p=}, {top_k=}"
         )
+    if each and (position.shape != row_ids.shape or position.dtype not in (torch.int64, torch.int32)):
+        found = f"{tuple(position.shape)} {position.dtype}"
+        raise ValueError(f"expected a position or ({len(row_ids)},) of them in int64 or int32, not {found}")
+    if not each and not 0 <= position <= MASK:
+        raise ValueError(f"expected 0 <= position < 2^32, not {position}")
     if bad := [token for token in banned if not 0 <= token < logits.shape[1]]:
         raise ValueError(f"banned token {bad[0]} is not in the vocabulary of {logits.shape[1]}")
     if len(set(banned)) == logits.shape[1]:
@@ -103,36 +111,45 @@ def smallest_kept(scores: torch.Tensor, top_p: float, top_k: int) -> torch.Tenso
     return floor
 
 
-def philox(key: torch.Tensor, counter: tuple[torch.Tensor | int, ...]) -> list[torch.Tensor]:
+def philox(key: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
     """Philox 4x32-10: four 32-bit words, as int64, for a 64-bit key and four counter words that broadcast."""
     k0, k1 = key & MASK, (key >> 32) & MASK
     c0, c1, c2, c3 = counter
     for _ in range(10):
-        # int64 products wrap modulo 2^64, so their upper halves are right once the sign extension is masked off.
+        # int64 products wrap modulo 2^64, so that all but the sign extension of their upper halves is right; of c1 and
+        # c3 nobody looks at more than 32 bits.
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
+        c0, c1, c2, c3 = (p1 >> 32 ^ c1 ^ k0).bitwise_and_(MASK), p1, (p0 >> 32 ^ c3 ^ k1).bitwise_and_(MASK), p0
         k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
-    return [c0, c1, c2, c3]
+    return [c0, c1 & MASK, c2, c3 & MASK]
 
 
-def noise_words(rows: torch.Tensor, position: int, size: int, seed: int = 0) -> torch.Tensor:
-    """The 32-bit words (R, size), as int64, behind the noise of rows (R,) at one token position."""
-    blocks = torch.arange((size + 3) // 4, device=rows.device)
-    position, low, high = (
-        torch.zeros_like(rows)[:, None] + word for word in (position[:, None] if torch.is_tensor(position) else position, seed & MASK, seed >> 32 & MASK)
-    )
-    return torch.stack(philox(rows[:, None], (blocks[None, :], position, low, high)), -1).flatten(1)[:, :size]
+def noise_words(
+    rows: torch.Tensor, position: int | torch.Tensor, size: int, seed: int = 0, dtype: torch.dtype = torch.int64
+) -> torch.Tensor:
+    """The 32-bit words (R, size) behind the noise of rows (R,) at one token position, or at one of each row (R,)."""
+    block = torch.arange((size + 3) // 4, device=rows.device)
+    found = torch.empty(len(rows), len(block), 4, dtype=dtype, device=rows.device)
+    position, low, high = (torch.zeros_like(rows) + word for word in (position, seed & MASK, seed >> 32 & MASK))
+    some = max(1, COUNTERS // max(1, len(block)))
+    for start in range(0, len(rows), some):
+        part = slice(start, start + some)
+        counter = (block, *(word[part, None] for word in (position, low, high)))
+        for i, word in enumerate(philox(rows[part, None], counter)):
+            found[part, :, i] = word
+    return found.flatten(1)[:, :size]
 
 
-def gumbel(rows: torch.Tensor, position: int, size: int, seed: int = 0) -> torch.Tensor:
-    """Gumbel noise (R, size) in float32 for rows (R,) int64 at one token position."""
-    return to_gumbel(noise_words(rows, position, size, seed))
+def gumbel(rows: torch.Tensor, position: int | torch.Tensor, size: int, seed: int = 0) -> torch.Tensor:
+    """Gumbel noise (R, size) in float32 for rows (R,) int64 at one token position, or at one of each row (R,)."""
+    return to_gumbel(noise_words(rows, position, size, seed, torch.float32))
 
 
 def to_gumbel(words: torch.Tensor) -> torch.Tensor:
     """Gumbel noise in float32 from 32-bit words: -log(-log(1 - u)) with u = (word + 1/2) / 2^32, always finite.
 
-    Large noise, which decides the draw, comes from small u, where float32 has its finest steps.
+    Large noise, which decides the draw, comes from small u, where float32 has its finest steps. Words in float32 are
+    overwritten.
     """
     uniform = words.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()

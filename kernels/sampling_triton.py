@@ -19,6 +19,7 @@ WARPS = 16  # there are few rows in decoding: each gets many threads
 def sample(logits, temperature, top_p, top_k, seed, row_ids, position, banned) -> tuple[torch.Tensor, ...]:
     """As in sampling.py: token, log-probability, entropy, self-certainty."""
     count, size = logits.shape
+    position = position.contiguous() if isinstance(position, torch.Tensor) else position
     token = torch.empty(count, dtype=torch.int64, device=logits.device)
     logprob, entropy, certainty = torch.empty(3, count, dtype=torch.float32, device=logits.device)
     cut = temperature > 0 and (0 < top_k < size or top_p < 1)
@@ -29,7 +30,7 @@ def sample(logits, temperature, top_p, top_k, seed, row_ids, position, banned) -
                 logits, _on_device(tuple(banned), logits.device), floor, row_ids.contiguous(), token, logprob, entropy,
                 certainty, logits.stride(0), logits.stride(1), size, 1 / temperature if temperature else 1.0, position,
                 seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, BANS=len(banned), CUT=cut, GREEDY=temperature == 0,
-                BLOCK=_block(size), num_warps=WARPS,
+                EACH=isinstance(position, torch.Tensor), BLOCK=_block(size), num_warps=WARPS,
             )  # fmt: skip
     return token, logprob, entropy, certainty
 
@@ -80,12 +81,12 @@ def ordered_bits(z):
 @triton.jit
 def mass(logits, bans, step, size, scale, top, above, BANS: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """How many allowed tokens have ordered bits of at least `above`, or the sum of their exp((z - top) * scale)."""
-    found = 0.0
+    found = tl.zeros([BLOCK], tl.float32)  # every lane for itself; they meet once
     for start in range(0, size, BLOCK):
         _, _, allowed, z = block_at(start, logits, bans, step, size, BANS, BLOCK)
         weight = 1.0 if COUNT else tl.exp((z - top) * scale)
-        found += tl.sum(tl.where(allowed & (ordered_bits(z) >= above), weight, 0.0), 0)
-    return found
+        found += tl.where(allowed & (ordered_bits(z) >= above), weight, 0.0)
+    return tl.sum(found, 0)
 
 
 @triton.jit
@@ -111,10 +112,11 @@ def floor_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     scale, top_p = tl.cast(scale, tl.float32), tl.cast(top_p, tl.float32)
-    top = float("-inf")
+    tops = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, size, BLOCK):
         _, _, allowed, z = block_at(start, logits, bans, step, size, BANS, BLOCK)
-        top = tl.maximum(top, tl.max(tl.where(allowed, z, float("-inf")), 0))
+        tops = tl.maximum(tops, tl.where(allowed, z, float("-inf")))
+    top = tl.max(tops, 0)
     least = tl.full([], -(2**31), tl.int64)
     if top_k > 0:
         least = search(logits, bans, step, size, scale, top, least, top_k, BANS, True, BITS, BLOCK)
@@ -148,11 +150,13 @@ def noise_words(key, block, position, seed_low, seed_high):
 def sample_kernel(
     logits, bans, floor, row_ids, token, logprob, entropy, certainty, stride, step, size, scale,
     position, seed_low, seed_high,
-    BANS: tl.constexpr, CUT: tl.constexpr, GREEDY: tl.constexpr, BLOCK: tl.constexpr,
+    BANS: tl.constexpr, CUT: tl.constexpr, GREEDY: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     key = tl.load(row_ids + row)
+    if EACH:
+        position = tl.load(position + row)
     scale = tl.cast(scale, tl.float32)
     top = tl.full([BLOCK // 4], float("-inf"), tl.float32)
     weights, weighted, total = tl.zeros_like(top), tl.zeros_like(top), tl.zeros([BLOCK], tl.float32)

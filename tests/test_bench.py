@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import decoding, fullsize, judging, kernels, loop, memory, random_model, sides, update
-from kernels.attention import Part, Places, decode_attention
+from bench import cases, decoding, fullsize, judging, kernels, loop, memory, random_model, sides, update
+from kernels import Part, Places, decode_attention
 from upt.errors import SettingError
 from upt.model.attention import Padded
 from upt.reckoning.seconds import CARDS
@@ -117,7 +117,7 @@ def test_peak_memory_of_a_call():
 
 def test_memory_counts_the_gradient_whatever_ran_before():
     leaf = torch.randn(1000, 1000, requires_grad=True)
-    form = kernels.there_and_back(lambda x: x.exp().sum(), leaf, torch.ones(()))
+    form = cases.there_and_back(lambda x: x.exp().sum(), leaf, torch.ones(()))
     assert [kernels.peak(form) for _ in range(2)] == [pytest.approx(8e6, rel=0.01)] * 2  # the result and the gradient
 
 
@@ -126,7 +126,8 @@ def test_shapes_that_cannot_be_read():
         kernels.main(kernels.Config(shapes=("4x100",), device="cpu"))
 
 
-def test_the_kernels_beside_naive_forms_of_the_same_result(capsys):
+def test_the_kernels_beside_naive_forms_of_the_same_result(capsys, monkeypatch):
+    monkeypatch.setattr(cases, "CPU_DECODING", ((6, 3, 10, 4, 4, 2, 8),))
     config = kernels.Config(shapes=("24x300x16",), pairs=3, device="cpu")
     result = json.loads(json.dumps(kernels.main(config)))
     (found,) = result["results"]
@@ -137,14 +138,17 @@ def test_the_kernels_beside_naive_forms_of_the_same_result(capsys):
     assert "linear_logprob forward + backward" in capsys.readouterr().out
     # What is timed has to be the same job: the forms' results agree.
     hidden, weight, ids = torch.randn(24, 16), torch.randn(300, 16), torch.randint(300, (24,))
-    ours = kernels.linear_logprob(hidden, weight, ids)[0]
-    torch.testing.assert_close(ours, kernels.naive_linear(hidden, weight, ids), atol=1e-5, rtol=1e-5)
+    ours = cases.linear_logprob(hidden, weight, ids)[0]
+    torch.testing.assert_close(ours, cases.naive_linear(hidden, weight, ids), atol=1e-5, rtol=1e-5)
     rewards = torch.rand(5, 8)
-    torch.testing.assert_close(kernels.group_advantage(rewards, "group-norm"), kernels.naive_advantage(rewards))
+    torch.testing.assert_close(cases.group_advantage(rewards, "group-norm"), cases.naive_advantage(rewards))
     x, old, reference = (-torch.rand(3, 7) for _ in range(3))
     advantage, mask = torch.randn(3), torch.rand(3, 7) < 0.7
-    loss, _ = kernels.grpo_loss(x, old, advantage, mask, reference, kl_coef=0.01)
-    torch.testing.assert_close(loss, kernels.naive_loss(x, old, advantage, mask, reference))
+    loss, _ = cases.grpo_loss(x, old, advantage, mask, reference, kl_coef=0.01)
+    torch.testing.assert_close(loss, cases.naive_loss(x, old, advantage, mask, reference))
+    last = cases.cases((24, 300, 16), "cpu")[-1]()
+    torch.testing.assert_close(last.forms["naive"](), last.forms[cases.OURS](), atol=1e-5, rtol=1e-5)
+    assert last.job == "decode_attention 6 rows of 2 x 10 + 4 keys"
 
 
 SMALL = {"group_size": 2, "image_tokens": 32}

@@ -264,6 +264,14 @@ def test_waiting_threads_give_way_unless_the_user_says_otherwise(shell, own):
     assert shell("-c", "import train_upt, sys; print('torch' in sys.modules)").stdout == "False\n"
 
 
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "x:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "x:1"}])
+def test_a_gpus_memory_is_had_in_segments_that_grow_unless_the_user_says_otherwise(shell, own):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    code = f"import os; [os.environ.pop(n, 0) for n in {names}]; os.environ.update({own!r}); import upt; "
+    found = shell("-c", code + f"print([os.environ.get(n) for n in {names}])").stdout
+    assert found == f"{[(own or {names[0]: 'expandable_segments:True'}).get(name) for name in names]}\n"
+
+
 @dataclass
 class Plain(Data, Typed):
     """A Config of a few fields."""

@@ -85,6 +85,27 @@ def test_logit_scores_are_those_of_separate_forward_passes(policy, questions):
     assert len({round(score, 4) for score in scores}) > 6  # they tell candidates and questions apart
 
 
+def test_out_of_memory_halves_the_budget_of_logit_scores(policy, questions, monkeypatch, capsys):
+    """What was scored before stays, is counted once, and the rest is scored as with the smaller budget."""
+    prompts, _ = policy.encode(questions, template("boxed"))
+    groups, s, ticks, real, calls = groups_of(questions), settings(), [], policy.packed, []
+    expected = judging.judge(policy, prompts, groups, replace(s, judge_tokens=250), "think-boxed", 0)
+    monkeypatch.setattr(policy, "fitted", {})
+
+    def packed(batch):
+        calls.append(len(batch))
+        if len(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return real(batch)
+
+    monkeypatch.setattr(policy, "packed", packed)
+    judged = judging.judge(policy, prompts, groups, replace(s, judge_tokens=500), "think-boxed", 0, ticks.append)
+    assert sum(ticks) == 9 and "--judge-tokens 500: going on with 250" in capsys.readouterr().out
+    for ours, theirs in zip(judged, expected):
+        for one, two in zip(ours["responses"], theirs["responses"]):
+            assert one["judge"]["score"] == pytest.approx(two["judge"]["score"], abs=1e-6)
+
+
 def test_written_judgements_are_those_of_separate_prompts(policy, questions):
     """Sampling behind a shared prefix gives the tokens that sampling behind the whole prompt gives."""
     groups, s = groups_of(questions), settings(judge_mode="text", judge_repeats=2, judge_max_new_tokens=7)

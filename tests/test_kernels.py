@@ -366,6 +366,28 @@ def test_statistics_of_the_distribution_sampled_from(device):
     assert certainty.tolist() == pytest.approx([5 / 3 * math.log(2)] * 2)
 
 
+def test_a_position_for_each_row(device):
+    # A row's token and what is told of it are those of its own position; -1 counts as 2^32 - 1.
+    logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(0)).to(device)
+    rows = torch.tensor([row_id(0, "u", i) for i in (0, 0, 1)], device=device)
+    positions, alone = [3, 700, 2**32 - 1], []
+    for r, position in enumerate(positions):
+        alone.append(sample(logits[r : r + 1], row_ids=rows[r : r + 1], **PLAIN | {"position": position}))
+    for dtype, last in ((torch.int64, 2**32 - 1), (torch.int32, -1)):
+        given = torch.tensor([[3, 9], [700, 9], [last, 9]], dtype=dtype, device=device)[:, 0]  # of any stride
+        found = sample(logits, row_ids=rows, **PLAIN | {"position": given})
+        assert all(torch.equal(mine, torch.cat(theirs)) for mine, theirs in zip(found, zip(*alone), strict=True))
+
+
+def test_noise_of_a_position_for_each_row_is_bit_equal():
+    rows = torch.tensor([row_id(0, "u", i) for i in range(40)])
+    positions = torch.arange(40) // 2 * 10**8
+    for size in (1, 30, 4001):  # the last in several parts
+        noise = gumbel(rows, positions, size, seed=5)
+        for r in (0, 1, 38, 39):
+            assert torch.equal(noise[r], gumbel(rows[r : r + 1], int(positions[r]), size, seed=5)[0])
+
+
 def test_sample_refuses():
     logits, rows = torch.zeros(2, 5), torch.zeros(2, dtype=torch.long)
     for wrong, message in (
@@ -374,6 +396,10 @@ def test_sample_refuses():
         ({"banned": [5]}, "banned token 5 is not in the vocabulary of 5"),
         ({"banned": [4, 0, 1, 2, 3, 0]}, "all 5 tokens are banned"),
         ({"temperature": math.nan}, "temperature=nan"),
+        ({"position": -1}, "expected 0 <= position < 2\\^32, not -1"),
+        ({"position": 2**32}, "position < 2"),
+        ({"position": rows[:1]}, r"expected a position or \(2,\) of them"),
+        ({"position": torch.zeros(2)}, "int64 or int32, not .* torch.float32"),
     ):
         with pytest.raises(ValueError, match=message):
             sample(logits, row_ids=rows, **(PLAIN | wrong))

@@ -45,11 +45,7 @@ def keys(prompts, count: int) -> list[int]:
 def alone(policy, prompts, tiny) -> dict:
     """Of every prompt five responses of at most 12 tokens, each sampled by itself."""
     one = config(tiny, max_new_tokens=12, slots=1)
-    return {
-        key: decoding.generate(policy, [prompt], [key], one)[0]
-        for prompt in prompts
-        for key in keys([prompt], 5)
-    }
+    return {key: decoding.generate(policy, [prompt], [key], one)[0] for prompt in prompts for key in keys([prompt], 5)}
 
 
 @pytest.fixture
@@ -118,7 +114,7 @@ def test_out_of_memory_goes_on_with_half_the_slots(policy, prompts, tiny, alone,
         real(self)
 
     monkeypatch.setattr(slots.Slots, "step", step)
-    monkeypatch.setattr(policy, "most_slots", None)
+    monkeypatch.setattr(policy, "fitted", {})
     rows, settings = keys(prompts, 5), config(tiny, max_new_tokens=12, slots=12)
     found = decoding.generate(policy, prompts, rows, settings, tick=done.append)
     assert [response.ids for response in found] == [alone[key].ids for key in rows]
@@ -132,7 +128,7 @@ def test_out_of_memory_goes_on_with_half_the_slots(policy, prompts, tiny, alone,
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(slots.Slots, "step", never)
-    with pytest.raises(PolicyError, match="one response at a time .* --max-new-tokens"):
+    with pytest.raises(PolicyError, match="one response at a time: .* --max-new-tokens"):
         decoding.generate(policy, prompts, rows, settings)
 
 

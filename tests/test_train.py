@@ -19,7 +19,7 @@ import rollout
 from train_upt import Config, main
 from upt import data
 from upt.data import shapes
-from upt.errors import Diverged, SettingError, ShardError
+from upt.errors import Diverged, PolicyError, SettingError, ShardError
 from upt.groups import shards, variants
 from upt.model import update
 from upt.model.policy import Policy
@@ -58,7 +58,7 @@ def run(tiny, out: Path, **settings) -> Path:
 @pytest.fixture(scope="module")
 def two_steps(tiny, tmp_path_factory) -> Path:
     """An uninterrupted run of two steps, its rollouts in four batches each."""
-    return run(tiny, tmp_path_factory.mktemp("runs") / "whole", steps=2, slots=1, update_tokens=150)
+    return run(tiny, tmp_path_factory.mktemp("runs") / "whole", steps=2, slots=3, update_tokens=150)
 
 
 # ---------------------------------------------------------------------------------------- what the adapter depends on
@@ -66,9 +66,9 @@ def two_steps(tiny, tmp_path_factory) -> Path:
 
 def test_training_moves_the_adapter_and_only_seed_and_settings_matter(tiny, two_steps, tmp_path):
     assert any(float(value.abs().max()) > 0 for name, value in adapter(two_steps).items() if "lora_B" in name)
-    again = run(tiny, tmp_path / "again", steps=2, slots=1, update_tokens=150)
+    again = run(tiny, tmp_path / "again", steps=2, slots=3, update_tokens=150)
     assert same(two_steps, again)
-    assert not same(two_steps, run(tiny, tmp_path / "seed", steps=2, slots=1, update_tokens=150, seed=1))
+    assert not same(two_steps, run(tiny, tmp_path / "seed", steps=2, slots=3, update_tokens=150, seed=1))
 
 
 def test_the_evaluation_may_be_of_another_set(tiny, tmp_path):
@@ -140,6 +140,48 @@ def test_the_step_does_not_depend_on_the_micro_batches(tiny, tmp_path):
     assert logs[0]["grad_norm"] > 0.01
     for name, value in adapter(whole).items():
         torch.testing.assert_close(value, adapter(split)[name], atol=2e-4, rtol=1e-3)
+
+
+def out_of_memory(monkeypatch, fails) -> None:
+    """A device on which a packed pass fails if `fails(policy, tokens)`."""
+    real = Policy.packed
+
+    def packed(self, batch):
+        if fails(self, sum(map(len, batch))):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has none.")
+        return real(self, batch)
+
+    monkeypatch.setattr(Policy, "packed", packed)
+
+
+def second_pass_with_a_gradient():
+    """Once, in the middle of a minibatch."""
+    found = []
+    return lambda policy, _: any(p.grad is not None for p in policy.trainable()) and not found and not found.append(1)
+
+
+@pytest.mark.parametrize(
+    "budget, fits, fails, settings",
+    [
+        (600, 150, lambda policy, tokens: tokens > 150, {"kl_every": 1, "minibatches": 2}),
+        (180, 90, second_pass_with_a_gradient(), {}),
+    ],
+    ids=["more than fits", "a gradient begun"],
+)
+def test_out_of_memory_halves_the_budget(tiny, tmp_path, monkeypatch, capfd, budget, fits, fails, settings):
+    settings |= {"steps": 2, "advantage": "mean"}
+    small = run(tiny, tmp_path / "small", update_tokens=fits, **settings)
+    assert "out of memory" not in capfd.readouterr().out
+    out_of_memory(monkeypatch, fails)
+    assert same(small, run(tiny, tmp_path / "halved", update_tokens=budget, **settings))
+    said = [line for line in capfd.readouterr().out.splitlines() if "out of memory" in line]
+    assert len(said) == 1 and f"--update-tokens {budget}: going on with {fits}" in said[0]
+
+
+def test_out_of_memory_with_a_single_response_says_what_to_change(tiny, tmp_path, monkeypatch):
+    out_of_memory(monkeypatch, lambda policy, tokens: True)
+    with pytest.raises(PolicyError, match=r"--update-tokens 1\): .*2.00 GiB; shorten --max-new-tokens"):
+        run(tiny, tmp_path / "none", steps=1, update_tokens=4)
 
 
 def test_accumulated_gradient_is_that_of_the_loss(tiny, tmp_path):
@@ -247,12 +289,11 @@ KILLER = """
 import os, sys
 import train_upt
 from train_upt import Config
-from upt.model import update
+from upt.model import slots, update
 from upt.run import cli
-from upt.stages import sampling
 where, nth, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 module, name = where.split(".")
-module = {"sampling": sampling, "update": update}[module]
+module = {"slots": slots.Slots, "update": update}[module]
 real, calls = getattr(module, name), []
 def patched(*args, **kwargs):
     calls.append(1)
@@ -267,8 +308,8 @@ cli.launch(train_upt.main, Config, sys.argv[4:])
 @pytest.mark.parametrize(
     ("where", "nth", "number", "code"),
     [
-        ("sampling.generate", 6, signal.SIGTERM, 143),  # the second batch of the second step
-        ("sampling.generate", 6, signal.SIGKILL, -9),
+        ("slots.step", 100, signal.SIGTERM, 143),  # within the second step
+        ("slots.step", 100, signal.SIGKILL, -9),
         ("update.grpo_loss", 2, signal.SIGTERM, 143),
         ("update.grpo_loss", 5, signal.SIGKILL, -9),
     ],
@@ -278,7 +319,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tiny, two_steps, tmp_path, whe
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     flags += [
         "--steps=2",
-        "--slots=1",
+        "--slots=3",
         "--update-tokens=150",
         f"--model={tiny}",
         f"--out={out}",
@@ -293,7 +334,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tiny, two_steps, tmp_path, whe
         # Here by --resume, below by the same command: both ways of going on.
         main(Config(out=out, resume=True))
     else:
-        run(tiny, out, steps=2, slots=1, update_tokens=150, save_every=1)
+        run(tiny, out, steps=2, slots=3, update_tokens=150, save_every=1)
     assert same(out, two_steps)
     for path in shards.list_shards(two_steps / "rollouts"):
         assert (out / "rollouts" / path.name).read_bytes() == path.read_bytes()
@@ -310,7 +351,7 @@ def test_resume_takes_the_settings_of_the_run(tiny, two_steps, tmp_path):
     with pytest.raises(ValueError, match="a finished run with 2 steps.*--init-adapter .*/adapter --steps 1"):
         main(Config(out=two_steps, resume=True, steps=3))
     with pytest.raises(ValueError, match="lora_rank"):
-        run(tiny, two_steps, steps=2, slots=1, update_tokens=150, lora_rank=3)
+        run(tiny, two_steps, steps=2, slots=3, update_tokens=150, lora_rank=3)
 
 
 def test_a_checkpoint_that_is_a_pickle_is_not_opened(tiny, two_steps, tmp_path):

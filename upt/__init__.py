@@ -28,6 +28,10 @@ from upt import kernel_names  # noqa: E402
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
+# Batches of other sizes at every step leave holes in a GPU's memory, unless its segments can grow. Read and kept alike.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
 kernel_names.claim()
 
 # PEFT imports bitsandbytes, which then complains of a faster kernel for CPUs that it could not fetch from a hub.

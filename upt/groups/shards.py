@@ -13,6 +13,7 @@ are refused.
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -54,9 +55,17 @@ LATER = ("judge", "reward", "advantage")  # added after the rollout
 
 
 def _finite(values: list) -> bool:
-    # The comparison refuses NaN, infinities and integers beyond a double. bool is an int to Python, not to us.
-    numbers = all(issubclass(t, int | float) and t is not bool for t in {*map(type, values)})
-    return numbers and all(-sys.float_info.max <= value <= sys.float_info.max for value in values)
+    # bool is an int to Python, not to us.
+    if not all(issubclass(t, int | float) and t is not bool for t in {*map(type, values)}):
+        return False
+    try:
+        return all(map(math.isfinite, values))
+    except OverflowError:  # an integer beyond a double
+        return False
+
+
+def _counts(values: list) -> bool:
+    return not values or ({*map(type, values)} == {int} and min(values) >= 0)
 
 
 def _inside(value) -> bool:
@@ -77,7 +86,7 @@ _CHECKS = {  # what is expected, in the words of the error message: whether a va
     "a finite number": lambda value: _finite([value]),
     "a list that is not empty": lambda value: isinstance(value, list) and value != [],
     "a list of strings": lambda value: isinstance(value, list) and {*map(type, value)} <= {str},
-    "a list of integers >= 0": lambda value: isinstance(value, list) and all(type(v) is int and v >= 0 for v in value),
+    "a list of integers >= 0": lambda value: isinstance(value, list) and _counts(value),
     "a list of finite numbers": lambda value: isinstance(value, list) and _finite(value),
     "an object with 'score' (null or a number from 0 to 1) and 'parsed' (true or false)": _is_judge,
 }

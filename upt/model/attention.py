@@ -237,42 +237,54 @@ def check_varlen(device: torch.device) -> None:
 
 
 class Padded:
-    """Prompts padded to (B, P), and responses to (R, T) with the keys of their prompts before their own."""
+    """Prompts padded to (B, P), and responses to (R, T) with the keys of their prompts before their own.
+
+    Each is padded with others of up to twice its length only, and these are one call.
+    """
 
     def __init__(self, prompts: Sequence[Span], responses: Sequence[Sequence[Span]], device: torch.device):
-        owners = [(prompt, own) for prompt, several in zip(prompts, responses, strict=True) for own in several]
-        owners = [(prompt, own) for prompt, own in owners if own[0] < own[1]]
-        self.B, self.P = len(prompts), max(end - start for start, end in prompts)
-        self.R, self.T = len(owners), max((end - start for _, (start, end) in owners), default=0)
-        first = _padded(prompts, self.P)  # (B, P)
-        own = _padded([own for _, own in owners], self.T)  # (R, T)
-        before = _padded([prompt for prompt, _ in owners], self.P)  # (R, P)
-        queries = torch.cat([first.flatten(), own.flatten()])
-        keys = torch.cat([first.flatten(), torch.cat([before, own], 1).flatten()])
-        places = queries.new_empty(int((queries >= 0).sum()))
-        places[queries[queries >= 0]] = (queries >= 0).nonzero()[:, 0]
-        self.queries, self.keys, self.back = (Gather.of(index).to(device) for index in (queries, keys, places))
-        seen = (before >= 0)[:, None].expand(-1, self.T, -1)  # (R, T, P)
-        causal = torch.ones(self.T, self.T, dtype=torch.bool).tril().expand(self.R, -1, -1)
-        self.mask = torch.cat([seen, causal], 2)[:, None].to(device)  # (R, 1, T, P + T)
+        nothing = (0, 0)
+        pairs = [(nothing, prompt) for prompt in prompts]  # of each sequence what it sees before itself, and itself
+        pairs += [(prompt, own) for prompt, several in zip(prompts, responses, strict=True) for own in several]
+        parts = {}
+        for before, (start, end) in pairs:
+            if start < end:
+                kind = (before == nothing, (end - start).bit_length())
+                parts.setdefault(kind, []).append((before, (start, end)))
+        self.calls, queries, keys = [], [], []  # of each call the sizes, and the mask: none where causal says it all
+        for part in parts.values():
+            before, own = (_padded(spans) for spans in zip(*part, strict=True))  # (R, P), (R, T)
+            (R, P), T = before.shape, own.shape[1]
+            queries.append(own.flatten())
+            keys.append(torch.cat([before, own], 1).flatten())
+            seen = (before >= 0)[:, None].expand(-1, T, -1)
+            causal = torch.ones(T, T, dtype=torch.bool).tril().expand(R, -1, -1)
+            mask = torch.cat([seen, causal], 2)[:, None].to(device) if P else None  # (R, 1, T, P + T)
+            self.calls.append((R, T, P + T, mask))
+        queries = torch.cat(queries)
+        places = (queries >= 0).nonzero()[:, 0]
+        back = places[queries[places].argsort()]  # where the sequence's places lie in the padded ones
+        self.queries, self.keys, self.back = (Gather.of(index).to(device) for index in (queries, torch.cat(keys), back))
 
     def __call__(self, layer: int, query, key, value, scaling: float) -> torch.Tensor:
         """query (1, Hq, N, D), key and value (1, Hkv, N, D) to (1, N, Hq, D)."""
-        B, P, R, T = self.B, self.P, self.R, self.T
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (N, H, D)
-        query, key, value = self.queries(query), self.keys(key), self.keys(value)
-        first, *rest = (x[: B * P].unflatten(0, (B, P)).transpose(1, 2) for x in (query, key, value))
-        found = [scaled_dot_product_attention(first, *rest, is_causal=True, scale=scaling, enable_gqa=True)]
-        if R:
-            own = query[B * P :].unflatten(0, (R, T)).transpose(1, 2)  # (R, Hq, T, D)
-            rest = (x[B * P :].unflatten(0, (R, P + T)).transpose(1, 2) for x in (key, value))
-            found += [scaled_dot_product_attention(own, *rest, self.mask, scale=scaling, enable_gqa=True)]
-        return self.back(torch.cat([x.transpose(1, 2).flatten(0, 1) for x in found]))[None]
+        queries = self.queries(query).split([R * T for R, T, *_ in self.calls])
+        keys, values = (self.keys(x).split([R * S for R, _, S, _ in self.calls]) for x in (key, value))
+        found = []
+        for (R, T, S, mask), *states in zip(self.calls, queries, keys, values, strict=True):
+            q, k, v = (x.unflatten(0, (R, n)).transpose(1, 2) for x, n in zip(states, (T, S, S), strict=True))
+            if q.is_cuda:  # of fewer heads and with a mask, it has only a kernel that stores all scores
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            causal = mask is None
+            out = scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scaling, enable_gqa=True)
+            found.append(out.transpose(1, 2).flatten(0, 1))
+        return self.back(torch.cat(found))[None]
 
 
-def _padded(spans: Sequence[Span], width: int) -> torch.Tensor:
-    """The places of spans as (len(spans), width), with -1 behind them."""
-    places = torch.full((len(spans), width), -1)
+def _padded(spans: Sequence[Span]) -> torch.Tensor:
+    """The places of spans as (len(spans), longest), with -1 behind them."""
+    places = torch.full((len(spans), max(end - start for start, end in spans)), -1)
     for row, (start, end) in zip(places, spans, strict=True):
         row[: end - start] = torch.arange(start, end)
     return places

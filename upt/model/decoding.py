@@ -4,6 +4,7 @@ A token and what is recorded of its distribution come from one kernel (kernels/s
 and token position, so a response does not change with the slots that it is sampled in or with what is beside it.
 """
 
+import gc
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -65,15 +66,21 @@ def generate(
         do_sample=False,  # our own loop samples; everything that would change the scores is off
         repetition_penalty=1.0,
     )
-    draw = partial(
-        sample,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        seed=config.seed or 0,
-        banned=policy.family.never_sampled(base.config),
-        statistics=True,
-    )
+    how = {
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+        "seed": config.seed or 0,
+        "banned": policy.family.never_sampled(base.config),
+        "statistics": True,
+    }
+
+    def draw(logits: torch.Tensor, **where) -> tuple[torch.Tensor, ...]:
+        try:
+            return sample(logits, **where, **how)
+        except ValueError as error:
+            raise _nothing(error) from error
+
     ids, mask, positions = (part.to(policy.device) for part in _padded(prompts, pad))
     policy.model.eval()
     with sampling(policy.model):
@@ -109,7 +116,7 @@ def _padded(prompts: Sequence[Prompt], pad: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _jobs(prompts: Sequence[Prompt], count: int, suffixes) -> list[Job]:
-    """What is to be sampled: rows 0 to count - 1, in equal shares for the prompts or for all suffixes of all prompts."""
+    """What is to be sampled: rows 0 to count - 1, in equal shares for all suffixes of all prompts."""
     suffixes = [[] for _ in prompts] if suffixes is None else suffixes
     branches = [max(1, len(several)) for several in suffixes]
     share, jobs, first = count // sum(branches), [], 0
@@ -120,7 +127,7 @@ def _jobs(prompts: Sequence[Prompt], count: int, suffixes) -> list[Job]:
 
 
 def _decode(model, input_ids, *, generation_config, policy, jobs, keys, draw, slots, tick, **kwargs) -> list[Sampled]:
-    """All rows of all jobs, a number of slots at a time, longest prompts first; on a GPU fewer slots if they don't fit."""
+    """All rows of all jobs, longest prompts first, in half as many slots where memory runs out."""
     stops, new = generation_config.eos_token_id, generation_config.max_new_tokens
     jobs = sorted(jobs, key=lambda job: -len(job.prompt.ids))
     found: dict[int, Sampled] = {}
@@ -135,18 +142,15 @@ def _decode(model, input_ids, *, generation_config, policy, jobs, keys, draw, sl
             _run(state, deque(jobs), tick)
         except torch.OutOfMemoryError as error:
             if sizes.slots == 1:
-                fix = "give a smaller --max-new-tokens or --max-prompt-tokens, or a smaller model"
-                raise PolicyError(f"one response at a time is too much for the memory of {policy.device}: {fix}") from error
+                fix = "give a smaller --max-new-tokens or --max-prompt-tokens, or take a smaller model"
+                raise PolicyError(f"out of memory with one response at a time: {fix}") from error
             tight = True
-        except ValueError as error:
-            raise _nothing(error) from error
-        if state:
-            found |= _finished(state, stops)
+        found |= _finished(state, stops) if state else {}
         if tight:
-            state = None
+            state, policy.fitted["--slots"] = None, sizes.slots // 2
+            gc.collect()
             torch.cuda.empty_cache()
-            policy.most_slots = sizes.slots // 2
-            progress.say(f"out of memory with {sizes.slots} slots: going on with {policy.most_slots}")
+            progress.say(f"out of memory with {sizes.slots} slots: going on with {sizes.slots // 2}")
         jobs = [job.without(found) for job in jobs]
         jobs = [job for job in jobs if any(job.rows)]
     return [found[row] for row in range(len(keys))]
@@ -202,7 +206,7 @@ def _sizes(policy: Policy, jobs: Sequence[Job], new: int, slots: int | None) -> 
     if slots is None:
         slot, prompt = bytes_of(policy, sizes)
         slots = slots_that_fit(_free(policy), slot, prompt, len(jobs), max(rows))
-    slots = min(slots, sizes.slots, policy.most_slots or sizes.slots)
+    slots = min(slots, sizes.slots, policy.fitted.get("--slots", sizes.slots))
     return replace(sizes, slots=slots, places=resident_prompts(slots, len(jobs), min(rows)))
 
 

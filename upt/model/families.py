@@ -21,12 +21,29 @@ from upt.model import attention
 
 @dataclass
 class Features:
-    """What the vision tower makes of one image: embeddings (n, D) and, for Qwen3-VL, one (n, D) per deepstack layer."""
+    """What the vision tower makes of one image: embeddings (n, D) and, for Qwen3-VL, one (n, D) per deepstack layer.
+
+    They lie in the CPU's memory, pinned if there is a GPU, and go to the model's device for the passes that need them.
+    """
 
     places: int  # n, placeholder tokens that the image takes in a prompt
     grid: tuple[int, ...] = ()  # what the family's positions depend on
     embeds: torch.Tensor | None = None
     deepstack: tuple[torch.Tensor, ...] = ()
+
+    def to_host(self) -> None:
+        """Bring them there; on a CPU they are there."""
+        self.embeds, *deepstack = (_on_host(seen) for seen in (self.embeds, *self.deepstack))
+        self.deepstack = tuple(deepstack)
+
+
+def _on_host(seen: torch.Tensor) -> torch.Tensor:
+    return torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True).copy_(seen) if seen.is_cuda else seen
+
+
+def joined(seen: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Several images' (n, D) as one tensor of the device and type of `like`; the host does not wait for it."""
+    return torch.cat([of.to(like.device, non_blocking=True) for of in seen]).to(like.dtype)
 
 
 class Family(ABC):
@@ -76,7 +93,7 @@ class Family(ABC):
 
     @abstractmethod
     def encode(self, model, pixels: Sequence[torch.Tensor], features: Sequence[Features]) -> None:
-        """Run the vision tower over several images and fill in their embeddings, on the model's device."""
+        """Run the vision tower over several images and fill in their embeddings, wherever it leaves them."""
 
     def positions(self, model, length: int, at: int, features: Features | None) -> torch.Tensor:
         """Positions (axes, length) of a prompt whose image, if any, starts at token `at`; they depend on nothing else.
@@ -90,7 +107,7 @@ class Family(ABC):
         embeds = model.get_input_embeddings()(ids)
         if features:
             where = ids == self.image_token(model.config)  # (B, L)
-            embeds = embeds.masked_scatter(where[..., None], torch.cat([f.embeds for f in features]).to(embeds))
+            embeds = embeds.masked_scatter(where[..., None], joined([f.embeds for f in features], embeds))
         return embeds
 
     def hidden(self, model, ids, positions, layout, mask, features: Sequence[Features], cache, **extra) -> torch.Tensor:
@@ -165,7 +182,7 @@ class Qwen(Family):
         extra = {}
         if features and features[0].deepstack:
             layers = zip(*(f.deepstack for f in features), strict=True)
-            deepstack = [torch.cat(layer).to(model.get_input_embeddings().weight) for layer in layers]
+            deepstack = [joined(layer, model.get_input_embeddings().weight) for layer in layers]
             extra = {"visual_pos_masks": ids == self.image_token(model.config), "deepstack_visual_embeds": deepstack}
         return super().hidden(model, ids, positions, layout, mask, features, cache, **extra)
 

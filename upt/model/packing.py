@@ -107,4 +107,4 @@ def layout(batch: Sequence[Row], device: torch.device, dtype: torch.dtype) -> Pa
             responses[-1].append((len(ids) - len(response) + 1, len(ids)))
     parts = [torch.tensor([ids]), torch.cat(place, 1)[:, None], torch.tensor(targets, dtype=torch.long)]
     gather = Gather.of(torch.tensor(sources, dtype=torch.long)).to(device)
-    return Packed(*transfer(parts, device), gather, packed(prompts, responses, device, dtype), prompts, responses)
+    return Packed(*transfer(parts, device), gather, packed(prompts, responses, device, dtype=dtype), prompts, responses)

@@ -48,9 +48,9 @@ class Policy:
         self.model, self.tokenizer, self.family = model, tokenizer, family
         self.origin = origin  # which model an adapter of it belongs to (origin.py); None: nobody knows
         self.cache_bytes, self.cache = cache_bytes, OrderedDict()
+        self.fitted = {}  # token budgets that had to be lowered (memory.py)
         self.positions = lru_cache(maxsize=256)(self._positions)
-        self.most_slots: int | None = None  # of decoding, known once memory ran out
-        self.told = False  # how many there are
+        self.told = False  # in how many slots it samples
         self.model.eval().requires_grad_(False)
         family.install(self.base)
 
@@ -72,9 +72,9 @@ class Policy:
         adapter: a PEFT adapter that is merged into the weights, so that it is part of the starting model.
         dtype: `bf16`, `fp32` or `auto` (bf16 on a GPU, fp32 on a CPU). gradient_checkpointing: None turns it on on a
         GPU. min_pixels, max_pixels: image area after resizing, None keeps the snapshot's. feature_cache_gib: copies of
-        image features kept beyond the call that made them, for small sets. It costs bit-exact resuming: an image's
-        features depend in their last bits on the batch they were computed in. any_base: take an adapter that was made
-        for another model.
+        image features kept, in the CPU's memory, beyond the call that made them, for small sets. It costs bit-exact
+        resuming: an image's features depend in their last bits on the batch they were computed in. any_base: take an
+        adapter that was made for another model.
         Raises PolicyError for a folder or id that is not there or is not of these families, for a model that lacks a
         tensor, and for an adapter that does not fit it.
         """
@@ -83,6 +83,8 @@ class Policy:
         dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.bfloat16 if on_gpu else torch.float32}
         if dtype not in dtypes:
             raise PolicyError(f"dtype must be one of {', '.join(dtypes)}, not {dtype!r}")
+        if on_gpu:  # LoRA's products are float32 even with bf16 weights, whose rounding is coarser than TF32's
+            torch.set_float32_matmul_precision("high" if dtypes[dtype] == torch.bfloat16 else "highest")
         config = model_config(name)
         origin = origin_of(name)
         if adapter is not None:  # before the weights, which may take minutes
@@ -281,6 +283,8 @@ class Policy:
         """Run the vision tower over several images and give each prompt its features."""
         features = [prompt.features for prompt, _, _ in pending]
         self.family.encode(self.base, [pixels for _, pixels, _ in pending], features)
+        for of in features:
+            of.to_host()
         if self.cache_bytes:
             for of, (_, _, key) in zip(features, pending, strict=True):
                 layers = tuple(layer.clone() for layer in of.deepstack)

@@ -29,4 +29,3 @@ def check_room(settings, phases: Sequence[str] = PHASES) -> None:
         print(f"what a {config.model_type} model needs of the GPU's memory is not reckoned", file=sys.stderr)
         return
     print(fits(config.to_dict(), settings, free_bytes(device), phases), file=sys.stderr)
-

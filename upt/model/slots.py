@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from kernels.attention import Part, Places, decode_attention
+from kernels.attention import decode_attention
+from kernels.parts import Part, Places
 from upt.model.attention import Span
 from upt.model.packing import Prompt, Row, layout
 from upt.model.policy import Policy
@@ -43,7 +44,8 @@ class Store:
     """Keys and values of every layer at some places, each with room for so many tokens."""
 
     def __init__(self, layers: int, places: int, heads: int, room: int, dim: int, like: torch.Tensor):
-        self.both = like.new_empty(layers, 2, places, heads, room, dim)
+        # Not empty: on a CPU what is not in use is multiplied by 0, which a nan would survive.
+        self.both = like.new_zeros(layers, 2, places, heads, room, dim)
         self.heads = torch.arange(heads, device=like.device)
 
     def rows(self, places: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -281,7 +283,7 @@ class Slots:
         """With nothing left to start, move the rows together, so that a step has fewer slots."""
         live = self.count - len(free)
         target = min(count for count in self.graphs if count >= live) if self.graphs else live
-        if not 0 < target < self.count:
+        if not 0 < target <= self.count - max(1, self.count // 16):  # moving has its price, too
             return
         behind = [slot for slot in range(target, self.count) if self.held[slot]]
         at, to = (torch.tensor(slots, device=self.policy.device) for slots in (behind, free[: len(behind)]))
@@ -295,7 +297,7 @@ class Slots:
         self.count = target
         self.set_places()
 
-    # ---------------------------------------------------------------------------------------------- who looks where
+    # -------------------------------------------------------------------------------------------- who looks where
 
     def new_places(self, count: int) -> tuple[Places, Places | None]:
         """Which prompt, and which suffix, each of the first slots looks at."""
@@ -314,7 +316,7 @@ class Slots:
 
 
 class Recorder:
-    """A cache in transformers' sense that writes spans of a sequence to places of stores: (store, places, spans) each."""
+    """A cache in transformers' sense that writes spans of a sequence to places of stores: (store, places, spans)."""
 
     def __init__(self, targets: Sequence[tuple[Store, list[int], list[Span]]]):
         self.targets = []

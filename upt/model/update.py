@@ -5,11 +5,14 @@ It is made in minibatches, each of which sums its gradient over micro-batches. S
 
 import math
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 
 from kernels import grpo_loss, kl_divergence, response_weights, rollout_weights, sft_loss
+from upt.model.memory import fitting
 from upt.model.packing import pack
 from upt.model.policy import Policy
 
@@ -27,6 +30,13 @@ def update(
     before this step were not finite, one after the other; `nonfinite_in_a_row` says so of the end of this step.
     What `disagreement` says is of the policy before the step's first update, from forward passes that are made anyway.
     """
+
+    def fit(work: Callable, *args):
+        def within(budget: int):
+            return work(policy, *args, replace(config, update_tokens=budget))
+
+        return fitting(policy, "--update-tokens", config.update_tokens, within)
+
     policy.model.train()
     kept = [i for i, group in enumerate(groups) if not group.get("skipped")]
     prompts, groups = [prompts[i] for i in kept], [groups[i] for i in kept]
@@ -36,11 +46,11 @@ def update(
     # In the first minibatch the policy has not moved yet: its own detached log-probabilities are the old ones.
     olds = [None] * count
     if config.algorithm == "grpo":
-        olds[1:] = [_logprobs(policy, prompts[part], groups[part], config) for part in parts[1:]]
+        olds[1:] = [fit(_logprobs, prompts[part], groups[part]) for part in parts[1:]]
     steps, apart = [], [torch.zeros(0)]
     for number, (part, old) in enumerate(zip(parts, olds, strict=True)):
-        stats = {"kl": kl_to_reference(policy, prompts[part], groups[part], config)} if measure_kl else {}
-        found, difference = accumulate(policy, prompts[part], groups[part], old, config)
+        stats = {"kl": fit(kl_to_reference, prompts[part], groups[part])} if measure_kl else {}
+        found, difference = fit(accumulate, prompts[part], groups[part], old)
         stats |= found
         # Cross-entropy is at temperature 1, and only in the first minibatch of the policy that sampled.
         if config.algorithm == "grpo" or (number == 0 and config.temperature == 1):
@@ -75,6 +85,7 @@ def accumulate(
     log-probability is above the one that it was sampled with. `old` holds the log-probabilities from before the step
     by (group, response); None: the policy's own, as it has not moved since or the loss has no ratio.
     """
+    policy.model.zero_grad()  # of a try that ran out of memory
     lengths = torch.tensor([[_used_length(r, config) for r in g["responses"]] for g in groups])  # (B, G)
     weights = response_weights(lengths.flatten(), config.aggregation, config.max_new_tokens).view_as(lengths)
     count = max(1, int(lengths.sum()))

@@ -14,6 +14,7 @@ from upt.data.questions import Question
 from upt.errors import PolicyError
 from upt.groups.shards import open_image
 from upt.model import decoding
+from upt.model.memory import fitting
 from upt.model.packing import Prompt, pack
 from upt.model.policy import Policy
 from upt.prompts import judge_turns, template
@@ -82,16 +83,24 @@ def logit_scores(
     digits = torch.tensor(digits, device=policy.device)[:, 0]
     values = torch.arange(10, device=policy.device) / 9
     scores = [[math.nan] * len(several) for several in suffixes]
-    # A row's last token is not an input, so each suffix gets one more, standing for the digit to come.
-    rows = [[[*suffix, 0] for suffix in several] for several in suffixes]
-    for batch in pack(prefixes, rows, budget):
-        packed, hidden = policy.packed(batch)
-        ends = torch.tensor([len(response) for row in batch for response in row.responses]).cumsum(0) - 1
-        last = packed.predicting(hidden)[ends.to(policy.device)]  # (N, D)
-        p = (last @ policy.base.lm_head.weight[digits].T).float().softmax(-1)  # (N, 10)
-        for (b, i), score in zip([owner for row in batch for owner in row.owners], (p @ values).tolist(), strict=True):
-            scores[b][i] = min(max(score, 0.0), 1.0)  # rounding
-        tick(sum(len(row.responses) for row in batch))
+
+    def score(budget: int) -> None:
+        # A row's last token is not an input, so each suffix gets one more, standing for the digit to come.
+        rows = [
+            [[*suffix, 0] if math.isnan(score) else [] for suffix, score in zip(*pair, strict=True)]
+            for pair in zip(suffixes, scores, strict=True)
+        ]
+        for batch in pack(prefixes, rows, budget):
+            packed, hidden = policy.packed(batch)
+            ends = torch.tensor([len(response) for row in batch for response in row.responses]).cumsum(0) - 1
+            last = packed.predicting(hidden)[ends.to(policy.device)]  # (N, D)
+            p = (last @ policy.base.lm_head.weight[digits].T).float().softmax(-1)  # (N, 10)
+            owners = [owner for row in batch for owner in row.owners]
+            for (b, i), found in zip(owners, (p @ values).tolist(), strict=True):
+                scores[b][i] = min(max(found, 0.0), 1.0)  # rounding
+            tick(len(owners))
+
+    fitting(policy, "--judge-tokens", budget, score)
     return scores
 
 
