@@ -132,7 +132,7 @@ bench: $(READY) $(TINY)/warmup.json  ## the kernels beside naive PyTorch, our lo
 	$(PY) -m bench.loop $(ARGS)
 	$(PY) -m bench.judging
 
-bench-gpu: $(READY)  ## all that needs an NVIDIA GPU: its tests, the kernels beside their peers, the loop at full size
+bench-gpu: $(READY)  ## all that needs an NVIDIA GPU: its tests; decoding, a step and the update at full size; the kernels beside their peers
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	PYTHON=$(PY) bash bench/gpu.sh
 

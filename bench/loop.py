@@ -135,7 +135,7 @@ def table(result: dict) -> str:
         update, rate, share = f"{s['update']:8.3f}", f"{s['tokens_per_second']:8.0f}", f"{s['trained']:9.0%}"
         if not s["update"]:  # a rollout alone
             whole, update, rate, share = f"{'-':>8}{'-':>13}", f"{'-':>8}", f"{'-':>8}", f"{'-':>9}"
-        memory = f"{s['peak_mb']:9.0f}" if s["peak_mb"] else f"{'-':>9}"
+        memory = f"{s['peak_mb']:9.0f}" if s["peak_mb"] is not None else f"{'-':>9}"
         rollout = f"{s['rollout']:9.3f}{s['sampled_per_second']:11.0f}"
         lines.append(f"{name:12}{whole}{rollout}{update}{rate}{s['length']:8.1f}{share}{memory}")
     for name, ratio in (("TRL", result["ratio"]), ("HF generate", result["generate_ratio"])):
