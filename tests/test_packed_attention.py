@@ -32,7 +32,7 @@ def flash(
     scale,
     window_size,
     enable_gqa=False,
-    from_the_top=False,
+    top=False,
 ):
     """Stands in for torch's variable-length attention, which needs a GPU: one sequence after the other."""
     cuts = [queries.tolist(), keys.tolist()]
