@@ -35,7 +35,7 @@ def metrics(out: Path) -> list[dict]:
 
 def step(tiny, tmp_path, **settings):
     """A policy with an adapter, and the prompts and groups of a step with random rewards."""
-    config = Config(model=tiny, out=tmp_path, **SMALL | {"steps": 1} | settings).resolve()
+    config = Config(model=tiny, out=tmp_path, **SMALL | {"steps": 1, "update_tokens": 2048} | settings).resolve()
     policy = Policy.load(tiny, dtype="fp32", device="cpu")
     policy.add_lora(2, 4)
     batch = sampling.step_batch(policy, data.load("shapes", "train", 0), 0, config)

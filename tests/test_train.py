@@ -186,7 +186,9 @@ def test_out_of_memory_with_a_single_response_says_what_to_change(tiny, tmp_path
 
 def test_accumulated_gradient_is_that_of_the_loss(tiny, tmp_path):
     """On policy, the gradient is that of -sum(A logp) / tokens, worked out here one response at a time."""
-    config = Config(model=tiny, out=tmp_path, **SMALL | {"steps": 1, "advantage": "mean"}).resolve()
+    config = Config(
+        model=tiny, out=tmp_path, **SMALL | {"steps": 1, "advantage": "mean", "update_tokens": 2048}
+    ).resolve()
     policy = Policy.load(tiny, dtype="fp32", device="cpu")
     policy.add_lora(2, 4)
     questions = data.load("shapes", "train", 0)
@@ -236,7 +238,9 @@ def test_kl_is_measured_only_when_asked_for(tiny, tmp_path, monkeypatch):
 
 
 def test_truncated_responses_can_be_masked(tiny, tmp_path):
-    config = Config(model=tiny, out=tmp_path, mask_truncated=True, **SMALL | {"steps": 1}).resolve()
+    config = Config(
+        model=tiny, out=tmp_path, mask_truncated=True, **SMALL | {"steps": 1, "update_tokens": 2048}
+    ).resolve()
     policy = Policy.load(tiny, dtype="fp32", device="cpu")
     policy.add_lora(2, 4)
     batch = sampling.step_batch(policy, data.load("shapes", "train", 0), 0, config)
