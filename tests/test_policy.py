@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText
 
 from tests.conftest import FAMILIES
-from tests.test_attention import flash
+from tests.test_packed_attention import flash
 from upt.data import Question, shapes
 from upt.errors import PolicyError
 from upt.model import attention
