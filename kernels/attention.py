@@ -6,20 +6,19 @@ A part whose keys several rows share, such as the prompt of a group, is stored o
     own = Part(keys, values, lengths)  # row r looks at place r
     out = decode_attention(query, [prompts, own])
 
-With query q, head size D, and s_j = scale q.k_j of the keys j of one part, a part leaves m = max s_j, the sum
-S = sum_j exp(s_j - m) and o = sum_j exp(s_j - m) v_j. The softmax over all parts together is then
-sum_p exp(m_p - M) o_p / sum_p exp(m_p - M) S_p with M = max m_p.
+With query q and s_j = scale q.k_j of the keys j of one part, a part leaves its own attention o_p and the log-sum-exp
+l_p = log sum_j exp(s_j). The attention to all parts together is then sum_p exp(l_p - l) o_p with l = log sum_p exp(l_p).
 """
 
 import math
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 
 from kernels.dispatch import use_triton
 from kernels.parts import Part
 
+FEW = 8  # queries of one place below which single products are faster than the fused function
 
 @torch.no_grad()
 def decode_attention(query: torch.Tensor, parts: Sequence[Part], scale: float | None = None) -> torch.Tensor:
@@ -59,51 +58,68 @@ def decode_attention(query: torch.Tensor, parts: Sequence[Part], scale: float | 
 
 def reference(query: torch.Tensor, parts: Sequence[Part], scale: float) -> torch.Tensor:
     """As `decode_attention`, where no value beyond a length is nan or infinite."""
-    scaled = query.to(torch.promote_types(query.dtype, torch.float32)) * scale
-    found = [part for part in (attended(scaled, part) for part in parts) if part]
+    wide = query.to(torch.promote_types(query.dtype, torch.float32))
+    found = [part for part in (attended(wide, part, scale) for part in parts) if part]
     if not found:
-        return torch.zeros_like(scaled, dtype=query.dtype)
-    sums, _ = reduce(merged, found)
-    # The largest weight of a row is exp(0), so that only rows without keys have a sum below 1.
-    return (sums[..., :-1] / sums[..., -1:].clamp(min=1)).view(query.shape).to(query.dtype)
+        return torch.zeros_like(wide, dtype=query.dtype)
+    out, lse = found[0]
+    for other, lse_of_other in found[1:]:
+        out = torch.lerp(out, other, torch.sigmoid(lse_of_other - lse))
+        lse = torch.logaddexp(lse, lse_of_other)
+    return out.view(query.shape).to(query.dtype)
 
 
-Sums = tuple[torch.Tensor, torch.Tensor]  # o and S side by side (R, Hkv, rep, D + 1), m (R, Hkv, rep, 1)
+def attended(query: torch.Tensor, part: Part, scale: float) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The attention to one part alone for queries (R, Hq, D), and its log-sum-exp: (R, Hkv, rep, D), (R, Hkv, rep, 1).
 
-
-def merged(one: Sums, other: Sums) -> Sums:
-    top = torch.maximum(one[1], other[1])
-    weight, weight_of_other = (one[1] - top).exp_(), (other[1] - top).exp_()
-    return torch.addcmul(one[0] * weight, other[0], weight_of_other), top
-
-
-def attended(scaled: torch.Tensor, part: Part) -> Sums | None:
-    """What one part leaves for scaled queries (R, Hq, D); None if it has no key."""
+    A row without keys in this part has 0 and the smallest number. None if there is no key at all.
+    """
     places, heads = part.places, part.keys.shape[1]
-    queries = scaled.unflatten(1, (heads, -1))  # (R, Hkv, rep, D)
+    queries = query.unflatten(1, (heads, -1))  # (R, Hkv, rep, D)
     rep, size = queries.shape[2], len(queries)
     if places is not None:
         size, group = places.members.shape
-        queries = queries.index_select(0, places.members.flatten()).unflatten(0, (size, group)).transpose(1, 2)
+        queries = queries.index_select(0, places.members.flatten()).unflatten(0, (size, group))
+        queries = queries.transpose(1, 2).flatten(2, 3)  # (n, Hkv, G rep, D)
     lengths = part.lengths[:size].tolist()
     if not (longest := max(lengths, default=0)):
         return None
-    # As three dimensions: matmul would first find out that it is a bmm.
-    keys, values = (t[:size, :, :longest].flatten(0, 1).to(scaled.dtype) for t in (part.keys, part.values))
-    weights = torch.bmm(queries.reshape(size * heads, -1, scaled.shape[-1]), keys.mT)  # (n Hkv, G rep, longest)
-    if min(lengths) < longest:
-        unused = beyond(part.lengths[:size], longest)[:, None, None]
-        weights.unflatten(0, (size, heads)).masked_fill_(unused, -math.inf)
-    top = weights.amax(-1, keepdim=True).clamp_(min=torch.finfo(weights.dtype).min)  # -inf - -inf would be nan
-    weights.sub_(top).exp_()
-    found = torch.cat([torch.bmm(weights, values), weights.sum(-1, keepdim=True), top], -1)
-    if places is None:
-        found = found.unflatten(0, (size, heads))
-    else:
-        found = found.view(size, heads, group, rep, -1).transpose(1, 2).flatten(0, 1).index_select(0, places.slot)
+    mask, least = None, torch.finfo(query.dtype).min
+    if (shortest := min(lengths)) < longest:
+        unused = beyond(part.lengths[:size].clamp(min=1), longest)  # a softmax over nothing would be nan
+        mask = query.new_zeros(unused.shape).masked_fill_(unused, -math.inf)[:, None, None]
+    keys, values = (t[:size, :, :longest].to(query.dtype) for t in (part.keys, part.values))
+    out, lse = softmax_sums(queries, keys, values, mask, scale)
+    if not shortest:
+        empty = (part.lengths[:size] == 0)[:, None, None, None]
+        out, lse = out.masked_fill(empty, 0.0), lse.masked_fill(empty, least)
+    if places is not None:
+        out, lse = (
+            found.unflatten(2, (group, rep)).transpose(1, 2).flatten(0, 1).index_select(0, places.slot)
+            for found in (out, lse)
+        )
         if places.idle is not None:
-            found[places.idle] = found.new_tensor([0.0] * (found.shape[-1] - 1) + [torch.finfo(found.dtype).min])
-    return found[..., :-1], found[..., -1:]
+            out[places.idle], lse[places.idle] = 0.0, least
+    return out, lse
+
+
+def softmax_sums(query, keys, values, mask, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of query (n, H, M, D) to keys and values (n, H, L, D), and its log-sum-exp (n, H, M, 1).
+
+    mask (n, 1, 1, L) is added to the scores. For many queries on a CPU it is the function behind torch's
+    scaled_dot_product_attention, called by itself because that keeps the log-sum-exp.
+    """
+    if query.shape[2] >= FEW and query.device.type == "cpu":
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = fused(query, keys, values, 0.0, False, attn_mask=mask, scale=scale)
+        return out, lse[..., None]
+    count, heads = query.shape[:2]
+    query, keys, values = (states.flatten(0, 1) for states in (query, keys, values))  # as a matmul would find out
+    scores = torch.bmm(query * scale, keys.mT).unflatten(0, (count, heads))
+    scores = scores if mask is None else scores.add_(mask)
+    lse = scores.logsumexp(-1, keepdim=True)
+    out = torch.bmm(scores.sub_(lse).exp_().flatten(0, 1), values)
+    return out.unflatten(0, (count, heads)), lse
 
 
 def beyond(lengths: torch.Tensor, room: int) -> torch.Tensor:
@@ -112,6 +128,7 @@ def beyond(lengths: torch.Tensor, room: int) -> torch.Tensor:
 
 
 def cleared(part: Part) -> Part:
-    """The part with 0 for all values that are not in use."""
+    """The part with 0 for all that is not in use."""
     unused = beyond(part.lengths, part.values.shape[2])[:, None, :, None]
-    return Part(part.keys, part.values.masked_fill(unused, 0.0), part.lengths, part.places)
+    keys, values = (states.masked_fill(unused, 0.0) for states in (part.keys, part.values))
+    return Part(keys, values, part.lengths, part.places)
