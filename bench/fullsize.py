@@ -152,7 +152,7 @@ def reckoned(config: Config, card: Card, memory: float, prompt_tokens: int) -> d
         lora_rank=LORA_RANK,
     )
     found = reckon(sizes, demand, memory)
-    times = {phase: sum(parts.values()) for phase, parts in seconds(sizes, card, work, found.slots).items()}
+    times = {phase: sum(parts.values()) for phase, parts in seconds(sizes, card, work, found.slots["rollout"]).items()}
     peaks = {f"{phase}_peak_gb": sum(parts.values()) / 1e9 for phase, parts in found.phases.items()}
     rate = work.responses * config.max_new_tokens / times["rollout"]
     return {"rollout_s": times["rollout"], "tokens_per_second": rate, "update_s": times["update"], **peaks}

@@ -20,6 +20,7 @@ from kernels.parts import Part
 
 FEW = 8  # queries of one place below which single products are faster than the fused function
 
+
 @torch.no_grad()
 def decode_attention(query: torch.Tensor, parts: Sequence[Part], scale: float | None = None) -> torch.Tensor:
     """softmax(scale query.keys) values over the keys of all parts that a row looks at: (R, Hq, D) in query's type.

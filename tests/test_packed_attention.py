@@ -212,6 +212,7 @@ def test_a_saved_model_is_not_tied_to_this_attention(policy, tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_a_gpu_packed_rows_and_windows_are_those_of_float32(snapshots):
     found = []
     for dtype in ("bf16", "fp32"):
