@@ -43,8 +43,10 @@ def test_a_layer_by_hand():
     assert model(torch.tensor([[1.0, 7, 7, 7, 7, 7]])).tolist() == [[1, 1, 1, 1, 31]]
 
 
+@pytest.mark.parametrize("small", [lora.SMALL, 0])
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6)])
-def test_values_and_gradients_are_pefts(shape):
+def test_values_and_gradients_are_pefts(shape, small, monkeypatch):
+    monkeypatch.setattr(lora, "SMALL", small)
     ours, theirs = adapted()
     assert type(ours.base_model.model[0]) is lora.Linear and type(theirs.base_model.model[0]) is peft_lora.Linear
     x = torch.randn(shape)

@@ -81,13 +81,14 @@ def generate(
         except ValueError as error:
             raise _nothing(error) from error
 
-    ids, mask, positions = (part.to(policy.device) for part in _padded(prompts, pad))
+    # What generate sets up does not depend on the prompts, which our loop takes itself, with their images.
+    ids = torch.tensor([prompt.ids[-1:] for prompt in prompts], device=policy.device)  # (B, 1)
     policy.model.eval()
     with sampling(policy.model):
         return base.generate(
             ids,
-            attention_mask=mask,
-            position_ids=positions,
+            attention_mask=torch.ones_like(ids),
+            position_ids=torch.zeros_like(ids).expand(len(prompts[0].positions), -1, -1),
             generation_config=settings,
             custom_generate=partial(
                 _decode,
@@ -99,20 +100,6 @@ def generate(
                 tick=tick,
             ),
         )
-
-
-def _padded(prompts: Sequence[Prompt], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Prompts as `generate` takes them: ids (B, P), mask (B, P) and positions (axes, B, P), padded on the left."""
-    length = max(len(prompt.ids) for prompt in prompts)
-    ids = torch.full((len(prompts), length), pad)
-    mask = torch.zeros_like(ids)
-    positions = torch.zeros(len(prompts[0].positions), len(prompts), length, dtype=torch.long)
-    for b, prompt in enumerate(prompts):
-        start = length - len(prompt.ids)
-        ids[b, start:] = torch.tensor(prompt.ids)
-        mask[b, start:] = 1
-        positions[:, b, start:] = prompt.positions
-    return ids, mask, positions
 
 
 def _jobs(prompts: Sequence[Prompt], count: int, suffixes) -> list[Job]:

@@ -2,7 +2,8 @@
 
 PEFT multiplies the low-rank product by its scale, adds it to the layer's output and, where the weights are bf16,
 converts the layer's input to float32 first. Here the product is added in one operation and in the type of the weights;
-the adapter itself, its gradients and its optimizer stay in float32.
+the adapter itself, its gradients and its optimizer stay in float32. Small float32 weights on a CPU get the low-rank
+product themselves, W + s B A, which leaves one product with the input where there were three.
 """
 
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ from functools import partial
 
 import torch
 from peft.tuners import lora
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-MERGED_BYTES = 2**30  # on a CPU, the most that merged copies of the adapted weights may take
+MERGED_BYTES = 2**30  # on a CPU, the most that merged copies of the adapted weights may take while sampling
+SMALL = 2**20  # numbers in a weight that is merged in training, where each layer's copy stays until the backward pass
 
 
 class Linear(lora.Linear):
@@ -36,7 +39,31 @@ class Linear(lora.Linear):
         name = None if args or kwargs else self.plain()
         if name is None:
             return super().forward(x, *args, **kwargs)
+        weight = self.base_layer.weight
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() <= SMALL:
+            return Merged.apply(x, weight, self.base_layer.bias, *self.factors(name, torch.float32))
         return added(x, self.base_layer, *self.factors(name, x.dtype))
+
+
+class Merged(torch.autograd.Function):
+    """x (..., in) through the weight W + s B A and the bias; gradients for x, A and B."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, scale):
+        merged = torch.addmm(weight, B, A, alpha=scale)
+        ctx.save_for_backward(x, merged, A, B)
+        ctx.scale = scale
+        return linear(x, merged, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, merged, A, B = ctx.saved_tensors
+        grad, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])  # (N, out), (N, in)
+        of_x = (grad @ merged).view_as(x) if ctx.needs_input_grad[0] else None
+        of_A = ((grad @ B).mul_(ctx.scale)).T @ rows
+        of_B = grad.T @ (rows @ A.T).mul_(ctx.scale)
+        return of_x, None, None, of_A, of_B, None
 
 
 def added(x: torch.Tensor, base_layer, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
