@@ -7,7 +7,7 @@ A part whose keys several rows share, such as the prompt of a group, is stored o
     out = decode_attention(query, [prompts, own])
 
 With query q and s_j = scale q.k_j of the keys j of one part, a part leaves its own attention o_p and the log-sum-exp
-l_p = log sum_j exp(s_j). The attention to all parts together is then sum_p exp(l_p - l) o_p with l = log sum_p exp(l_p).
+l_p = log sum_j exp(s_j). The attention to all parts is then sum_p exp(l_p - l) o_p with l = log sum_p exp(l_p).
 """
 
 import math
