@@ -79,8 +79,9 @@ def attended(query: torch.Tensor, part: Part, scale: float) -> tuple[torch.Tenso
     queries = query.unflatten(1, (heads, -1))  # (R, Hkv, rep, D)
     rep, size = queries.shape[2], len(queries)
     if places is not None:
-        size, group = places.members.shape
-        queries = queries.index_select(0, places.members.flatten()).unflatten(0, (size, group))
+        members, slots, idle = places.grouped
+        size, group = members.shape
+        queries = queries.index_select(0, members.flatten()).unflatten(0, (size, group))
         queries = queries.transpose(1, 2).flatten(2, 3)  # (n, Hkv, G rep, D)
     lengths = part.lengths[:size].tolist()
     if not (longest := max(lengths, default=0)):
@@ -96,11 +97,11 @@ def attended(query: torch.Tensor, part: Part, scale: float) -> tuple[torch.Tenso
         out, lse = out.masked_fill(empty, 0.0), lse.masked_fill(empty, least)
     if places is not None:
         out, lse = (
-            found.unflatten(2, (group, rep)).transpose(1, 2).flatten(0, 1).index_select(0, places.slot)
+            found.unflatten(2, (group, rep)).transpose(1, 2).flatten(0, 1).index_select(0, slots)
             for found in (out, lse)
         )
-        if places.idle is not None:
-            out[places.idle], lse[places.idle] = 0.0, least
+        if idle is not None:
+            out[idle], lse[idle] = 0.0, least
     return out, lse
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -16,6 +17,7 @@ class Places:
 
     of_row (R,) int64: the place of a row.
     tiles (`tile_count`, 1 + ROWS) int32: a place, and rows that look at it, in any order; -1 stands for none.
+    And for the reference, made when it asks:
     members (n, G) int64: the rows of the first n places, which are all that are used; what is left over holds 0.
     slot (R,) int64: where in members.flatten() a row stands. idle: the rows that look at no place, None if all do.
     """
@@ -30,7 +32,8 @@ class Places:
         """As many rows as before, at other places."""
         if len(of_row) != len(self.of_row) or not all(-1 <= place < self.count for place in of_row):
             raise ValueError(f"expected {len(self.of_row)} places in -1 .. {self.count - 1}, not {list(of_row)}")
-        members: list[list[int]] = [[] for _ in range(max(of_row, default=-1) + 1)]
+        self.__dict__.pop("grouped", None)
+        self.rows_of = members = [[] for _ in range(max(of_row, default=-1) + 1)]
         for row, place in enumerate(of_row):
             if place >= 0:
                 members[place].append(row)
@@ -38,13 +41,16 @@ class Places:
         tiles = [[place, *members[place][start : start + ROWS]] for place, start in starts]
         self.tiles.copy_(table(tiles + [[]] * (len(self.tiles) - len(tiles)), 1 + ROWS, -1))
         self.of_row.copy_(torch.tensor(of_row))
-        group = max(map(len, members), default=0)
-        slot = {row: place * group + i for place, rows in enumerate(members) for i, row in enumerate(rows)}
-        idle = [row for row, place in enumerate(of_row) if place < 0]
-        device = self.of_row.device
-        self.members = table(members, group, 0).to(device)
-        self.slot = torch.tensor([slot.get(row, 0) for row in range(len(of_row))], dtype=torch.int64, device=device)
-        self.idle = torch.tensor(idle, device=device) if idle else None
+
+    @cached_property
+    def grouped(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """members, slot and idle."""
+        group, device = max(map(len, self.rows_of), default=0), self.of_row.device
+        slot = {row: place * group + i for place, rows in enumerate(self.rows_of) for i, row in enumerate(rows)}
+        idle = [row for row in range(len(self.of_row)) if row not in slot]
+        slots = torch.tensor([slot.get(row, 0) for row in range(len(self.of_row))], dtype=torch.int64, device=device)
+        members = table(self.rows_of, group, 0).to(device)
+        return members, slots, torch.tensor(idle, device=device) if idle else None
 
 
 def table(rows: list[list[int]], width: int, filler: int) -> torch.Tensor:

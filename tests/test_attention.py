@@ -184,14 +184,15 @@ def test_shared_keys_are_not_copied_for_each_row():
 def test_places_by_hand(monkeypatch):
     monkeypatch.setattr("kernels.parts.ROWS", 2)
     places = Places([2, 0, 2, -1, 2], 4)
-    assert places.members.tolist() == [[1, 0, 0], [0, 0, 0], [0, 2, 4]]  # of places 0 to 2, filled up with 0
-    assert [places.members.flatten()[s].item() for s in places.slot[[0, 1, 2, 4]]] == [0, 1, 2, 4]
-    assert places.idle.tolist() == [3]
+    members, slots, idle = places.grouped
+    assert members.tolist() == [[1, 0, 0], [0, 0, 0], [0, 2, 4]]  # of places 0 to 2, filled up with 0
+    assert [members.flatten()[s].item() for s in slots[[0, 1, 2, 4]]] == [0, 1, 2, 4]
+    assert idle.tolist() == [3]
     assert places.tiles.tolist() == [[0, 1, -1], [2, 0, 2], [2, 4, -1], [-1, -1, -1]]
     addresses = places.of_row.data_ptr(), places.tiles.data_ptr()
     places.set([1, 1, 1, 1, 1])
     assert places.tiles.tolist() == [[1, 0, 1], [1, 2, 3], [1, 4, -1], [-1, -1, -1]]
-    assert places.idle is None and places.of_row.tolist() == [1] * 5
+    assert places.grouped[2] is None and places.of_row.tolist() == [1] * 5
     assert (places.of_row.data_ptr(), places.tiles.data_ptr()) == addresses
 
 

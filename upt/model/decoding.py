@@ -4,7 +4,6 @@ A token and what is recorded of its distribution come from one kernel (kernels/s
 and token position, so a response does not change with the slots that it is sampled in or with what is beside it.
 """
 
-import gc
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import torch
 from transformers import GenerationConfig
 
 from kernels import sample
+from kernels.dispatch import on
 from upt.errors import PolicyError
 from upt.model.lora import sampling
 from upt.model.packing import Prompt
@@ -55,6 +55,8 @@ def generate(
     seed (None: 0), max_new_tokens and slots (None: as many as there is memory for) are used. `tick(n)` is called after
     every n finished responses.
     """
+    if not prompts:
+        return []
     tokenizer, base = policy.tokenizer, policy.base
     stops = base.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
@@ -84,7 +86,7 @@ def generate(
     # What generate sets up does not depend on the prompts, which our loop takes itself, with their images.
     ids = torch.tensor([prompt.ids[-1:] for prompt in prompts], device=policy.device)  # (B, 1)
     policy.model.eval()
-    with sampling(policy.model):
+    with sampling(policy.model), on(base.lm_head.weight):
         return base.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -132,12 +134,14 @@ def _decode(model, input_ids, *, generation_config, policy, jobs, keys, draw, sl
                 fix = "give a smaller --max-new-tokens or --max-prompt-tokens, or take a smaller model"
                 raise PolicyError(f"out of memory with one response at a time: {fix}") from error
             tight = True
-        found |= _finished(state, stops) if state else {}
-        if tight:
-            state, policy.fitted["--slots"] = None, sizes.slots // 2
-            gc.collect()
-            torch.cuda.empty_cache()
-            progress.say(f"out of memory with {sizes.slots} slots: going on with {sizes.slots // 2}")
+        if tight:  # here, behind the handler: within it the exception holds what was being computed
+            slots = sizes.slots // 2
+            policy.fitted["--slots"] = policy.fitted.get("--slots", 1.0) / 2
+            progress.say(f"out of memory with {sizes.slots} slots: going on with {slots}")
+        if state:
+            state.release()
+            _tell(state, tick)
+            found |= _finished(state, stops)
         jobs = [job.without(found) for job in jobs]
         jobs = [job for job in jobs if any(job.rows)]
     return [found[row] for row in range(len(keys))]
@@ -145,25 +149,33 @@ def _decode(model, input_ids, *, generation_config, policy, jobs, keys, draw, sl
 
 def _run(state: Slots, jobs: deque[Job], tick: Callable[[int], None]) -> None:
     """Steps until all rows have finished."""
-    left, unseen = sum(len(rows) for job in jobs for rows in job.rows), UNSEEN[state.policy.device.type]
+    count, unseen = sum(len(rows) for job in jobs for rows in job.rows), UNSEEN[state.policy.device.type]
     while True:
-        if finished := state.refill(jobs):
-            left -= finished
-            tick(finished)
-        if not left:
+        state.refill(jobs)
+        _tell(state, tick)
+        if state.told == count:
             return
         for _ in range(unseen):
             state.step()
+
+
+def _tell(state: Slots, tick: Callable[[int], None]) -> None:
+    """Say how many more rows have finished."""
+    if finished := len(state.done) - state.told:
+        state.told += finished
+        tick(finished)
 
 
 def _finished(state: Slots, stops: Sequence[int]) -> dict[int, Sampled]:
     """What has been sampled to its end, by row."""
     if not state.done:
         return {}
-    rows = torch.tensor(state.done, device=state.policy.device)
-    lengths = state.lengths[rows].tolist()
-    ids, logprobs = state.ids[rows].tolist(), state.logprobs[rows].tolist()
-    means = [(sums[rows] / state.lengths[rows]).tolist() for sums in (state.entropy, state.certainty)]
+    rows = torch.tensor(state.done)
+    lengths, ids, logprobs, *sums = (
+        noted.cpu()[rows] for noted in (state.lengths, state.ids, state.logprobs, state.entropy, state.certainty)
+    )
+    means = [(values / lengths).tolist() for values in sums]
+    lengths, ids, logprobs = lengths.tolist(), ids.tolist(), logprobs.tolist()
     found = {}
     for i, (row, n) in enumerate(zip(state.done, lengths, strict=True)):
         if math.isnan(sum(logprobs[i][:n])):
@@ -179,7 +191,7 @@ def _nothing(why) -> PolicyError:
 
 
 def _sizes(policy: Policy, jobs: Sequence[Job], new: int, slots: int | None) -> Sizes:
-    """Room for these jobs in `slots` slots; None: in as many as there is memory for."""
+    """Room for these jobs in `slots` slots; None, or where memory has run out: in no more than there is room for."""
     rows = [sum(map(len, job.rows)) for job in jobs]
     sizes = Sizes(
         slots=sum(rows),
@@ -190,11 +202,13 @@ def _sizes(policy: Policy, jobs: Sequence[Job], new: int, slots: int | None) -> 
         branches=max(len(job.rows) for job in jobs),
         suffix=max(len(suffix) for job in jobs for suffix in [[], *job.suffixes]),
     )
-    if slots is None:
+    share = policy.fitted.get("--slots", 1.0)  # of the memory that is free
+    if slots is None or share < 1:
         slot, prompt = bytes_of(policy, sizes)
-        slots = slots_that_fit(_free(policy, jobs, sizes), slot, prompt, len(jobs), max(rows))
-    slots = min(slots, sizes.slots, policy.fitted.get("--slots", sizes.slots))
-    return replace(sizes, slots=slots, places=resident_prompts(slots, len(jobs), min(rows)))
+        fitting = slots_that_fit(share * _free(policy, jobs, sizes), slot, prompt, len(jobs), max(rows))
+        slots = min(slots or fitting, fitting)
+    slots = min(slots, sizes.slots)
+    return replace(sizes, slots=slots, places=resident_prompts(slots, len(jobs), max(rows)))
 
 
 def _free(policy: Policy, jobs: Sequence[Job], sizes: Sizes) -> float:

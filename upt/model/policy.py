@@ -47,7 +47,7 @@ class Policy:
         self.model, self.tokenizer, self.family = model, tokenizer, family
         self.origin = origin  # which model an adapter of it belongs to (origin.py); None: nobody knows
         self.cache_bytes, self.cache = cache_bytes, OrderedDict()
-        self.fitted = {}  # token budgets that had to be lowered (memory.py)
+        self.fitted = {}  # token budgets (memory.py) and the share for slots (decoding.py) that were lowered
         self.positions = lru_cache(maxsize=256)(self._positions)
         self.told = False  # in how many slots it samples
         self.model.eval().requires_grad_(False)
@@ -82,8 +82,6 @@ class Policy:
         dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.bfloat16 if on_gpu else torch.float32}
         if dtype not in dtypes:
             raise PolicyError(f"dtype must be one of {', '.join(dtypes)}, not {dtype!r}")
-        if on_gpu:  # for what stays float32, as in PEFT's own layers: bf16 weights round coarser than TF32 does
-            torch.set_float32_matmul_precision("high" if dtypes[dtype] == torch.bfloat16 else "highest")
         config = model_config(name)
         origin = origin_of(name)
         if adapter is not None:  # before the weights, which may take minutes

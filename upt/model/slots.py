@@ -5,14 +5,17 @@ every slot's latest token to the model and draws the next one. It reads nothing 
 shape depends on a value, so that on a GPU it is one CUDA graph.
 """
 
+import gc
 import math
 from collections import deque
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 
 from kernels.attention import decode_attention
+from kernels.dispatch import use_triton
 from kernels.parts import Part, Places
 from upt.model.attention import Span
 from upt.model.packing import Prompt, Row, layout
@@ -63,7 +66,8 @@ class Store:
         return Part(keys, values, lengths, places)
 
     def move(self, places: torch.Tensor, to: torch.Tensor) -> None:
-        self.both[:, :, to] = self.both[:, :, places]
+        for layer in self.both:  # one at a time: what is moved is copied first
+            layer[:, to] = layer[:, places]
 
 
 @dataclass
@@ -118,7 +122,7 @@ class Slots:
         # one; the latest one; what its noise is keyed by.
         self.row, self.drawn = integers(sizes.slots, self.nobody), integers(sizes.slots)
         self.first, self.token, self.noise = integers(sizes.slots, 1), integers(sizes.slots), integers(sizes.slots)
-        self.all, self.stops = torch.arange(sizes.slots, device=device), torch.tensor(stops, device=device)
+        self.numbers, self.stops = torch.arange(sizes.slots, device=device), torch.tensor(stops, device=device)
         self.keys = torch.tensor([*keys, 0], device=device)
         # Of each row, and of nobody: what is wanted of it.
         self.ids = torch.zeros(len(keys) + 1, sizes.new, dtype=torch.int32, device=device)
@@ -129,11 +133,12 @@ class Slots:
         # has; rows that have finished.
         self.held: list[tuple[int, int] | None] = [None] * sizes.slots
         self.done: list[int] = []
+        self.told = 0  # of these
         self.waiting: deque[tuple[int, int, int]] = deque()  # (row, branch, position of the first token)
         self.left: dict[int, int] = {}
         self.lookups, self.graphs = {}, {}
         self.lookups[self.count] = self.new_places(self.count)
-        if device.type == "cuda":
+        if device.type == "cuda" and use_triton(like):
             self.capture()
 
     # ------------------------------------------------------------------------------------------------------ a step
@@ -146,11 +151,11 @@ class Slots:
             self.eager_step(self.count)
 
     def eager_step(self, count: int) -> None:
-        self.written = self.own.rows(self.all[:count], (self.drawn[:count] - 1).clamp(min=0))
+        self.written = self.own.rows(self.numbers[:count], (self.drawn[:count] - 1).clamp(min=0))
         self.look = self.lookups[count]
         position = (self.first[:count] + self.drawn[:count] - 1).expand(self.sizes.axes, -1)[..., None]
         hidden = self.policy.hidden(self.token[:count, None], position, self, cache=self)[:, -1]
-        self.sample(hidden, self.all[:count])
+        self.sample(hidden, self.numbers[:count])
 
     def update(self, keys, values, layer: int, *args, **kwargs):
         """As transformers' caches have it: the latest token's keys and values (R, Hkv, 1, D) are kept."""
@@ -193,7 +198,7 @@ class Slots:
         count, pool = self.sizes.slots, None
         while True:
             self.lookups[count] = self.new_places(count)
-            stream = torch.cuda.Stream()
+            stream = warm_up_stream(self.policy.device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # compiles kernels and lets libraries choose theirs
@@ -207,10 +212,17 @@ class Slots:
                 return
             count //= 2
 
+    def release(self) -> None:
+        """Give back all memory but that of what has been sampled."""
+        self.prompts = self.own = self.suffixes = self.last = None
+        self.graphs, self.lookups = {}, {}
+        gc.collect()
+        torch.cuda.empty_cache()
+
     # ------------------------------------------------------------------------------------------- filling the slots
 
-    def refill(self, jobs: deque[Job]) -> int:
-        """Give idle slots to rows that wait, and to those of further jobs; how many rows have finished."""
+    def refill(self, jobs: deque[Job]) -> None:
+        """See which rows have finished; give idle slots to rows that wait, and to those of further jobs."""
         idle = (self.row[: self.count] == self.nobody).tolist()
         finished = [slot for slot in range(self.count) if idle[slot] and self.held[slot]]
         for slot in finished:
@@ -230,7 +242,6 @@ class Slots:
             self.open(free[: len(chosen)], chosen)
         elif finished and not jobs and not self.waiting:
             self.shrink(free)
-        return len(finished)
 
     def load(self, jobs: deque[Job], wanted: int) -> None:
         """Take jobs to places that are free, until so many rows wait."""
@@ -313,6 +324,12 @@ class Slots:
         prompts.set([branch // self.sizes.branches if branch >= 0 else -1 for branch in branches])
         if suffixes:
             suffixes.set(branches)
+
+
+@lru_cache
+def warm_up_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: cuBLAS keeps a workspace for every stream that it has met."""
+    return torch.cuda.Stream(device)
 
 
 class Recorder:

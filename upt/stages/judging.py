@@ -84,10 +84,10 @@ def logit_scores(
     values = torch.arange(10, device=policy.device) / 9
     scores = [[math.nan] * len(several) for several in suffixes]
 
-    def score(budget: int) -> None:
+    def score_within(budget: int) -> None:
         # A row's last token is not an input, so each suffix gets one more, standing for the digit to come.
         rows = [
-            [[*suffix, 0] if math.isnan(score) else [] for suffix, score in zip(*pair, strict=True)]
+            [[*suffix, 0] if math.isnan(found) else [] for suffix, found in zip(*pair, strict=True)]
             for pair in zip(suffixes, scores, strict=True)
         ]
         for batch in pack(prefixes, rows, budget):
@@ -100,7 +100,7 @@ def logit_scores(
                 scores[b][i] = min(max(found, 0.0), 1.0)  # rounding
             tick(len(owners))
 
-    fitting(policy, "--judge-tokens", budget, score)
+    fitting(policy, "--judge-tokens", budget, score_within)
     return scores
 
 

@@ -69,8 +69,6 @@ def sample_groups(
     policy: Policy, prompts: Sequence[Prompt], step: int, config: Rollout, tick: Callable[[int], None] = lambda n: None
 ) -> list[list[Sampled]]:
     """G responses to each prompt, in the order of the prompts. `tick(n)` is called after every n finished responses."""
-    if not prompts:
-        return []
     G = config.group_size
     rows = [row_id(step, prompt.uid, g) for prompt in prompts for g in range(G)]
     sampled = generate(policy, prompts, rows, config, tick=tick)
