@@ -295,8 +295,8 @@ def train(
             progress.say(
                 f"step {step + 1}/{config.steps}: {metrics.write(step, groups, stats, clock.since(before), extra)}"
             )
-            if config.stop_on_collapse and metrics.rows[-1]["alarms"]:
-                progress.say(f"step {step + 1}: stopped by --stop-on-collapse, {' '.join(metrics.rows[-1]['alarms'])}")
+            if config.stop_on_collapse and (alarms := health.collapses(metrics.rows[-1])):
+                progress.say(f"step {step + 1}: stopped by --stop-on-collapse, {' '.join(alarms)}")
                 break
             if config.saves(step + 1) or metrics.nonfinite_in_a_row >= health.NONFINITE:
                 save(step + 1)

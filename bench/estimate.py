@@ -19,7 +19,7 @@ from upt.ranges import Count, Few, Name, Weight
 from upt.reckoning.memory import GIB, MOST_SLOTS, MOST_TOKENS, USABLE, Demand, Reckoned, fits, gib, reckon
 from upt.reckoning.published import CONFIGS
 from upt.reckoning.seconds import CARDS, CONTEXT, Card, Work, decoding_step, seconds
-from upt.reckoning.sizes import Sizes, sizes_of
+from upt.reckoning.sizes import Sizes, feature_bytes, sizes_of
 from upt.run import cli, presets
 from upt.run.typed import Typed, flag
 
@@ -58,7 +58,7 @@ class Config(Typed):
     """rank of the adapter"""
     update_tokens: Count = MOST_TOKENS
     """token budget of one micro-batch; fewer are taken where they don't fit"""
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool | None = True
     """recompute activations in the backward pass"""
     tables: bool = False
     """print the tables of docs/scale.md, all models on all cards, and nothing else"""
@@ -166,6 +166,8 @@ def report(config: Config) -> str:
         lines.append(f"  {'in all':24}{gib(sum(of.values())):>8}")
     lines += ["", f"needs about {gib(found.needs)} of {gib(found.free)} GiB, of which {USABLE:.0%} can be used"]
     lines += [f"{slots} slots, {found.tokens:,} tokens in a micro-batch"]
+    features = work.questions * feature_bytes(sizes, work.image_tokens)
+    lines += [f"pictures' features: {gib(features)} GiB of the CPU's memory"]
     for phase, of in parts.items():
         lines += ["", f"{phase}, seconds of a step", *(f"  {part:24}{time:8.0f}" for part, time in of.items())]
         lines.append(f"  {'in all':24}{sum(of.values()):8.0f}")

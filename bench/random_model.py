@@ -6,6 +6,7 @@ of pictures, which is never sampled.
 
 import gc
 import json
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -125,9 +126,12 @@ def machine(device: str) -> str:
 
 def card(device: str) -> Card | None:
     """The data sheet of the GPU that is there, of those that are known (upt/reckoning/seconds.py)."""
-    name = machine(device).lower().replace(" ", "")
-    longest_first = sorted(CARDS, key=len, reverse=True)
-    return next((CARDS[known] for known in longest_first if device == "cuda" and known in name), None)
+    if device != "cuda":
+        return None
+    words = machine(device).lower().replace("rtx ", "rtx").replace("-", " ").split()
+    gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    near = [card for name, card in CARDS.items() if name in words and abs(card.memory - gib) < 0.1 * card.memory]
+    return near[0] if near and not {"pcie", "nvl"} & {*words} else None
 
 
 def clock(device: str) -> float:
@@ -182,7 +186,8 @@ def report(name: str, config: dict, device: str, **found) -> dict:
         **found,
     }
     if config["save"]:
-        path = Path(__file__).parent / f"results/{name}-{config['model']}-{result['date']}-{device}.json"
+        where = re.sub(r"[^a-z0-9]+", "-", machine(device).lower()) if device == "cuda" else device
+        path = Path(__file__).parent / f"results/{name}-{config['model']}-{result['date']}-{where}.json"
         write_whole(path, [json.dumps(result, indent=1).encode()])
     return result
 

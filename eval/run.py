@@ -334,7 +334,7 @@ def main(config: Config) -> dict:
     print(
         f"asking {what} {many}: {config.n} responses each, prompt {config.prompt}, into {config.out}", file=sys.stderr
     )
-    policy = trained.load_policy(config, questions_per_step=max(1, AT_ONCE // config.n))
+    policy = trained.load_policy(config, questions_per_step=max(1, AT_ONCE // config.n), group_size=config.n)
     try:
         for job in jobs:
             try:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,18 +234,23 @@ def test_the_update_by_attention_at_a_small_size(capsys):
 
 
 @pytest.mark.parametrize(
-    "name, card",
+    "name, gib, card",
     [
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA L40S", "l40s"),
-        ("NVIDIA L4", "l4"),
-        ("NVIDIA GeForce RTX 4090", "rtx4090"),
-        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100"),
+        ("NVIDIA L40S", 44.4, "l40s"),
+        ("NVIDIA L4", 22.2, "l4"),
+        ("NVIDIA GeForce RTX 4090", 23.5, "rtx4090"),
+        ("NVIDIA A100-SXM4-80GB", 79.1, "a100"),
+        ("NVIDIA H200", 139.7, "h200"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, None),
+        ("NVIDIA H100 PCIe", 79.1, None),
+        ("NVIDIA L40", 44.4, None),
     ],
 )
-def test_the_data_sheet_of_a_gpu(monkeypatch, name, card):
+def test_the_data_sheet_of_a_gpu(monkeypatch, name, gib, card):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    assert random_model.card("cuda") is CARDS[card] and random_model.card("cpu") is None
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30))
+    assert random_model.card("cuda") == CARDS.get(card) and random_model.card("cpu") is None
 
 
 def test_a_step_as_reckoned_holds_its_weights_and_fits():

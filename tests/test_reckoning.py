@@ -186,6 +186,7 @@ def hidden(model, ids: torch.Tensor, row) -> torch.Tensor:
 )
 def test_activations_take_what_autograd_and_the_allocator_count(family, dtype, shares_heads, row, monkeypatch):
     monkeypatch.setattr(attention, "SHARES_HEADS", shares_heads)
+    monkeypatch.setattr(lora, "SMALL", 0)  # as on a GPU
     model, sizes = measured(family, dtype)
     demand = Demand(
         max_prompt_tokens=128,
@@ -301,7 +302,9 @@ def test_the_line_says_how_much_of_how_much():
     line = str(fits(CONFIGS[SEVEN], settings(), 78.5 * GIB))
     assert line.startswith("needs about 51.7 of 78.5 GiB free: pictures 19.5 (weights 15.4, adapter 2.1, tower 1.9); ")
     assert "; rollout 51.7 (weights 15.4, adapter 2.1, KV 32.8 (250 slots), logits 0.1, prefill 1.2); " in line
-    assert line.endswith("; update 26.2 (weights 15.4, adapter 2.7, activations 7.7 (16,384 tokens), logits 0.3)")
+    assert "; update 26.2 (weights 15.4, adapter 2.7, activations 7.7 (16,384 tokens), logits 0.3); " in line
+    # 512 pictures of 2,048 tokens of 3,584 numbers of 2 bytes
+    assert line.endswith("; pictures' features at most 7.0 GiB of the CPU's memory")
 
 
 @pytest.mark.parametrize("free", [9, 12, 18, 22.5])
@@ -405,7 +408,7 @@ def test_what_is_asked_at_a_time_is_known(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "fits", lambda config, settings, free, phases, **known: found.append(known) or 1 / 0)
     scripts = [
         (heldout, {"eval_samples": 5}, {"questions_per_step": 128, "group_size": 5}),
-        (eval_run, {"n": 3, "temperature": 1.0}, {"questions_per_step": 42}),
+        (eval_run, {"n": 3, "temperature": 1.0}, {"questions_per_step": 42, "group_size": 3}),
         (synthesize, {"per_image": 9, "limit": 2}, {"group_size": 9}),
     ]
     monkeypatch.setattr(eval_run, "prepare", lambda *args: eval_run.Job("mathvision", tmp_path, [], tmp_path, {}))

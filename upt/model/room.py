@@ -3,6 +3,7 @@
 The formulas are those of upt/reckoning.
 """
 
+import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,6 +43,7 @@ def check_room(settings, phases: Sequence[str] = PHASES, **known) -> None:
         print(f"what a {config.model_type} model needs of the GPU's memory is not reckoned", file=sys.stderr)
         return
     known |= {"shares_heads": SHARES_HEADS}
+    gc.collect()  # a policy of an earlier round or call is a circle, and holds its memory until then
     print(fits(config.to_dict(), settings, free_bytes(device), phases, **known), file=sys.stderr)
 
 

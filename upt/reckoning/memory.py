@@ -23,7 +23,7 @@ from math import ceil
 from upt.errors import SettingError
 from upt.model import TARGETS
 from upt.reckoning.published import CONFIGS
-from upt.reckoning.sizes import Sizes, adapted, kv_bytes, lora_parameters, sizes_of
+from upt.reckoning.sizes import Sizes, adapted, feature_bytes, kv_bytes, lora_parameters, sizes_of
 from upt.run.typed import flag
 
 GIB = 2**30
@@ -93,6 +93,7 @@ class Reckoned:
     free: int
     slots: dict[str, int]  # of each phase that samples
     tokens: int  # of a micro-batch
+    features: int  # bytes of the CPU's memory, where the pictures' features wait, if they fill their prompts
 
     @property
     def needs(self) -> int:
@@ -113,7 +114,8 @@ class Reckoned:
             }
             listed = ", ".join(f"{part} {gib(size)}{counts.get(part, '')}" for part, size in parts.items())
             told.append(f"{phase} {gib(sum(parts.values()))} ({listed})")
-        return f"needs about {gib(self.needs)} of {gib(self.free)} GiB free: {'; '.join(told)}"
+        host = f"pictures' features at most {gib(self.features)} GiB of the CPU's memory"
+        return f"needs about {gib(self.needs)} of {gib(self.free)} GiB free: {'; '.join(told)}; {host}"
 
 
 def gib(size: float) -> str:
@@ -270,7 +272,7 @@ def reckon(sizes: Sizes, demand: Demand, free_bytes: float, phases: Sequence[str
         room = USABLE * free_bytes - sum(held.values())
         tokens = tokens_that_fit(room, token, fixed, demand.row, demand.update_tokens)
         found["update"] = held | {"activations": int(tokens * token), "logits": fixed}
-    return Reckoned(found, int(free_bytes), slots, tokens)
+    return Reckoned(found, int(free_bytes), slots, tokens, demand.questions_per_step * feature_bytes(sizes, P, b))
 
 
 def fits(config: dict, settings, free_bytes: float, phases: Sequence[str] = PHASES, **known) -> Reckoned:
@@ -313,8 +315,11 @@ def advice(
     lean = replace(demand, dtype="bf16", gradient_checkpointing=True)
     ways = [[replace(demand, dtype="bf16")], [replace(demand, gradient_checkpointing=True)]]
     ways += [halved(demand, [name]) for name in lowered]
-    together = [lean, *halved(lean, lowered)]
-    found = [other for way in ways for other in _first(way, sizes, fitting)] or _first(together, sizes, fitting)
+    leaner = [[lean], *([*halved(lean, [name])] for name in lowered)]
+    together = [halved(lean, lowered)]
+    for several in (ways, leaner, together):
+        if found := [other for way in several for other in _first(way, sizes, fitting)]:
+            break
     smaller = [name for name, of in others.items() if of.parameters < sizes.parameters and fitting(of, demand)]
     return [typed(demand, other) for other in found] + [f"--model {name}" for name in smaller]
 

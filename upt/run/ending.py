@@ -38,8 +38,9 @@ def finish(policy: "Policy", config, rows: list[dict]) -> dict:
     chosen = made = rows[-1]["step"] + 1 if rows else 0
     if config.select == "label-free" and folders:
         chosen = health.best_checkpoint(rows, sorted(folders))
-    elif config.stop_on_collapse and alarms:
-        healthy = [step for step in folders if step < min(alarms)]
+    elif config.stop_on_collapse and any(map(health.collapses, rows)):
+        first = next(row["step"] for row in rows if health.collapses(row))
+        healthy = [step for step in folders if step < first]
         chosen = max(healthy, default=made)
         if not healthy:
             print("no checkpoint is from before the alarm, so the last one stays; lower --save-every", file=sys.stderr)

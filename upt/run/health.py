@@ -109,6 +109,11 @@ class Watch:
         return at_once + [name for name, raised in alarms.items() if raised]
 
 
+def collapses(row: dict) -> list[str]:
+    """A step's alarms that are about the policy: `gap` is about the programs."""
+    return [name for name in row["alarms"] if name != "gap"]
+
+
 def is_apart(row: dict) -> bool:
     """Whether the metrics of a step say that sampler and trainer are further from each other than rounding brings."""
     return (row.get("logprob_gap_mean") or 0.0) > GAP
@@ -125,7 +130,7 @@ def unhealthy_from(rows: Sequence[dict]) -> float:
 
     An update that was not finite was not made, so it counts only while it is followed by no other update.
     """
-    found = min((row["step"] for row in rows if set(row["alarms"]) - {"nonfinite"}), default=math.inf)
+    found = min((row["step"] for row in rows if set(collapses(row)) - {"nonfinite"}), default=math.inf)
     for row in reversed(rows):
         if not row.get("nonfinite_in_a_row"):
             break

@@ -22,7 +22,7 @@ ELSEWHERE = {
     "reward", "resume-from-checkpoint": "resume", "adv-estimator": "advantage", "vllm-importance-sampling-correction":
     "rollout-correction", "vllm-importance-sampling-mode": "rollout-correction", "vllm-importance-sampling-cap":
     "rollout-cap", "vllm-importance-sampling-clip-max": "rollout-cap", "rollout-is": "rollout-correction",
-    "rollout-is-threshold": "rollout-cap", "importance-sampling-level": "ratio-level",
+    "rollout-is-threshold": "rollout-cap", "rollout-tokens": "slots", "importance-sampling-level": "ratio-level",
 }  # fmt: skip
 WORDS = {
     int: "a whole number",
