@@ -138,8 +138,9 @@ def _decode(model, input_ids, *, generation_config, policy, jobs, keys, draw, sl
             slots = sizes.slots // 2
             policy.fitted["--slots"] = policy.fitted.get("--slots", 1.0) / 2
             progress.say(f"out of memory with {sizes.slots} slots: going on with {slots}")
+            if state:
+                state.release()
         if state:
-            state.release()
             _tell(state, tick)
             found |= _finished(state, stops)
         jobs = [job.without(found) for job in jobs]
