@@ -13,10 +13,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+import rewards
 from upt.errors import PolicyError, SettingError, suggest
 from upt.model.origin import snapshot_folder
 from upt.ranges import Count, Few, Name, Weight
-from upt.reckoning.memory import GIB, MOST_SLOTS, MOST_TOKENS, USABLE, Demand, Reckoned, fits, gib, reckon
+from upt.reckoning.memory import GIB, MOST_SLOTS, MOST_TOKENS, PHASES, USABLE, Demand, Reckoned, fits, gib, reckon
 from upt.reckoning.published import CONFIGS
 from upt.reckoning.seconds import CARDS, CONTEXT, Card, Work, decoding_step, seconds
 from upt.reckoning.sizes import Sizes, feature_bytes, sizes_of
@@ -56,6 +57,10 @@ class Config(Typed):
     """mean response"""
     lora_rank: Few | None = None
     """rank of the adapter"""
+    judge_mode: Literal["text", "logit"] | None = None
+    """how responses are judged, where the preset's reward asks for it"""
+    judge_max_new_tokens: Count | None = None
+    """text mode: longest judgement"""
     update_tokens: Count = MOST_TOKENS
     """token budget of one micro-batch; fewer are taken where they don't fit"""
     gradient_checkpointing: bool | None = True
@@ -151,7 +156,8 @@ def report(config: Config) -> str:
     """Memory, slots, token budget and seconds of one model on one card. Raises SettingError where it does not fit."""
     (name, published), (card_name, card) = model_of(config.model), card_of(config.card)
     sizes, work = sizes_of(published), work_of(config)
-    found = fits(published, replace(config, model=name), free_of(card))
+    phases = [*PHASES, "judging"] if rewards.needs_judge(presets.PRESETS[config.preset]["reward"]) else PHASES
+    found = fits(published, replace(config, model=name), free_of(card), phases)
     slots = found.slots["rollout"]
     parts, step = seconds(sizes, card, work, slots), decoding_step(sizes, card, work, slots)
     lines = [
@@ -172,6 +178,8 @@ def report(config: Config) -> str:
         lines += ["", f"{phase}, seconds of a step", *(f"  {part:24}{time:8.0f}" for part, time in of.items())]
         lines.append(f"  {'in all':24}{sum(of.values()):8.0f}")
     shown = ", ".join(f"{part} {1000 * time:.1f}" for part, time in step.items())
+    if "judging" in phases:
+        lines += ["", "seconds of judging are not reckoned"]
     lines += ["", f"a decoding step, milliseconds: {shown}", f"limit: {limits(found, parts, step, work)}"]
     return "\n".join([*lines, "reckoned by formulas (upt/reckoning), not measured"])
 

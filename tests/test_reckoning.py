@@ -82,6 +82,8 @@ def test_older_files_have_the_language_model_at_the_top_and_leave_out_the_usual(
 def test_what_cannot_be_reckoned_is_said():
     with pytest.raises(PolicyError, match="a llava model cannot be reckoned; give .* one of qwen2_vl, "):
         sizes_of({"model_type": "llava"})
+    with pytest.raises(PolicyError, match="a list model cannot be reckoned"):
+        sizes_of([])
     text = {key: value for key, value in CONFIGS[SEVEN]["text_config"].items() if key != "vocab_size"}
     with pytest.raises(PolicyError, match=r"without usable sizes \(KeyError: 'vocab_size'\); fetch it again"):
         sizes_of(CONFIGS[SEVEN] | {"text_config": text})
@@ -542,7 +544,11 @@ def test_the_report(capsys, tiny):
     for line in ("Qwen/Qwen2.5-VL-7B-Instruct: 8.29 billion parameters", "needs about 51.7 of 78.5 GiB", "250 slots"):
         assert line in told
     assert re.search(r"^limit: frozen layers of the update \(\d+%\); decoding by ", told, re.M)
-    assert told.endswith("not measured\n")
+    assert told.endswith("not measured\n") and "judging" not in told
+    for mode, part in (("text", "KV"), ("logit", "pass")):
+        estimate.main(estimate.Config(preset="self-judge", judge_mode=mode))
+        judging = capsys.readouterr().out.partition("judging, GiB\n")[2].partition("\n\n")[0]
+        assert part in judging and "weights" in judging
     for model in (tiny, f"{tiny}/config.json"):
         estimate.main(estimate.Config(model=model, card="4"))
         assert "4 GiB at the rates of rtx4090" in capsys.readouterr().out

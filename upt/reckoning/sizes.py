@@ -78,7 +78,7 @@ class Sizes:
 
 def sizes_of(config: dict) -> Sizes:
     """The sizes that a config.json speaks of. Raises PolicyError for another family or one that lacks a size."""
-    family = config.get("model_type")
+    family = config.get("model_type") if isinstance(config, dict) else type(config).__name__
     if family not in VISIONS:
         raise PolicyError(f"a {family} model cannot be reckoned; give a config.json of one of {', '.join(VISIONS)}")
     text = config.get("text_config") or config  # older files have the language model's settings at the top
