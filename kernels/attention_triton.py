@@ -1,7 +1,7 @@
 """Attention of decoding in Triton: a pass over the keys of each part, then one that merges what the passes left.
 
 A program takes the queries of up to ROWS rows that share a place, in all heads that share a key head, and reads a
-stretch of that place's keys once for all of them. It leaves o / S and m + log S of attention.py, logarithms to base 2.
+stretch of that place's keys once for all of them. It leaves its attention and the log-sum-exp of its scores, to base 2.
 Grids come from shapes only; a program without keys returns at once.
 """
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import cases, decoding, fullsize, judging, kernels, loop, memory, random_model, sides, update
+from bench import cases, decoding, fullsize, judging, kernels, loop, memory, profile, random_model, sides, update
 from kernels import Part, Places, decode_attention
 from upt.errors import SettingError
 from upt.model.attention import Padded
@@ -273,3 +273,20 @@ def test_parts_on_a_gpu_do_not_keep_one_another_from_running(interpreter, parts,
     env = os.environ | {"PYTHON": interpreter, "MODEL": "tiny-random"}
     done = subprocess.run(["bash", script, *parts], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (status, last)
+
+
+def test_the_shares_of_a_step_add_up(tiny, capsys):
+    found = profile.main(loop.Config(model=tiny, questions=2, group_size=2, warmup=1))
+    assert {*found} == {"rollout", "update"}
+    for shares in found.values():
+        assert sum(shares.values()) == pytest.approx(1)
+    # A random model never agrees with itself, so that its update has nothing to compute.
+    assert found["rollout"]["linear layers"] > 0.05 and found["rollout"]["attention"] > 0.01
+    assert "linear layers" in capsys.readouterr().out
+
+
+def test_kinds_of_operations_by_hand():
+    events = [("aten::mm", 3.0), ("aten::bmm", 1.0), ("aten::bitwise_xor", 1.0), ("aten::mul", 5.0)]
+    made = [SimpleNamespace(key=name, self_cpu_time_total=time) for name, time in events]
+    found = profile.shares(SimpleNamespace(key_averages=lambda: made))
+    assert found == {"attention": 0.1, "linear layers": 0.3, "noise": 0.1, "other": 0.5}

@@ -126,3 +126,22 @@ def test_half_types_are_not_merged():
     with lora.sampling(model), torch.no_grad():
         assert model(x).float().flatten().tolist() == pytest.approx([3 * 2 * 1e-3 * 0.1] * 5, rel=0.01)
     assert (layer.base_layer.weight + 6e-4).unique().tolist() == [1.0]
+
+
+def test_sampling_that_runs_out_of_memory_leaves_the_layers_as_they_were(monkeypatch):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6))
+    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules=["0", "1"]))
+    lora.quicken(model)
+    real, made = lora.partial, []
+
+    def second_fails(*args, **settings):
+        made.append(1)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **settings)
+
+    monkeypatch.setattr(lora, "partial", second_fails)
+    with pytest.raises(torch.OutOfMemoryError), lora.sampling(model):
+        pass
+    assert len(made) == 2 and not any("forward" in vars(layer) for layer in model.modules())

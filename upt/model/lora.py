@@ -92,16 +92,16 @@ def sampling(model: torch.nn.Module) -> Iterator[None]:
     weights = [layer.base_layer.weight for layer in layers]
     wide = all(weight.dtype == torch.float32 and weight.device.type == "cpu" for weight in weights)
     merge = wide and sum(weight.nbytes for weight in weights) <= MERGED_BYTES
-    with torch.no_grad():
-        for layer, weight in zip(layers, weights, strict=True):
-            A, B, scale = layer.factors(layer.plain(), weight.dtype)
-            if merge:
-                merged = torch.addmm(weight, B, A, alpha=scale)
-                layer.forward = partial(linear, weight=merged, bias=layer.base_layer.bias)
-            else:
-                layer.forward = partial(added, base_layer=layer.base_layer, A=A, B=B, scale=scale)
     try:
+        with torch.no_grad():
+            for layer, weight in zip(layers, weights, strict=True):
+                A, B, scale = layer.factors(layer.plain(), weight.dtype)
+                if merge:
+                    merged = torch.addmm(weight, B, A, alpha=scale)
+                    layer.forward = partial(linear, weight=merged, bias=layer.base_layer.bias)
+                else:
+                    layer.forward = partial(added, base_layer=layer.base_layer, A=A, B=B, scale=scale)
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer in layers:  # memory may have run out before all of them had theirs
+            vars(layer).pop("forward", None)
