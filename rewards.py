@@ -24,6 +24,7 @@ from a file of your own: --reward my_rewards.py:mine.
 import hashlib
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -35,9 +36,10 @@ from kernels.advantage import ADVANTAGES, mean_of
 from upt import answers
 from upt.errors import DataError, SettingError, ShardError
 from upt.groups import manifests, scoring, shards, variants
+from upt.groups.novelty import novelty
 from upt.groups.variants import band
 from upt.groups.votes import counts, keys_of, majority_key, majority_share
-from upt.ranges import Amount, Name, Positive, Seed, Share
+from upt.ranges import Amount, Count, Name, Positive, Seed, Share
 from upt.run import cli, metrics
 from upt.run.locking import alone
 from upt.run.typed import Typed
@@ -54,10 +56,13 @@ def majority(group: dict, *, ties: Literal["none", "first"] = "none") -> list[fl
     return [float(m is not None and key == m) for key in keys_of(group)]
 
 
-def frequency(group: dict) -> list[float]:
-    """r_i = p(a_i), in [0, 1]; an abstention earns 0. 2603.21289 §3.1."""
+def frequency(group: dict, *, gamma: Positive = 1.0) -> list[float]:
+    """r_i = p(a_i)^gamma, in [0, 1]; an abstention earns 0. 2603.21289 §3.1, where gamma = 1.
+
+    gamma > 1 sharpens it towards `majority`, gamma < 1 tempers it: rare answers lose less.
+    """
     keys, c = keys_of(group), counts(group)
-    return [c.get(key, 0) / len(keys) for key in keys]
+    return [(c.get(key, 0) / len(keys)) ** gamma for key in keys]
 
 
 def gated_frequency(group: dict, *, threshold: Share = 0.85) -> list[float]:
@@ -79,7 +84,8 @@ def dirichlet(group: dict, *, alpha: Positive = 1.0, beta: Positive = 22.0, delt
     """r_i = C sigmoid(beta (log pi(a_i) - log max_a pi(a) + delta)), in [0, 1); an abstention earns 0.
 
     pi(a) = (c(a) + alpha) / (n + alpha A) for the A different keys of the n responses that answer, and the confidence
-    C = 1 - H(pi) / log A, or 1 where A = 1. Released code of 2603.21289.
+    C = 1 - H(pi) / log A, or 1 where A = 1. Released code of 2603.21289. C is one factor for all of the group: under
+    group-norm it cancels wherever it is above 0; the other advantages grow with it.
     """
     c = counts(group)
     A, total = len(c), sum(c.values()) + alpha * len(c)
@@ -111,6 +117,47 @@ def continuous_consistency(
     for response, p in zip(group["responses"], frequency(group), strict=True):
         w = len(answers.before_answer(response["text"]).split())
         r.append(p and p**power * (1 - penalty * min(max((w - words) / words, 0.0), 1.0)))
+    return r
+
+
+def scrl(group: dict, *, tau_pos: Share = 0.375, margin: Share = 0.125, tau_low: Share = 0.125) -> list[float]:
+    """r_i = 1 for a trusted majority, -1 for rare, unsure answers and for abstentions, else 0. 2603.19880 (SCRL).
+
+    The majority is trusted where its share is at least `tau_pos` and more than `margin` above the second's (0 if there
+    is none), so a tie has none. An answer is rare where its share is below `tau_low`, which by default takes G > 8, and
+    unsure where the mean entropy of its responses is at least that of all G. As the released code's binary form has it;
+    its script runs a continuous one. Only differences count: {0, 1, 2} gives the same advantages.
+    """
+    keys, c = keys_of(group), counts(group)
+    entropy = [response["entropy"] for response in group["responses"]]
+    top, second, *_ = [*sorted(c.values(), reverse=True), 0, 0]
+    # Shares are compared as one quotient each: .8 - .7 is above .1 in floating point, 1 / 10 is not.
+    trusted = top / len(keys) >= tau_pos and (top - second) / len(keys) > margin
+    earned = {None: -1.0}
+    for a, n in c.items():
+        # Exactly rounded means, so that equal ones compare as equal.
+        of_a = statistics.mean(h for h, key in zip(entropy, keys, strict=True) if key == a)
+        unsure = of_a >= statistics.mean(entropy)
+        earned[a] = 1.0 if trusted and n == top else -1.0 if n / len(keys) < tau_low and unsure else 0.0
+    return [earned[key] for key in keys]
+
+
+def evol(group: dict, *, ngram: Count = 5) -> list[float]:
+    """r_i = .5 + nu_i / 2 in [.5, 1] where a_i = m, -1 + nu_i / 2 in [-1, -.5] for other answers, -1 for abstentions.
+
+    nu_i in [0, 1] is how novel what response i says before its answer is among the responses of the same answer
+    (upt/groups/novelty.py): by shared runs of `ngram` characters, which asks for no second model, where 2509.15194
+    (EVOL-RL) has the cosine of embeddings from a server. The paper takes all answers but m as one class, and half of
+    its novelty is the distance to the nearest response of any answer. A tie has no m, so novelty alone tells its
+    responses apart. Only differences count: 1 more for all, -1 becoming 0, gives the same advantages.
+    """
+    keys, m = keys_of(group), majority_key(group)
+    r = [-1.0] * len(keys)
+    for a in counts(group):
+        places = [i for i, key in enumerate(keys) if key == a]
+        texts = [answers.before_answer(group["responses"][i]["text"]) for i in places]
+        for i, nu in zip(places, novelty(texts, ngram), strict=True):
+            r[i] = (0.5 if a == m else -1.0) + nu / 2
     return r
 
 
@@ -174,7 +221,8 @@ def judge_only(group: dict, *, unparsed: Literal["neutral", "zero"] = "neutral")
 def self_certainty(group: dict) -> list[float]:
     """r_i = mean over tokens t of logsumexp(z_t) - mean_v z_t, in [log V, inf). 2505.19590 (Intuitor).
 
-    Like the entropy, taken from the record: the sampling pass computes it, before truncation.
+    Like the entropy, taken from the record: the sampling pass computes it, before truncation. The paper's KL divergence
+    from uniform is this less log V, a constant that cancels in every advantage.
     """
     return [response["self_certainty"] for response in group["responses"]]
 
@@ -216,6 +264,8 @@ REWARDS: dict[str, Callable[..., list[float] | None]] = {
     "dirichlet": dirichlet,
     "semantic-entropy": semantic_entropy,
     "continuous-consistency": continuous_consistency,
+    "scrl": scrl,
+    "evol": evol,
     "judged": judged,
     "judge-only": judge_only,
     "self-certainty": self_certainty,

@@ -1,6 +1,7 @@
 """README and docs: links lead somewhere, commands have flags that exist, what README shows of Python runs."""
 
 import importlib
+import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import ablate
+import rewards
+from kernels.advantage import ADVANTAGES
 from upt.run import cli
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +47,19 @@ def headings(text: str) -> list[str]:
     return re.findall(r"^#+ (.*)$", text, re.M)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/rewards.md"])
+def test_every_reward_and_its_settings_are_in_the_table(page):
+    rows = [line.split("|")[1:-1] for line in (ROOT / page).read_text().splitlines() if line.startswith("| `")]
+    found = {name: row for row in rows for name in re.findall(r"`([\w-]+)(?:\(.*?\))?`", row[0])}
+    assert {*rewards.REWARDS} <= {*found}
+    if page == "docs/rewards.md":
+        assert {*ADVANTAGES} <= {*found}
+        text = (ROOT / page).read_text()
+        for name, function in {**rewards.REWARDS, **ADVANTAGES}.items():
+            named = text if name == "judged" else found[name][-1]  # its settings take a paragraph
+            assert all(setting in named for setting in [*inspect.signature(function).parameters][1:]), name
+
+
 def test_every_page_is_reached_from_readme():
     named = set(re.findall(r"\(docs/([\w.]+)\)", (ROOT / "README.md").read_text()))
     assert {page.name for page in PAGES[1:]} <= named
@@ -75,7 +91,6 @@ def test_readme_notebook_runs_as_written(tiny, tmp_path, monkeypatch):
 
 
 def test_readme_reward_of_ones_own_runs_as_written(tmp_path):
-    import rewards
     from tests.test_shards import make_group
 
     blocks = [dedented(block) for block in INDENTED.findall((ROOT / "README.md").read_text())]

@@ -17,6 +17,7 @@ from tests.test_shards import make_group
 from upt import answers
 from upt.answers import before_answer, extract_answer, keeps_format
 from upt.groups import manifests, shards, variants, votes
+from upt.groups.novelty import novelty, similarity
 from upt.run import presets
 from upt.run.metrics import summary
 
@@ -74,6 +75,9 @@ CASES = [
     ("abab.", "frequency", [0.4, 0.4, 0.4, 0.4, 0]),
     ("....", "frequency", [0, 0, 0, 0]),
     ("a", "frequency", [1]),
+    ("aab.", "frequency(gamma=2)", [0.25, 0.25, 0.0625, 0]),
+    ("aab.", "frequency(gamma=.5)", [0.5**0.5, 0.5**0.5, 0.5, 0]),
+    ("....", "frequency(gamma=.001)", [0, 0, 0, 0]),
     ("aaaaaaaaab", "gated-frequency", [1] * 9 + [0]),  # p(m) = .9 > .85: the gate is open
     ("aaaaaaaabb", "gated-frequency", [0.8] * 8 + [0.2] * 2),
     ("a" * 17 + "bbb", "gated-frequency", [0.85] * 17 + [0.15] * 3),  # p(m) = .85 is not above it
@@ -107,6 +111,25 @@ CASES = [
     ("aab.", "continuous-consistency(power=0)", [1, 1, 1, 0]),  # and not 0^0 for the abstention
     ("....", "continuous-consistency", [0, 0, 0, 0]),
     ("a", "continuous-consistency", [1]),
+    ("aab.", "scrl", [1, 1, 0, -1]),  # p(m) = .5, .25 above the second, which is not below .125
+    ("aab.", "scrl(tau_pos=.51)", [0, 0, 0, -1]),
+    ("aab.", "scrl(margin=.25)", [0, 0, 0, -1]),  # not above the margin
+    ("aab.", "scrl(tau_low=.3)", [1, 1, -1, -1]),  # as unsure as the group is unsure enough
+    ("aab.", "scrl(tau_low=1)", [1, 1, -1, -1]),  # never the trusted one
+    ("aabb", "scrl(margin=0)", [0, 0, 0, 0]),  # a tie is no margin
+    ("a...", "scrl", [0, -1, -1, -1]),  # alone, but .25 < .375: abstentions stay in the denominator
+    ("aa..", "scrl", [1, 1, -1, -1]),  # no second: its share is 0
+    ("aa..", "scrl(margin=.5)", [0, 0, -1, -1]),
+    ("....", "scrl(tau_pos=0)", [-1, -1, -1, -1]),
+    ("a", "scrl", [1]),
+    ("aaaaaabbbbccdefg", "scrl", [0] * 6 + [0] * 4 + [0, 0] + [-1] * 4),  # 6/16 = .375, but 2/16 is not above .125
+    ("aaaaaaabbbbccdef", "scrl", [1] * 7 + [0] * 4 + [0, 0] + [-1] * 3),
+    ("aaaaaaaabb", "scrl(margin=.6)", [0] * 10),  # .8 - .2 = .6, which in floating point is .6000000000000001
+    ("aab.", "evol", [0.75, 0.75, -0.75, -1]),  # <think>hm</think> throughout: no text is more novel, nu = 1/2
+    ("aabb", "evol", [-0.75] * 4),  # no m
+    ("a...", "evol", [0.75, -1, -1, -1]),
+    ("....", "evol", [-1] * 4),
+    ("a", "evol", [0.75]),
     ("aab.", "self-certainty", [3.1] * 4),
     ("aab.", "negative-entropy", [-0.21] * 4),
 ]
@@ -119,7 +142,15 @@ def test_rewards_by_hand(keys, variant, expected):
     assert all(type(r_i) is float for r_i in got)
 
 
-BY_COUNT = ["majority", "frequency", "gated-frequency", "confident-majority", "dirichlet", "semantic-entropy"]
+BY_COUNT = [
+    "majority",
+    "frequency",
+    "frequency(gamma=.3)",
+    "gated-frequency",
+    "confident-majority",
+    "dirichlet",
+    "semantic-entropy",
+]
 
 
 @pytest.mark.parametrize("variant", BY_COUNT)
@@ -208,6 +239,188 @@ def test_the_sampling_pass_says_how_certain_a_response_was():
         response |= {"self_certainty": 3.0 + i, "entropy": 0.5 * i}
     assert reward(group, "self-certainty") == [3, 4, 5, 6]
     assert reward(group, "negative-entropy") == [0, -0.5, -1, -1.5]
+
+
+def test_frequency_to_the_power_of_one_is_the_share_to_the_bit():
+    plain, one = bind_reward("frequency"), bind_reward("frequency(gamma=1)")
+    for size in range(1, 33):
+        for n in range(size + 1):
+            group = group_of("a" * n + "." * (size - n))
+            assert plain(group) == one(group) == [n / size] * n + [0.0] * (size - n)
+    group = group_of("aaabbc.")
+    for gamma in (0.3, 3):  # of the two settings that do this, the same numbers
+        assert reward(group, "frequency", gamma=gamma) == reward(
+            group, "continuous-consistency", power=gamma, penalty=0
+        )
+    for wrong in (0, -1, "2"):
+        with pytest.raises(ValueError, match="gamma is .*, expected a number above 0"):
+            reward(group, "frequency", gamma=wrong)
+
+
+def test_scrl_punishes_what_is_rare_and_no_surer_than_the_group():
+    group = group_of("aaaaaabcde")  # p(a) = .6; the others have .1 each, below .125
+    entropies = [0.2] * 6 + [0.1, 0.2, 0.3, 0.2]
+    for response, h in zip(group["responses"], entropies, strict=True):
+        response["entropy"] = h
+    # The group's mean is (1.2 + .8) / 10 = .2: b is surer, c and e are exactly as sure, d is less sure.
+    assert reward(group, "scrl") == [1] * 6 + [0, -1, -1, -1]
+    for response in group["responses"][:6]:
+        response["entropy"] = 0.5  # now the mean is .38, and all of the rare ones are surer
+    assert reward(group, "scrl") == [1] * 6 + [0] * 4
+    group = group_of("bbcdaaaaaa")
+    for response, h in zip(group["responses"], [0.1, 0.5, 0.2, 0.2] + [0.25] * 6, strict=True):
+        response["entropy"] = h
+    # b has the mean of its responses, .3, the group (1 + 1.5) / 10 = .25: both are punished, though one is sure
+    assert reward(group, "scrl(tau_low=.25)") == [-1, -1, 0, 0] + [1] * 6
+    # An abstention counts in the group's mean: with one at 2.25 it is (2.5 + 2.25) / 11 = .43, above b's
+    group["responses"].append(group_of(".")["responses"][0] | {"entropy": 2.25})
+    assert reward(group, "scrl(tau_low=.25)") == [0, 0, 0, 0] + [1] * 6 + [-1]
+
+
+def test_the_means_that_scrl_compares_are_exact():
+    group = group_of("abc")
+    for response, h in zip(group["responses"], (0.1, 0.2, 0.3), strict=True):
+        response["entropy"] = h  # mean .2, where (.1 + .2 + .3) / 3 is .20000000000000004
+    assert reward(group, "scrl(tau_low=.5)") == [0, -1, -1]
+
+
+def says(keys, before):
+    """A group whose responses say `before` before their answers."""
+    group = group_of(keys)
+    for response, text in zip(group["responses"], before, strict=True):
+        response["text"] = f"{text}\\boxed{{{response['key']}}}" if response["key"] else text
+    return group
+
+
+def test_novelty_by_hand():
+    # Sets of letters. ab, abc: 2/3; ab, cd: 0; abc, cd: 1/4. Less the means 1/3, 11/24, 1/8: 16/24, 13/24, 21/24.
+    assert novelty(["ab", "abc", "cd"], 1) == pytest.approx([3 / 8, 0, 1], abs=1e-15)
+    assert similarity({"abcde", "bcdef"}, {"abcde", "bcdeg"}) == 1 / 3
+    assert similarity(set("ab"), set("ab")) == 1 and similarity(set("ab"), set("cd")) == 0
+    assert similarity({""}, {""}) == similarity(set(), set()) == 1
+    # Runs of 5: ab stands for itself, abcde and abcdef share one of two.
+    assert novelty(["abcde", "abcdef", "ab"]) == pytest.approx([0, 0, 1])
+    assert novelty([]) == [] and novelty(["x"]) == [0.5]
+    assert novelty(["x", "y"]) == novelty(["x", "x"]) == [0.5] * 2
+    assert novelty(["", "", ""]) == novelty(["one", "two", "six"]) == [0.5] * 3  # equally near, equally far
+    # Each is 1/11, 1/5 and 1/3 like the others, in an order of its own: rounding may not be taken for a difference.
+    assert 1 / 11 + 1 / 5 + 1 / 3 != 1 / 3 + 1 / 5 + 1 / 11
+    assert novelty(["acdghi", "aefjkl", "bcdjkl", "befghi"], 1) == [0.5] * 4
+
+
+def test_evol_by_hand():
+    group = says("aabab.cc", ["ab", "abc", "x", "cd", "y", "z", "u", "u"])
+    # a is m; b, and c, have two responses each, which are as far from each other
+    expected = [0.5 + 3 / 16, 0.5, -0.75, 1, -0.75, -1, -0.75, -0.75]
+    assert reward(group, "evol(ngram=1)") == pytest.approx(expected, abs=1e-15)
+    expected = [-1 + 3 / 16, -1, -0.5] + [-0.75] * 3  # a tie: no m, and the novelty of each answer's own
+    assert reward(says("aaabbb", ["ab", "abc", "cd", "x", "x", "x"]), "evol(ngram=1)") == pytest.approx(expected)
+    spelled = says("777", ["so ", "so ", "then "])
+    spelled["responses"][1]["text"] = "so \\boxed{14/2}"  # another spelling of the answer is not novel
+    assert reward(spelled, "evol") == [0.5, 0.5, 1]
+
+
+def test_evol_pays_the_same_for_the_same_text_in_any_order():
+    draw = random.Random(5)
+    for _ in range(40):
+        size = draw.randint(1, 9)
+        rows = [
+            (draw.choice("aab."), " ".join(draw.choices(["one", "two", "red", "blue"], k=draw.randint(0, 4))))
+            for _ in range(size)
+        ]
+        expected = dict(zip(rows, reward(says(*zip(*rows)), "evol"), strict=True))
+        for _ in range(3):
+            draw.shuffle(rows)
+            assert reward(says(*zip(*rows)), "evol") == [expected[row] for row in rows]
+        for (key, _), r in expected.items():
+            assert r == -1 if key == "." else 0.5 <= r <= 1 or -1 <= r <= -0.5
+            assert r >= 0.5 or key != votes.majority_key([k if k != "." else None for k, _ in rows])
+
+
+def test_novelty_of_long_responses_takes_a_second_or_two():
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 8))) for _ in range(3000)]
+    texts = [" ".join(draw.choices(words, k=1500)) for _ in range(16)] * 4  # about 2048 tokens each, G = 64
+    start = time.process_time()
+    nu = novelty(texts)
+    assert time.process_time() - start < 8
+    assert (min(nu), max(nu)) == (0, 1) and nu[:16] * 4 == nu
+
+
+RANGES = {
+    "majority": (0, 1), "frequency": (0, 1), "gated-frequency": (0, 1), "confident-majority": (0, 1),
+    "dirichlet": (0, 1), "semantic-entropy": (0, 1), "continuous-consistency": (0, 1), "scrl": (-1, 1), "evol": (-1, 1),
+    "judged": (-0.5, 1.2), "judge-only": (0, 1), "self-certainty": (3.1, 3.1), "negative-entropy": (-0.9, 0),
+    "supervised": (0, 1), "random": (0, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", rewards.REWARDS)
+def test_no_reward_leaves_its_range(variant):
+    draw, (low, high) = random.Random(2), RANGES[variant]
+    for _ in range(60):
+        keys = draw.choices("aabcd.", k=draw.randint(1, 12))
+        group = judged_group(keys, [draw.choice([None, 0.0, 0.4, 0.95, 1.0]) for _ in keys])
+        for response in group["responses"]:
+            response["entropy"] = draw.choice([0, 0.3, 0.9])
+        r = reward(group, variant)
+        assert all(low <= r_i <= high for r_i in r)
+        if "." in keys and variant in (*BY_COUNT, "continuous-consistency", "scrl", "evol", "judged"):
+            silent = {r_i for r_i, key in zip(r, keys, strict=True) if key == "."}
+            assert len(silent) == 1 and silent.pop() <= min(r)  # no answer earns less than none at all
+
+
+# What is common to a group's rewards cancels in its advantages (docs/rewards.md, What cancels).
+EXACT = "group-norm(eps=0)"
+
+
+@pytest.mark.parametrize("estimator", rewards.ADVANTAGES)
+def test_a_term_that_all_rewards_of_a_group_have_cancels(estimator):
+    def cancels(r, term):
+        return advantage([r_i + term for r_i in r], estimator) == pytest.approx(advantage(r, estimator), abs=1e-12)
+
+    group = says("aaaab.", ["ab", "abc", "cd", "abd", "x", "z"])
+    for response in group["responses"]:
+        response["entropy"] = len(response["text"]) / 10
+        response["self_certainty"] = 12 + len(response["text"])
+    assert cancels(reward(group, "scrl"), 1)  # 0, 1 and 2 instead of -1, 0 and 1
+    assert cancels(reward(group, "evol(ngram=1)"), 1)  # nothing below 0
+    assert cancels(reward(group, "self-certainty"), -math.log(151_936))  # the paper's: KL(uniform || p)
+    plain = reward(group, "frequency")
+    assert reward(group, "frequency", lam_fmt=0.5) == [r_i - 0.5 for r_i in plain]  # all are ill-formed
+    assert cancels(plain, -0.5)
+
+
+def test_a_factor_that_all_rewards_of_a_group_have_cancels_under_group_norm_alone():
+    def factors(r, without, factor):
+        assert r == pytest.approx([factor * r_i for r_i in without], abs=1e-15)
+        assert advantage(r, EXACT) == pytest.approx(advantage(without, EXACT), rel=1e-9)
+        assert advantage(r, "group-norm") == pytest.approx(advantage(without, "group-norm"), rel=1e-3)
+        for estimator in ("mean", "rloo", "energy-centred"):
+            scaled = [factor * A_i for A_i in advantage(without, estimator)]
+            assert advantage(r, estimator) == pytest.approx(scaled, rel=1e-9)
+        beta = f"energy(beta={factor!r})"
+        assert advantage(r, "energy") == pytest.approx(advantage(without, beta), rel=1e-9)
+
+    # dirichlet: aab. without C
+    sigmoids = [sigmoid(1.32)] * 2 + [sigmoid(22 * (math.log(2 / 3) + 0.06)), 0]
+    factors(reward(group_of("aab."), "dirichlet"), sigmoids, C_32)
+    # frequency: counts for shares
+    factors(reward(group_of("aaab."), "frequency"), [3, 3, 3, 1, 0], 1 / 5)
+    # judged: a judge that has one score for all
+    judged = judged_group("aaab.", [0.95] * 5)
+    factors(reward(judged, "judged(lam_fmt=0)"), reward(judged, "frequency"), g(0.95))
+    # continuous-consistency: all are long
+    long = says("aab.", ["word " * 12, "word " * 40, "word " * 20, "word " * 30])
+    factors(reward(long, "continuous-consistency"), reward(long, "continuous-consistency(penalty=0)"), 0.9)
+
+
+def test_of_two_different_rewards_group_norm_sees_the_order_alone():
+    group = group_of("aaaaab")
+    expected = advantage(reward(group, "majority"), EXACT)
+    for variant in ("frequency", "frequency(gamma=.2)", "frequency(gamma=9)", "gated-frequency", "scrl", "dirichlet"):
+        assert advantage(reward(group, variant), EXACT) == pytest.approx(expected, rel=1e-9)
+    assert advantage(reward(group, "frequency"), "mean") != pytest.approx(advantage(reward(group, "majority"), "mean"))
 
 
 def test_g_is_bounded_and_never_falls():
