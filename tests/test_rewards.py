@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from fractions import Fraction
 
 import pytest
 from PIL import Image
@@ -112,6 +113,7 @@ CASES = [
     ("....", "continuous-consistency", [0, 0, 0, 0]),
     ("a", "continuous-consistency", [1]),
     ("aab.", "scrl", [1, 1, 0, -1]),  # p(m) = .5, .25 above the second, which is not below .125
+    ("aaabcdef", "scrl", [1, 1, 1] + [0] * 5),  # .375 is enough; of 8 responses none can be below .125
     ("aab.", "scrl(tau_pos=.51)", [0, 0, 0, -1]),
     ("aab.", "scrl(margin=.25)", [0, 0, 0, -1]),  # not above the margin
     ("aab.", "scrl(tau_low=.3)", [1, 1, -1, -1]),  # as unsure as the group is unsure enough
@@ -295,17 +297,18 @@ def says(keys, before):
 def test_novelty_by_hand():
     # Sets of letters. ab, abc: 2/3; ab, cd: 0; abc, cd: 1/4. Less the means 1/3, 11/24, 1/8: 16/24, 13/24, 21/24.
     assert novelty(["ab", "abc", "cd"], 1) == pytest.approx([3 / 8, 0, 1], abs=1e-15)
-    assert similarity({"abcde", "bcdef"}, {"abcde", "bcdeg"}) == 1 / 3
+    assert similarity({"abcde", "bcdef"}, {"abcde", "bcdeg"}) == Fraction(1, 3)
     assert similarity(set("ab"), set("ab")) == 1 and similarity(set("ab"), set("cd")) == 0
     assert similarity({""}, {""}) == similarity(set(), set()) == 1
     # Runs of 5: ab stands for itself, abcde and abcdef share one of two.
     assert novelty(["abcde", "abcdef", "ab"]) == pytest.approx([0, 0, 1])
+    assert novelty(["ab", "ab", "cd"]) == [0, 0, 1]
     assert novelty([]) == [] and novelty(["x"]) == [0.5]
     assert novelty(["x", "y"]) == novelty(["x", "x"]) == [0.5] * 2
     assert novelty(["", "", ""]) == novelty(["one", "two", "six"]) == [0.5] * 3  # equally near, equally far
-    # Each is 1/11, 1/5 and 1/3 like the others, in an order of its own: rounding may not be taken for a difference.
-    assert 1 / 11 + 1 / 5 + 1 / 3 != 1 / 3 + 1 / 5 + 1 / 11
-    assert novelty(["acdghi", "aefjkl", "bcdjkl", "befghi"], 1) == [0.5] * 4
+    # Each is to the others as 1/11, 1/5 and 1/5, in an order of its own: rounding may not be taken for a difference.
+    assert 1 / 11 + 1 / 5 + 1 / 5 != 1 / 5 + 1 / 5 + 1 / 11
+    assert novelty(["acdghk", "aefijl", "bcdijm", "befghn"], 1) == [0.5] * 4
 
 
 def test_evol_by_hand():

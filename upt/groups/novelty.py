@@ -1,14 +1,14 @@
 """Novelty: how far a text is from other texts, by the short runs of characters that they share."""
 
 import itertools
-import statistics
 from collections.abc import Sequence
+from fractions import Fraction
 
 
-def similarity(a: set[str], b: set[str]) -> float:
+def similarity(a: set[str], b: set[str]) -> Fraction:
     """The Jaccard index |a & b| / |a | b| of two sets of n-grams: in [0, 1], symmetric, 1 where they are equal."""
     shared = len(a & b)
-    return shared / (len(a) + len(b) - shared) if a or b else 1.0
+    return Fraction(shared, len(a) + len(b) - shared) if a or b else Fraction(1)
 
 
 def novelty(texts: Sequence[str], ngram: int = 5) -> list[float]:
@@ -19,12 +19,11 @@ def novelty(texts: Sequence[str], ngram: int = 5) -> list[float]:
     it was split into tokens. Time: linear in the texts for their n-grams, then one intersection of sets for each pair.
     """
     grams = [{text[k : k + ngram] for k in range(max(1, len(text) - ngram + 1))} for text in texts]
-    near: list[list[float]] = [[] for _ in texts]
+    # Fractions, since scaling would blow a rounding error up to the whole of [0, 1] where all are equally far.
+    far = [Fraction(0)] * len(texts)  # summed over the others, which scales to the same as the mean
     for i, j in itertools.combinations(range(len(texts)), 2):
-        s = similarity(grams[i], grams[j])
-        near[i].append(s)
-        near[j].append(s)
-    # The exactly rounded mean: equal ones come out equal, whatever the order of the texts, and scaling keeps them so.
-    far = [1 - statistics.mean(s) if s else 0.0 for s in near]
-    least, spread = min(far, default=0.0), max(far, default=0.0) - min(far, default=0.0)
-    return [(f - least) / spread if spread > 1e-12 else 0.5 for f in far]
+        distance = 1 - similarity(grams[i], grams[j])
+        far[i] += distance
+        far[j] += distance
+    least, most = min(far, default=0), max(far, default=0)
+    return [float((f - least) / (most - least)) if most > least else 0.5 for f in far]
