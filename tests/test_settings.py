@@ -286,7 +286,10 @@ def test_every_target_that_is_taken_gets_its_layers(tiny, targets, layers):
         ("dirichlet(beta=0)", "beta is 0, expected a number above 0"),
         ("dirichlet(delta=1e999)", "delta is inf, expected the like of 0.06"),
         ("continuous-consistency(penalty=2)", "penalty is 2, expected a number from 0 to 1"),
-        ("random(seed=-1)", "seed is -1, expected a number from 0 to 2.63 - 1"),
+        ("random(seed=-1)", "seed is -1, expected a whole number from 0 to 2.63 - 1"),
+        ("random(seed=2.5)", "seed is 2.5, expected a whole number from 0 to 2.63 - 1"),
+        ("evol(ngram=3.0)", "ngram is 3.0, expected a whole number at least 1 and at most 2.31 - 1"),
+        ("scrl(tau_pos=2)", "tau_pos is 2, expected a number from 0 to 1"),
         ("majority(max_share=-.5)", "max_share is -0.5, expected a number from 0 to 1"),
     ],
 )

@@ -154,8 +154,9 @@ def _expected(value, default, annotation) -> str | None:
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "True or False"
     if range := range_of(annotation):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return None if number and not outside(value, annotation) else f"a number {range}"
+        kind, word = (int, "a whole number") if get_args(annotation)[0] is int else (int | float, "a number")
+        number = isinstance(value, kind) and not isinstance(value, bool)
+        return None if number and not outside(value, annotation) else f"{word} {range}"
     if isinstance(default, int | float):
         number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         return None if number else f"the like of {default!r}"
