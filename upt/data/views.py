@@ -59,8 +59,6 @@ def without_view(questions: Questions, view: str) -> str | None:
     """
     if not questions.pictures:
         raise SettingError(f"--view {view}: the questions of {questions.name} have no pictures; leave it out")
-    if missing := len(questions) - questions.pictures:
-        return (
-            f"--view {view}: {missing} of {len(questions)} questions have no picture, so all their responses are alike"
-        )
-    return None
+    missing = len(questions) - questions.pictures
+    alike = f"{missing} of {len(questions)} questions have no picture: all their responses see the same"
+    return f"--view {view}: {alike}" if missing else None

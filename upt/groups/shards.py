@@ -129,8 +129,8 @@ def validate(group: dict, where: str) -> None:
     half = len(views) // 2
     if any(views) and views != [None] * half + [views[-1]] * half:
         raise ShardError(
-            f"{where}: the views of the responses are {views!r:.120}, expected null for the first half and the same one "
-            "for the second, which tells who saw what; leave the responses as the rollout wrote them"
+            f"{where}: the views of the responses are {views!r:.120}, expected null for the first half and one and the "
+            "same for the second; leave the responses as the rollout wrote them"
         )
 
 

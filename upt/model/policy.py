@@ -193,24 +193,24 @@ class Policy:
     def encode(self, questions: Iterable, template: str, max_tokens: int | None = None) -> tuple[list, dict[str, int]]:
         """Questions to prompts with their image features; (prompts, {uid: tokens} of those over max_tokens).
 
-        A prompt of a question with a view has a twin; over the limit are both if one is.
+        Where a question has a view, its prompt has a twin, and the longer of the two counts.
         """
         prompts, dropped = [], {}
         pending, pending_size = [], 0
         for question in questions:
-            encoded = [self.encode_one(seen, template) for seen in shown(question)]
+            encoded = [self.encode_one(one, template) for one in shown(question)]
             longest = max(len(prompt.ids) for prompt, _, _ in encoded)
             if max_tokens is not None and longest > max_tokens:
                 dropped[question.uid] = longest
                 continue
-            prompt, *twins = [prompt for prompt, _, _ in encoded]
-            prompt.twin = twins[0] if twins else None
+            prompt, *twins = (prompt for prompt, _, _ in encoded)
+            if twins:
+                prompt.twin = twins[0]
             prompts.append(prompt)
-            for prompt, pixels, key in encoded:
-                if pixels is None:
-                    continue
-                pending.append((prompt, pixels, key))
-                pending_size += pixels.numel()
+            for seen, pixels, key in encoded:
+                if pixels is not None:
+                    pending.append((seen, pixels, key))
+                    pending_size += pixels.numel()
                 if pending_size > PIXEL_VALUES_AT_ONCE:
                     self.see(pending)
                     pending, pending_size = [], 0

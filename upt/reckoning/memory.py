@@ -85,8 +85,8 @@ class Demand:
 
     @property
     def keys_per_token(self) -> float:
-        """Keys gathered for each query of a packed row: P for the prompt and P + R a response, over P + G R. A row holds
-        the responses of one view."""
+        """Keys gathered for each query of a packed row: P for the prompt and P + R a response, over P + G R, for the G
+        responses of one view."""
         P, R, G = self.max_prompt_tokens, self.max_new_tokens, self.group_size // self.views
         return (P + G * (P + R)) / (P + G * R)
 
