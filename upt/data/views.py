@@ -44,7 +44,7 @@ def padded(image: "Image.Image") -> "Image.Image":
     return ImageOps.expand(image, -(-max(image.size) // 16), colour)
 
 
-VIEWS: dict[str, "Callable[[Image.Image], Image.Image]"] = {
+VIEWS: dict[str, Callable] = {
     "brighter": brighter,
     "faded": faded,
     "scaled": scaled,
