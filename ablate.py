@@ -100,6 +100,7 @@ def scores_of(variant: Variant, seed: int) -> "compare.offline.Scores":
         rewards.bind_advantage(variant.advantage or "group-norm"),
         rewards.needs_judge(variant.reward),
         rewards.needs_gold(variant.reward),
+        rewards.needs_view(variant.reward),
     )
 
 

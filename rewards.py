@@ -28,6 +28,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -161,6 +162,30 @@ def evol(group: dict, *, ngram: Count = 5) -> list[float]:
     return r
 
 
+def two_view(group: dict) -> list[float]:
+    """r_i = 1 if a_i = m else 0, in {0, 1}, where m alone has the largest 2 p(a) q(a) / (p(a) + q(a)); none: 0 for all.
+
+    p(a) and q(a) are the shares of an answer among the responses to the two views of the picture (`--view`), so an
+    answer to one of them only has 0. A question without a picture looks the same in both, p = q: `majority`. After
+    2511.01191 (Self-Harmony), whose other view is a question in other words.
+    """
+    if group.get("image") is None:
+        return majority(group)
+    views: dict[str | None, list] = {}
+    for response in group["responses"]:
+        views.setdefault(response.get("view"), []).append(response["key"])
+    if len(views) != 2:
+        raise ShardError(
+            f"{group.get('uid')}: its responses saw {len(views)} view of the picture, and this reward compares two; "
+            "sample them with --view faded"
+        )
+    p, q = ({a: Fraction(n, len(keys)) for a, n in counts(keys).items()} for keys in views.values())
+    harmonic = {a: 2 * p[a] * q[a] / (p[a] + q[a]) for a in p if a in q}
+    top = max(harmonic.values(), default=None)
+    leaders = [a for a, mean in harmonic.items() if mean == top]
+    return [float(leaders == [key]) for key in keys_of(group)]
+
+
 # --- rewards from a judge's scores ------------------------------------------------------------------------------------
 
 
@@ -254,7 +279,7 @@ def random(group: dict, *, seed: Seed = 0) -> list[float]:
     return [float(hashlib.sha256(tag.encode()).digest()[0] & 1) for tag in tags]
 
 
-judged.needs_judge = judge_only.needs_judge = supervised.needs_gold = True
+judged.needs_judge = judge_only.needs_judge = supervised.needs_gold = two_view.needs_view = True
 
 REWARDS: dict[str, Callable[..., list[float] | None]] = {
     "majority": majority,
@@ -266,6 +291,7 @@ REWARDS: dict[str, Callable[..., list[float] | None]] = {
     "continuous-consistency": continuous_consistency,
     "scrl": scrl,
     "evol": evol,
+    "two-view": two_view,
     "judged": judged,
     "judge-only": judge_only,
     "self-certainty": self_certainty,
@@ -286,6 +312,11 @@ def needs_judge(variant: str) -> bool:
 def needs_gold(variant: str) -> bool:
     """Whether a variant reads gold answers. A function of your own says so: `mine.needs_gold = True`."""
     return bool(getattr(variants.find("reward", REWARDS, variant), "needs_gold", False))
+
+
+def needs_view(variant: str) -> bool:
+    """Whether a variant compares two views of a picture. A function of your own says so: `mine.needs_view = True`."""
+    return bool(getattr(variants.find("reward", REWARDS, variant), "needs_view", False))
 
 
 def bind_reward(variant: str, **settings) -> Callable[[dict], list[float] | None]:

@@ -19,6 +19,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 
 from upt import data, model, stages
+from upt.data import views
 from upt.groups import manifests, shards
 from upt.run import cli, progress
 from upt.run.locking import alone
@@ -48,6 +49,8 @@ def main(config: Config) -> None:
     print(f"sampling {config.model} on {questions.describe()}: {much}, into {folder}", file=sys.stderr)
     if questions.weights:
         print(data.shares(questions, config.questions_per_step), file=sys.stderr)
+    if config.view and (without := views.without_view(questions, config.view)):
+        print(without, file=sys.stderr)
     model.check_room(config, ["rollout"])
     policy = model.Policy.load(config.model, **config.loading())
     identity = {"seed": config.seed, "model": config.model, "adapter": config.adapter}

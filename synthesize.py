@@ -48,6 +48,7 @@ class Config(Asking, Rollout):
     """folder of the data set to write"""
     preset: None = hidden(None)
     steps: Count | None = hidden(None)
+    view: None = hidden(None)
 
     def resolve(self) -> "Config":
         super().resolve()

@@ -37,7 +37,7 @@ import synthesize
 from eval import heldout
 from eval.follow import Followed
 from upt import answers, data, model, prompts, run, stages
-from upt.data import names
+from upt.data import names, views
 from upt.errors import SettingError, Stopped
 from upt.files import read_json, write_whole, writing
 from upt.groups import manifests, scoring, shards, variants
@@ -94,6 +94,10 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
         if self.reward != STORED:
             reward_of = rewards.bind_reward(self.reward, run_seed=self.seed, **variants.band(self))
             scoring.try_out(reward_of, rewards.bind_advantage(self.advantage))
+            if rewards.needs_view(self.reward) and self.view is None:
+                raise SettingError(
+                    f"--reward {self.reward} compares the answers to two views of a picture: sample with --view faded"
+                )
         self.check_judge()
         self.check_correction()
         if self.init_adapter is not None:
@@ -154,6 +158,8 @@ def check_questions(questions, held_out, config: Config) -> None:
             )
         if questions.weights:
             print(data.shares(questions, config.questions_per_step))
+        if config.view and (without := views.without_view(questions, config.view)):
+            print(without)
         if config.questions_per_step > len(questions):
             print(f"{config.data} has {len(questions)} questions: that many a step, not {config.questions_per_step}")
     print(plan(config, questions))
@@ -192,6 +198,7 @@ def stored(policy, path: Path, config: Config, clock: Clock) -> tuple[list, list
                 choices=group["choices"],
                 image=None if group["image"] is None else shards.open_image(config.from_shards, group["image"]),
                 gold=group["gold"],
+                view=shards.view_of(group),
             )
             for group in groups
         ]

@@ -30,7 +30,7 @@ from upt.files import check_file, write_whole
 from upt.groups.stats import FEW, FEW_NOTE, counted
 from upt.ranges import Count, Few, Name
 from upt.run import cli, progress, trained
-from upt.run.settings import Rollout
+from upt.run.settings import Rollout, hidden
 
 if TYPE_CHECKING:
     from upt.model import Policy
@@ -55,6 +55,7 @@ class Config(Rollout):
     """number of questions; None: as the model's defaults say"""
     eval_samples: Few | None = None
     """samples for each question, k; None: as many as --run, else 8"""
+    view: None = hidden(None)
 
     def resolve(self) -> "Config":
         if self.run is not None:

@@ -81,6 +81,7 @@ class Config(Rollout):
     steps: Count | None = hidden(None)
     questions_per_step: Count | None = hidden(None)
     group_size: Few | None = hidden(None)
+    view: None = hidden(None)
 
     def resolve(self) -> "Config":
         if self.data is None:

@@ -317,6 +317,9 @@ def test_default_variants_are_those_that_the_shards_serve(tmp_path, capsys):
     capsys.readouterr()
     assert chosen("some", FIVE) == [name for name in every if name not in (*judged, "supervised")]
     assert "left out: supervised needs gold" in capsys.readouterr().err
+    pictured = [group | {"image": "images/a.png"} for group in FIVE]
+    assert "two-view" in chosen("none has a picture", FIVE) and "two-view" not in chosen("one view", pictured)
+    assert "left out: two-view needs two views of the picture; sample with `--view" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

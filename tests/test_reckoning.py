@@ -291,6 +291,10 @@ def test_memory_of_the_seven_by_hand():
     smaller = fits(CONFIGS[SEVEN], settings(update_tokens=8192), 78.5 * GIB)
     assert smaller.tokens == 8192
     assert smaller.phases["update"]["activations"] / 8192 == pytest.approx(504_000, rel=0.01)
+    # With two views a question is two prompts of 5 responses: 2 ceil(250 / 5) of them lie there, less room for slots.
+    views = fits(CONFIGS[SEVEN], settings(view="faded", slots=240), 78.5 * GIB)
+    assert views.slots == {"rollout": 240} and views.features == 2 * found.features
+    assert views.phases["rollout"]["KV"] == kv * (240 * 2047 + 96 * 2048)
     alone = fits(CONFIGS[SEVEN], settings(lora_rank=None), 78.5 * GIB, ["rollout"])
     assert {*alone.phases} == {"pictures", "rollout"} and "adapter" not in alone.phases["rollout"]
     assert fits(CONFIGS[SEVEN], settings(slots=20), 78.5 * GIB).slots == {"rollout": 20}

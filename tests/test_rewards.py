@@ -526,6 +526,42 @@ def test_every_variant_gives_every_group_finite_floats(keys, variant):
     assert variant == "random" or reward(turned, variant) == [got[i] for i in order]
 
 
+def viewed(first: str, second: str, **fields) -> dict:
+    """A group whose first responses saw the plain picture and whose others saw a view of it."""
+    group = group_of(first + second, image="images/a.png", **fields)
+    for response in group["responses"][len(first) :]:
+        response["view"] = "scaled"
+    return group
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "label"),
+    [
+        ("aaaa", "abbb", "a"),  # 2 · 1 · 1/4 / (5/4) = .4; b in one view only: 0
+        ("aaaac", "bbb.c", "c"),  # the majority is in one view only; c: 2 · 1/5 · 1/5 / (2/5) = .2
+        ("aaaabb", "abb...", "b"),  # a, with 5 votes: 2 · 4/6 · 1/6 / (5/6) = 4/15; b, with 4: 2/6 twice, hence 5/15
+        ("aab.", "abb.", None),  # 2 · 2/4 · 1/4 / (3/4) = 1/3 each
+        ("aaabbbb...", "aaaaaabbbb", None),  # 2 · .3 · .6 / .9 = .4, and .4 exactly
+        ("a...", "b..a", "a"),
+        ("aa", "bb", None),
+        ("aa", "..", None),
+        ("..", "..", None),
+    ],
+)
+def test_two_views_by_hand(first, second, label):
+    group = viewed(first, second)
+    assert reward(group, "two-view") == [float(key == label) for key in first + second]
+    turned = group | {"responses": group["responses"][::-1]}
+    assert reward(turned, "two-view") == reward(group, "two-view")[::-1]
+
+
+def test_two_views_need_two_or_no_picture():
+    assert reward(group_of("aab."), "two-view") == [1, 1, 0, 0]  # without a picture each is like the other: majority
+    for group in (group_of("aab.", image="images/a.png"), viewed("", "aab.")):
+        with pytest.raises(ValueError, match="shapes/train/000001: its responses saw 1 view .*--view faded"):
+            reward(group, "two-view")
+
+
 def test_supervised_grades_the_text_against_gold(monkeypatch):
     group = group_of(["7", "8", None, "7"])
     assert reward(group, "supervised") == [1, 0, 0, 1]

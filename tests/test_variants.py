@@ -252,7 +252,8 @@ def test_a_file_is_executed_once_until_it_is_edited(tmp_path, monkeypatch):
 def test_what_a_variant_needs(mine):
     judges = {name for name in rewards.REWARDS if rewards.needs_judge(name)}
     golds = {name for name in rewards.REWARDS if rewards.needs_gold(name)}
-    assert (judges, golds) == ({"judged", "judge-only"}, {"supervised"})
+    views = {name for name in rewards.REWARDS if rewards.needs_view(name)}
+    assert (judges, golds, views) == ({"judged", "judge-only"}, {"supervised"}, {"two-view"})
     assert rewards.needs_judge("judged(lam_fmt=.5)") and rewards.needs_judge("mine.py:mine(x=2)")
     assert not rewards.needs_judge("mine.py:needs(scale=1)") and rewards.needs_gold("mine.py:needs(scale=1)")
     with pytest.raises(ValueError, match="'judge'"):

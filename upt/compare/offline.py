@@ -108,9 +108,17 @@ class Scores:
     `reward_of` takes a group and returns G rewards, or None to skip it; `advantage_of` turns them into advantages.
     """
 
-    def __init__(self, label: str, reward_of: Callable, advantage_of: Callable, needs_judge=False, needs_gold=False):
+    def __init__(
+        self,
+        label: str,
+        reward_of: Callable,
+        advantage_of: Callable,
+        needs_judge: bool = False,
+        needs_gold: bool = False,
+        needs_view: bool = False,
+    ):
         self.label, self.reward_of, self.advantage_of = label, reward_of, advantage_of
-        self.needs_judge, self.needs_gold = needs_judge, needs_gold
+        self.needs_judge, self.needs_gold, self.needs_view = needs_judge, needs_gold, needs_view
         self.r, self.A, self.skipped = array("d"), array("d"), array("b")
 
     def lacks(self, group: dict) -> str | None:
@@ -119,6 +127,8 @@ class Scores:
             return "a judge's scores; make them with `python judge.py --rollouts DIR --out JUDGED` and compare on those"
         if self.needs_gold and group["gold"] is None:
             return "gold answers; sample from data that have them, or leave this variant out"
+        if self.needs_view and group["image"] is not None and shards.view_of(group) is None:
+            return "two views of the picture; sample with `--view faded`, or leave this variant out"
         return None
 
     def add(self, group: dict) -> None:
@@ -143,7 +153,7 @@ def read(folder: Path, scores: list[Scores], strict: bool) -> tuple[Votes, list[
         begun = time.perf_counter()
         seconds["reading"] += begun - clock
         for score in [*scores]:
-            if (score.needs_judge or score.needs_gold) and (missing := score.lacks(group)):
+            if missing := score.lacks(group):
                 text = f"{score.label} needs {missing} (group {group['uid']} of {folder})"
                 if strict:
                     raise ShardError(text)

@@ -28,6 +28,7 @@ class Question:
     image: "Image.Image | None"  # RGB; None for a text-only question
     gold: str | None
     kind: str | None = None  # kind of question, where the set has several
+    view: str | None = None  # in which the second half of its responses sees the picture (views.py)
 
 
 class Questions:

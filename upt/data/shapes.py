@@ -60,7 +60,7 @@ class Item:
     names: tuple[str, ...]  # the colours asked about, in order
     facts: tuple[int, ...]  # the numbers to be read, in the order in which `worked` takes them
 
-    choices = None
+    choices = view = None
 
     @property
     def gold(self) -> str:

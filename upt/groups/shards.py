@@ -20,13 +20,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from upt.data.views import VIEWS
 from upt.errors import ShardError, suggest_path
 from upt.files import write_whole, writing
 
 SCHEMA = "upt.group/1"
 _SHARD_NAME = re.compile(r"step-(\d{6,})\.jsonl")
 _AGAIN = "to regenerate this shard, run the stage that wrote it again with the same --out"
-
+A_VIEW = f"a view ({', '.join(VIEWS)})"
 
 # name: what is expected (see _CHECKS)
 GROUP_FIELDS = {
@@ -47,11 +48,12 @@ RESPONSE_FIELDS = {
     "entropy": "a finite number",
     "self_certainty": "a finite number",
     "key": "null or a string",
+    "view": f"null or {A_VIEW}",
     "judge": "an object with 'score' (null or a number from 0 to 1) and 'parsed' (true or false)",
     "reward": "a finite number",
     "advantage": "a finite number",
 }
-LATER = ("judge", "reward", "advantage")  # added after the rollout
+OPTIONAL = ("view", "judge", "reward", "advantage")  # of a rollout with --view; added after the rollout
 
 
 def _finite(values: list) -> bool:
@@ -87,6 +89,7 @@ _CHECKS = {  # what is expected, in the words of the error message: whether a va
     "a list that is not empty": lambda value: isinstance(value, list) and value != [],
     "a list of strings": lambda value: isinstance(value, list) and {*map(type, value)} <= {str},
     "a list of integers >= 0": lambda value: isinstance(value, list) and _counts(value),
+    A_VIEW: lambda value: isinstance(value, str) and value in VIEWS,
     "a list of finite numbers": lambda value: isinstance(value, list) and _finite(value),
     "an object with 'score' (null or a number from 0 to 1) and 'parsed' (true or false)": _is_judge,
 }
@@ -97,7 +100,7 @@ def _check_fields(record: dict, fields: dict[str, str], where: str) -> None:
         raise ShardError(f"{where} is {record!r:.60}, expected an object with the fields {', '.join(fields)}")
     for name, expected in fields.items():
         if name not in record:
-            if name not in LATER:
+            if name not in OPTIONAL:
                 raise ShardError(f"{where}.{name} is missing, expected {expected}; add it where the rollout is written")
         elif record[name] is None and expected.startswith("null or "):
             pass
@@ -122,6 +125,18 @@ def validate(group: dict, where: str) -> None:
         n, m = len(response["token_ids"]), len(response["logprobs"])
         if n != m:
             raise ShardError(f"{at} has {n} token_ids and {m} logprobs, expected one each; keep the stop token in both")
+    views = [response.get("view") for response in group["responses"]]
+    half = len(views) // 2
+    if any(views) and views != [None] * half + [views[-1]] * half:
+        raise ShardError(
+            f"{where}: the views of the responses are {views!r:.120}, expected null for the first half and one and the "
+            "same for the second; leave the responses as the rollout wrote them"
+        )
+
+
+def view_of(group: dict) -> str | None:
+    """The view in which the second half of a group saw its picture; None: all of it saw the picture as it is."""
+    return group["responses"][-1].get("view")
 
 
 def write_shard(path: Path | str, groups: Iterable[dict]) -> None:

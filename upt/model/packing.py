@@ -1,8 +1,9 @@
 """Groups as rows of one forward pass: `[prompt | y_1 | ... | y_G]`, each response seeing the prompt and itself.
 
 A response has the positions it would have on its own, and the prompt is computed once instead of G times. A row longer
-than the token budget is split into rows that each repeat the prompt. The rows of a batch lie one behind the other in
-one sequence, without padding; who sees whom is computed in attention.py.
+than the token budget is split into rows that each repeat the prompt. A group that sees its image in two views is two
+rows. The rows of a batch lie one behind the other in one sequence, without padding; who sees whom is computed in
+attention.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,11 @@ class Prompt:
     ids: list[int]  # P tokens
     positions: torch.Tensor  # (axes, P): three for M-RoPE
     features: Features | None
+    twin: "Prompt | None" = None  # the same with the image in a view, which the second half of a group answers
+
+    def seen_by(self, i: int, size: int) -> "Prompt":
+        """What response i of a group of `size` answers: this prompt, or its twin."""
+        return self if self.twin is None or 2 * i < size else self.twin
 
 
 @dataclass
@@ -49,8 +55,9 @@ def pack(prompts: Sequence[Prompt], responses: Sequence[Sequence[list[int]]], bu
         for i, response in enumerate(group):
             if not response:
                 continue
-            if row is None or len(row) + len(response) - 1 > budget:
-                row = Row(prompt, [], [])
+            seen = prompt.seen_by(i, len(group))
+            if row is None or row.prompt is not seen or len(row) + len(response) - 1 > budget:
+                row = Row(seen, [], [])
                 rows.append(row)
             row.responses.append(list(response))
             row.owners.append((g, i))

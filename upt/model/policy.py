@@ -28,6 +28,7 @@ from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE as CHAT_TEMPL
 from transformers.utils import cached_file
 
 from kernels import linear_logprob
+from upt.data.views import shown
 from upt.errors import PolicyError
 from upt.files import publish, write_whole, writing
 from upt.model import TARGETS
@@ -190,18 +191,26 @@ class Policy:
 
     @torch.no_grad()
     def encode(self, questions: Iterable, template: str, max_tokens: int | None = None) -> tuple[list, dict[str, int]]:
-        """Questions to prompts with their image features; (prompts, {uid: tokens} of those over max_tokens)."""
+        """Questions to prompts with their image features; (prompts, {uid: tokens} of those over max_tokens).
+
+        Where a question has a view, its prompt has a twin, and the longer of the two counts.
+        """
         prompts, dropped = [], {}
         pending, pending_size = [], 0
         for question in questions:
-            prompt, pixels, key = self.encode_one(question, template)
-            if max_tokens is not None and len(prompt.ids) > max_tokens:
-                dropped[question.uid] = len(prompt.ids)
+            encoded = [self.encode_one(one, template) for one in shown(question)]
+            longest = max(len(prompt.ids) for prompt, _, _ in encoded)
+            if max_tokens is not None and longest > max_tokens:
+                dropped[question.uid] = longest
                 continue
+            prompt, *twins = (prompt for prompt, _, _ in encoded)
+            if twins:
+                prompt.twin = twins[0]
             prompts.append(prompt)
-            if pixels is not None:
-                pending.append((prompt, pixels, key))
-                pending_size += pixels.numel()
+            for seen, pixels, key in encoded:
+                if pixels is not None:
+                    pending.append((seen, pixels, key))
+                    pending_size += pixels.numel()
                 if pending_size > PIXEL_VALUES_AT_ONCE:
                     self.see(pending)
                     pending, pending_size = [], 0

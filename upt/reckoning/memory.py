@@ -49,6 +49,7 @@ class Demand:
 
     questions_per_step: int = 1
     group_size: int = 1
+    view: str | None = None  # a question is two prompts, each of half of its responses
     max_prompt_tokens: int = 2048
     max_new_tokens: int = 2048
     slots: int = MOST_SLOTS  # a bound: fewer where they don't fit
@@ -70,6 +71,10 @@ class Demand:
         return cls(**{name: value for name, value in given.items() if value not in (None, "auto")})
 
     @property
+    def views(self) -> int:
+        return 1 if self.view is None else 2
+
+    @property
     def bytes_each(self) -> int:
         return 4 if self.dtype == "fp32" else 2
 
@@ -80,8 +85,9 @@ class Demand:
 
     @property
     def keys_per_token(self) -> float:
-        """Keys gathered for each query of a packed row: P for the prompt and P + R a response, over P + G R."""
-        P, R, G = self.max_prompt_tokens, self.max_new_tokens, self.group_size
+        """Keys gathered for each query of a packed row: P for the prompt and P + R a response, over P + G R, for the G
+        responses of one view."""
+        P, R, G = self.max_prompt_tokens, self.max_new_tokens, self.group_size // self.views
         return (P + G * (P + R)) / (P + G * R)
 
 
@@ -251,13 +257,15 @@ def sampled(
 def reckon(sizes: Sizes, demand: Demand, free_bytes: float, phases: Sequence[str] = PHASES) -> Reckoned:
     """What a run of these phases needs, with the most slots and tokens that fit in USABLE of `free_bytes`."""
     b, P, R, G = demand.bytes_each, demand.max_prompt_tokens, demand.max_new_tokens, demand.group_size
+    prompts = demand.views * demand.questions_per_step
     lora = lora_parameters(sizes, demand.lora_rank, demand.lora_targets) if demand.lora_rank else 0
     weights, trained = {"weights": b * sizes.parameters}, "update" in phases
     held = weights | ({"adapter": adapter_bytes(lora, b, moments=trained)} if lora else {})
     left = USABLE * free_bytes - sum(held.values())
     found, slots, tokens = {"pictures": held | {"tower": tower_bytes(sizes, P, b)}}, {}, 0
     if "rollout" in phases:
-        slots["rollout"], parts = sampled(sizes, demand, left, P, R, G, demand.slots)
+        asked = replace(demand, questions_per_step=prompts)
+        slots["rollout"], parts = sampled(sizes, asked, left, P, R, G // demand.views, demand.slots)
         found["rollout"] = held | parts
     if "judging" in phases and demand.judge_mode == "text":  # a prompt of all the responses that are judged with it
         judgements = G * demand.judge_repeats
@@ -272,7 +280,7 @@ def reckon(sizes: Sizes, demand: Demand, free_bytes: float, phases: Sequence[str
         room = USABLE * free_bytes - sum(held.values())
         tokens = tokens_that_fit(room, token, fixed, demand.row, demand.update_tokens)
         found["update"] = held | {"activations": int(tokens * token), "logits": fixed}
-    return Reckoned(found, int(free_bytes), slots, tokens, demand.questions_per_step * feature_bytes(sizes, P, b))
+    return Reckoned(found, int(free_bytes), slots, tokens, prompts * feature_bytes(sizes, P, b))
 
 
 def fits(config: dict, settings, free_bytes: float, phases: Sequence[str] = PHASES, **known) -> Reckoned:

@@ -85,6 +85,8 @@ class Sampling:
     """questions in one step, capped by the data"""
     group_size: Few | None = None
     """responses to each question, G"""
+    view: Literal["brighter", "faded", "scaled", "padded"] | None = None
+    """how the second half of a group sees its picture (upt/data/views.py); None: as the first does"""
     temperature: Temperature | None = None
     """sampling temperature; 0 is greedy"""
     top_p: Nucleus | None = None
@@ -126,6 +128,10 @@ class Rollout(Run, Sampling, Model, Data, Typed):
         presets.fill(self)
         self.check()
         prompts.template(self.prompt)
+        if self.view and self.group_size % 2:
+            raise SettingError(
+                f"--view {self.view}: half of a group sees it, so --group-size has to be even, not {self.group_size}"
+            )
         self.check_loading()
         return self
 

@@ -89,7 +89,7 @@ def asked(config, number: int, adapter: str | None, folder: Path, ask: Callable)
     """The filters' counts of a round's questions, which are written first unless they are there."""
     if not (folder / "summary.json").is_file():
         shared = {field.name for of in (Rollout, Asking) for field in fields(of)}
-        shared -= {"out", "preset", "steps", "adapter", "round"}
+        shared -= {"out", "preset", "steps", "adapter", "round", "view"}
         settings = {name: getattr(config, name) for name in shared}
         ask(**settings | {"mode": config.synthesize, "adapter": adapter, "round": number, "out": folder})
     return read_json(folder / "summary.json")

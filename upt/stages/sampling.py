@@ -6,7 +6,7 @@ so a response does not change with the batch it was sampled in.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ def step_rows(questions: Questions, per_step: int, seed: int, step: int, round: 
 def step_batch(policy: Policy, questions: Questions, step: int, config: Rollout) -> Batch:
     """Load and encode the questions of one step; none may be left when all are bad or over the limit."""
     rows = step_rows(questions, config.questions_per_step, config.seed, step, config.round)
-    found = questions.get(rows)
+    found = [replace(question, view=config.view) for question in questions.get(rows)]
     prompts, too_long = policy.encode(found, template(config.prompt), config.max_prompt_tokens)
     left_out = {
         questions.uids[row]: questions.bad[questions.uids[row]] for row in rows if questions.uids[row] in questions.bad
@@ -68,10 +68,15 @@ def step_batch(policy: Policy, questions: Questions, step: int, config: Rollout)
 def sample_groups(
     policy: Policy, prompts: Sequence[Prompt], step: int, config: Rollout, tick: Callable[[int], None] = lambda n: None
 ) -> list[list[Sampled]]:
-    """G responses to each prompt, in the order of the prompts. `tick(n)` is called after every n finished responses."""
+    """G responses to each prompt, in the order of the prompts. `tick(n)` is called after every n finished responses.
+
+    Where prompts have twins the second half of a group answers the twin, and G is even.
+    """
     G = config.group_size
+    halves = [0, G // 2] if any(prompt.twin for prompt in prompts) else [0]
+    seen = [prompt.seen_by(first, G) for prompt in prompts for first in halves]
     rows = [row_id(step, prompt.uid, g) for prompt in prompts for g in range(G)]
-    sampled = generate(policy, prompts, rows, config, tick=tick)
+    sampled = generate(policy, seen, rows, config, tick=tick)
     return [sampled[start : start + G] for start in range(0, len(rows), G)]
 
 
@@ -103,7 +108,8 @@ def rollout(policy, batch: Batch, step: int, config: Rollout, folder: Path, tick
                         "self_certainty": r.self_certainty,
                         "key": vote_key(text, question.choices),
                     }
-                    for text, r in zip(texts, responses, strict=True)
+                    | ({} if prompt.seen_by(i, len(texts)) is prompt else {"view": question.view})
+                    for i, (text, r) in enumerate(zip(texts, responses, strict=True))
                 ],
             }
         )
