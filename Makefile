@@ -26,7 +26,8 @@ TAUGHT := boxed think-boxed judge-tiny ask-direct ask-in-context
 flag    = $(if $(2),--$(1) "$(2)")
 # The embedded model is warmed up when it is what will be used.
 comma  := ,
-NEEDS_TINY = $(if $(MODEL),$(filter $(TINY),$(patsubst %/,%,$(MODEL))),$(filter shapes shapes:%,$(subst $(comma), ,$(DATA))))
+DRAWN  := shapes shapes-hard
+NEEDS_TINY = $(if $(MODEL),$(filter $(TINY),$(patsubst %/,%,$(MODEL))),$(filter $(DRAWN) $(DRAWN:%=%:%),$(subst $(comma), ,$(DATA))))
 MODEL_READY = $(if $(NEEDS_TINY),$(TINY)/warmup.json)
 SAMPLING = --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,seed,$(SEED))
 # A run brings its own model, seed and held-out data; what is given here goes before them.
@@ -104,7 +105,7 @@ score: $(READY)  ## rewards and advantages for the shards in runs/rollouts (ARGS
 
 eval: one-gpu $(READY) $(if $(RUN),,$(MODEL_READY))  ## held-out accuracy of a model; with BENCH=mathvision (or all) DATA=DIR [RUN=runs/train], a benchmark's
 ifneq ($(BENCH),)
-	@test '$(DATA)' != shapes || { echo "BENCH=$(BENCH): give its folder, DATA=..."; exit 2; }
+	@test -z '$(filter $(DRAWN),$(DATA))' || { echo "BENCH=$(BENCH): give its folder, DATA=..."; exit 2; }
 	$(PY) -m eval.run --benchmark "$(BENCH)" $(SAMPLING) $(call flag,run,$(RUN)) \
 	  --out "$(or $(OUT),$(or $(RUN),runs)/benchmarks$(if $(filter all,$(BENCH)),,/$(BENCH)))" $(ARGS)
 else

@@ -1,7 +1,8 @@
-r"""How good are self-written questions to the pictures of `shapes`? Diagnostics only: nothing here is trained on.
+r"""How good are self-written questions to embedded pictures? Diagnostics only: nothing here is trained on.
 
-The scene of a `shapes` picture is known, so a question that a model wrote to it can be understood and answered by the
-generator (upt/data/shapes.py). Reported, of all candidates of a folder that synthesize.py wrote and of those kept:
+The scene of a picture of `shapes` or `shapes-hard` is known, so a question that a model wrote to it can be understood
+and answered by the generator (upt/data/shapes.py). Reported, of all candidates of a folder that synthesize.py wrote and
+of those kept:
 
     valid          share that are questions of `shapes` which their picture answers
     new            share of the valid ones that ask for something else than their source
@@ -31,7 +32,7 @@ from upt.run.typed import Typed
 @dataclass
 class Config(Typed):
     questions: Path = Path("runs/questions")
-    """folder that synthesize.py wrote, from --data shapes"""
+    """folder that synthesize.py wrote, from --data shapes or shapes-hard"""
 
 
 def diagnose(candidate: dict, item: shapes.Item, group: dict | None) -> dict:
@@ -60,14 +61,14 @@ def main(config: Config) -> list[dict]:
     """Print the table; returns what was found of each candidate."""
     config = replace(config)
     asked = manifests.read(config.questions)["config"]
-    if asked.get("data") != "shapes":
-        raise DataError(
-            f"{config.questions} is about {asked.get('data')}; only the pictures of shapes have known scenes"
-        )
+    name = asked.get("data")
+    if name not in shapes.LEVELS:
+        sets = " and ".join(shapes.LEVELS)
+        raise DataError(f"{config.questions} is about {name}; only the pictures of {sets} have known scenes")
     if not (config.questions / "summary.json").is_file():
         raise DataError(f"{config.questions}: synthesize.py has not finished these questions; give its command again")
     split = data.ALIASES.get(asked["split"], asked["split"])
-    items = {item.uid: item for item in shapes.questions(split, asked["seed"], asked["limit"])}
+    items = {item.uid: item for item in shapes.questions(split, asked["seed"], asked["limit"], name)}
     paths = shards.list_shards(config.questions / "answered")
     groups = {group["uid"]: group for path in paths for group in shards.read_shard(path)}
     path = config.questions / "provenance.jsonl"

@@ -52,6 +52,8 @@ MISTAKES = [  # command, what its one line says; TINY is a model that is there
     ("train_upt.py --steps 0", "--steps must be at least 1, not 0"),
     ("train_upt.py --split trian --model TINY", "did you mean 'train'?"),
     ("train_upt.py --data geoqua", "did you mean 'geoqa'?"),
+    ("train_upt.py --data shapes-hrad", "did you mean 'shapes-hard'?"),
+    ("train_upt.py --data shapes-hard --split warmup --model TINY", "shapes-hard has no split 'warmup'"),
     ("train_upt.py --data ./nothing.jsonl", "'./nothing.jsonl' is neither shapes"),
     ("train_upt.py --model models/nothing", "there is no model folder models/nothing"),
     ("train_upt.py --model nothing", "there is no model folder nothing: check the path, or give a hub id, org/name"),

@@ -607,7 +607,9 @@ def test_unusable_folders(tmp_path):
         load(tmp_path / "damaged")
     assert "error occurred while generating" not in str(caught.value)  # what `datasets` says, and no more than that
     for name in ("geoqqa", str(tmp_path / "gone"), "gone.jsonl", "a/gone.parquet", "./gone", "a/b/c"):
-        with pytest.raises(DataError, match="neither shapes, geoqa, geometry3k, mmr1, nor a hub id.*DATA="):
+        with pytest.raises(
+            DataError, match="neither shapes, shapes-hard, geoqa, geometry3k, mmr1, nor a hub id.*DATA="
+        ):
             load(name)
 
 

@@ -173,6 +173,7 @@ def test_sets_that_are_drawn_or_mixed(tmp_path):
     shapes, mixed = few("shapes"), few(f"shapes,{folder}")
     assert shapes["count"] == 5 and mixed["count"] == 10 and few("shapes") == shapes
     assert "'picture' differs" in difference(shapes, few("shapes", seed=1))
+    assert "'picture' differs" in difference(shapes, few("shapes-hard"))
     change(folder, "question")
     assert difference(mixed, few(f"shapes,{folder}")) == "column 'problem' differs, first in mine/train/000003"
 

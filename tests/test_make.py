@@ -49,10 +49,11 @@ def test_variables_are_flags():
     assert "warmup.py" not in commands("train", "-B", "DATA=geoqa") and "warmup.py" in commands(
         "train", "-B", "DATA=geoqa", "MODEL=models/tiny"
     )
-    for mixture in ("shapes,runs/q", "geoqa:3,shapes:1"):
+    for mixture in ("shapes,runs/q", "geoqa:3,shapes:1", "shapes-hard", "geoqa,shapes-hard", "geoqa:3,shapes-hard:1"):
         shown = commands("train", "-B", f"DATA={mixture}")
         assert "warmup.py" in shown and f'train_upt.py --data "{mixture}" --out' in shown
     assert "warmup.py" not in commands("train", "-B", "DATA=geoqa,runs/shapes")
+    assert "warmup.py" not in commands("train", "-B", "DATA=runs/shapes-hard")
     assert '--out "runs/benchmarks"' in commands("eval", "BENCH=all", "DATA=d")
     asked = commands("synth", "DATA=d", "ARGS=--mode direct")
     assert 'synthesize.py --data "d" --out "runs/questions" --mode direct' in asked

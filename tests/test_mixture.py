@@ -176,10 +176,11 @@ def test_steps_without_weights_draw_from_all(sets):
 
 
 def test_shapes_in_a_mixture_are_for_the_embedded_model():
-    for name in (None, "shapes", "shapes,geoqa", "geoqa:1,shapes:2", "geoqa, shapes"):
+    for name in (None, "shapes", "shapes,geoqa", "geoqa:1,shapes:2", "geoqa, shapes", "shapes-hard", "a/b,shapes-hard"):
         config = rollout.Config(data=name)
         presets.fill(config)
         assert config.model == presets.TINY_MODEL
-    config = rollout.Config(data="geoqa,myshapes")
-    presets.fill(config)
-    assert config.model == presets.REAL_MODEL
+    for name in ("geoqa,myshapes", "shapes-harder", "shapes-hard/mine"):
+        config = rollout.Config(data=name)
+        presets.fill(config)
+        assert config.model == presets.REAL_MODEL

@@ -2,37 +2,84 @@
 
 import random
 from collections import Counter
+from hashlib import blake2b
 
 import pytest
 
 from upt import data
-from upt.data import shapes
+from upt.data import names, shapes
+
+SETS = pytest.mark.parametrize("name", shapes.LEVELS)
 
 
 def digest(item) -> bytes:
     return item.image.tobytes()
 
 
-def test_the_same_seed_gives_the_same_pictures():
-    one, two = shapes.questions("test", 3, 40), shapes.questions("test", 3, 40)
+@SETS
+def test_the_same_seed_gives_the_same_pictures(name):
+    one, two = shapes.questions("test", 3, 40, name), shapes.questions("test", 3, 40, name)
     assert [(digest(i), i.question, i.gold) for i in one] == [(digest(i), i.question, i.gold) for i in two]
-    assert [digest(i) for i in shapes.questions("test", 4, 40)] != [digest(i) for i in one]
-    assert [i.question for i in shapes.questions("test", 3, 60)][:40] == [i.question for i in one]
+    assert [digest(i) for i in shapes.questions("test", 4, 40, name)] != [digest(i) for i in one]
+    assert [i.question for i in shapes.questions("test", 3, 60, name)][:40] == [i.question for i in one]
 
 
-def test_no_picture_is_shared_by_splits_or_occurs_twice():
-    sets = {(split, seed): shapes.questions(split, seed, 400) for split in shapes.SIZES for seed in (0, 1)}
-    pictures = {name: {digest(item) for item in items} for name, items in sets.items()}
+def test_the_pictures_and_questions_of_shapes_stay_what_they_are():
+    """Models have been warmed up on them, and runs compare themselves with them."""
+    found = blake2b(digest_size=16)
+    for item in shapes.questions("train", 0, 200):
+        found.update(repr((item.uid, item.scene, item.question, item.gold)).encode() + digest(item))
+    assert found.hexdigest() == "c29dd95c8f0b275120f8eb03c5542984"
+
+
+def test_no_picture_is_shared_by_splits_or_sets_or_occurs_twice():
+    splits = [(name, split) for name in shapes.LEVELS for split in shapes.SIZES]
+    splits.remove(("shapes-hard", "warmup"))
+    sets = {(*of, seed): shapes.questions(of[1], seed, 400, of[0]) for of in splits for seed in (0, 1)}
+    pictures = {of: {digest(item) for item in items} for of, items in sets.items()}
     assert all(len(found) == 400 for found in pictures.values())
-    for (split, seed), found in pictures.items():
-        for (other, other_seed), more in pictures.items():
-            if split != other:
-                assert not found & more, f"{split} {seed} and {other} {other_seed}"
+    for of, found in pictures.items():
+        for other, more in pictures.items():
+            if of[:2] != other[:2]:
+                assert not found & more, f"{of} and {other}"
 
 
-def test_golds_are_right():
+def test_hard_pictures_are_none_that_shapes_could_draw():
+    """By kind, the difference that each single picture shows; and grids have larger counts."""
+    hard = shapes.questions("train", 0, 600, "shapes-hard")
+    for item in hard:
+        what, *parts = item.scene
+        if what == "grid":  # no cell of `shapes` is off its middle, and few grids of it are full
+            assert all(cell and {*map(abs, cell[2:])} == {2} for cell in parts)
+        elif what == "bars":  # up to 2 pixels off the middle in `shapes`
+            assert {abs(shift) for _, _, shift in parts} <= {3, 4}
+        else:  # in `shapes` both numbers are in one row
+            assert parts[4] // 3 < parts[5] // 3
+    counts = [
+        sum(sum(item.facts) for item in items if item.kind == "sum") / sum(item.kind == "sum" for item in items)
+        for items in (shapes.questions("train", 0, 600), hard)
+    ]
+    assert counts[0] < 4.2 < 5.4 < counts[1]
+
+
+def test_hard_pictures_have_numbers_in_two_rows_and_a_line_in_the_third():
+    for item in shapes.questions("test", 0, 200, "shapes-hard"):
+        if item.kind in ("angle", "length"):
+            places = item.scene[5:]
+            (free,) = {0, 1, 2} - {place // 3 for place in places}
+            drawn = {
+                cell
+                for cell in range(9)
+                for x, y in [(28 * (cell % 3), 28 * (cell // 3))]
+                if len(item.image.crop((x, y, x + 28, y + 28)).getcolors()) > 1
+            }
+            assert drawn == {*places, 3 * free, 3 * free + 1, 3 * free + 2}
+
+
+@SETS
+def test_golds_are_right(name):
     """Golds worked out again from what is drawn."""
-    for item in shapes.questions("validation", 0, 300):
+    for item in shapes.questions("validation", 0, 300, name):
         what, *parts = item.scene
         if item.kind == "angle":
             expected = 180 - parts[0] - parts[1]
@@ -51,22 +98,24 @@ def test_golds_are_right():
         assert answer == expected and reasoning.replace("= ", "=").endswith(end)
 
 
-def test_pictures_show_what_is_asked_about():
+@SETS
+def test_pictures_show_what_is_asked_about(name):
     """Pixels of each colour agree with the count: a shape covers 280 to 650 of them."""
-    for item in (i for i in shapes.questions("test", 0, 120) if i.scene[0] == "grid"):
+    for item in (i for i in shapes.questions("test", 0, 120, name) if i.scene[0] == "grid"):
         seen = Counter(item.image.getdata())
-        for name in item.names:
-            count = sum(cell is not None and cell[1] == name for cell in item.scene[1:])
-            assert 280 * count <= seen[shapes.COLOURS[name]] <= 650 * count
+        for colour in item.names:
+            count = sum(cell is not None and cell[1] == colour for cell in item.scene[1:])
+            assert 280 * count <= seen[shapes.COLOURS[colour]] <= 650 * count
 
 
-def test_every_kind_is_there_and_through_load():
-    questions = data.load("shapes", "test", seed=1)
+@SETS
+def test_every_kind_is_there_and_through_load(name):
+    questions = data.load(name, "test", seed=1)
     assert len(questions) == 512 and questions.has_gold
     kinds = Counter(question.kind for question in questions)
     assert set(kinds) == set(shapes.KINDS) and min(kinds.values()) > 50
     first = questions[0]
-    assert first.uid == "shapes/test/000000" and first.image.size == (84, 84) and first.gold is not None
+    assert first.uid == f"{name}/test/000000" and first.image.size == (84, 84) and first.gold is not None
     assert questions.without_gold()[0].gold is None
 
 
@@ -75,6 +124,18 @@ def test_what_cannot_be_made_is_refused():
         shapes.questions("dev")
     with pytest.raises(ValueError, match="6000"):
         shapes.questions("test", 0, 10_000)
+    with pytest.raises(ValueError, match="shapes-hard has no split 'warmup': ask for one of train, validation, test"):
+        data.load("shapes-hard", "warmup")
+    for typed in ("shapes-hrd", "shapes_hard", "shape-hard"):
+        with pytest.raises(ValueError, match="did you mean 'shapes-hard'?"):
+            data.load(typed)
+
+
+def test_every_set_has_a_name_that_goes_with_others():
+    assert tuple(shapes.LEVELS) == names.EMBEDDED
+    both = data.load("shapes:1,shapes-hard:1", limit=2)
+    assert both.uids == [f"{name}/train/00000{i}" for name in names.EMBEDDED for i in (0, 1)]
+    assert both[3].image.tobytes() == shapes.questions("train", 0, 2, "shapes-hard")[1].image.tobytes()
 
 
 GRID = ("grid", ("circle", "red"), ("square", "red"), ("circle", "blue"), *[None] * 6)
@@ -107,14 +168,16 @@ def test_questions_in_anyones_words(scene, question, found):
     assert shapes.understand(scene, question) == found
 
 
-def test_the_sets_own_questions_are_understood():
-    for item in shapes.questions("train", 5, 300):
+@SETS
+def test_the_sets_own_questions_are_understood(name):
+    for item in shapes.questions("train", 5, 300, name):
         assert shapes.understand(item.scene, item.question) == (item.kind, item.names, item.facts)
 
 
-def test_another_question_asks_for_something_else_of_the_same_picture():
+@SETS
+def test_another_question_asks_for_something_else_of_the_same_picture(name):
     rng, kinds = random.Random(0), Counter()
-    for item in shapes.questions("train", 0, 400):
+    for item in shapes.questions("train", 0, 400, name):
         other = shapes.ask_else(item, rng)
         assert (other is None) == (item.kind in ("angle", "length"))
         if other:

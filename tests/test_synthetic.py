@@ -45,13 +45,14 @@ def test_a_row_leaves_out_what_has_no_figure():
     assert synthetic.row("x", []) == ("x", "0", "", "", "", "")
 
 
-def test_of_a_folder(tmp_path, tiny, capsys):
+@pytest.mark.parametrize("name", shapes.LEVELS)
+def test_of_a_folder(name, tmp_path, tiny, capsys):
     """Questions and answers of a random model, of which two are written by hand."""
     settings = {"model": tiny, "limit": 6, "mode": "direct", "filters": "agreement", "min_agreement": 0.0}
     settings |= {"split": "val", "seed": 3}
     out = tmp_path / "questions"
-    synthesize.main(synthesize.Config(data="shapes", out=out, max_new_tokens=6, questions_per_step=4, **settings))
-    items = shapes.questions("validation", 3, 6)
+    synthesize.main(synthesize.Config(data=name, out=out, max_new_tokens=6, questions_per_step=4, **settings))
+    items = shapes.questions("validation", 3, 6, name)
     rows = [json.loads(line) for line in (out / "provenance.jsonl").read_text().splitlines()]
     for i in (0, 1):
         rows[i] |= {"question": items[i].question, "uid": f"{items[i].uid}/direct-0"}
@@ -77,5 +78,7 @@ def test_only_pictures_of_shapes_have_a_scene(tmp_path):
     with pytest.raises(shards.ShardError, match="manifest"):
         synthetic.main(synthetic.Config(questions=tmp_path))
     manifests.write(tmp_path, stage="synthesize", config={"data": "geoqa"}, seed=0, model="m", adapter=None)
-    with pytest.raises(ValueError, match="is about geoqa; only the pictures of shapes have known scenes"):
+    with pytest.raises(
+        ValueError, match="is about geoqa; only the pictures of shapes and shapes-hard have known scenes"
+    ):
         synthetic.main(synthetic.Config(questions=tmp_path))

@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 
 from upt.data.columns import BROKEN, FOLDER, QUESTION, pick
 from upt.data.images import first_line
-from upt.data.names import ALIASES, NAMED, SHAPES
+from upt.data.names import ALIASES, EMBEDDED, NAMED
 from upt.errors import TROUBLE, DataError, suggest, suggest_path, trouble
 
 Tables = dict[str, datasets.Dataset]
@@ -45,8 +45,8 @@ def find(name: str) -> tuple[str, Path | None, Tables]:
     if is_file and path.is_file():
         return path.stem, path.parent, _files([path], path.parent)
     if is_file or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
-        known = f"neither shapes, {', '.join(NAMED)}, nor a hub id like org/name"
-        near = suggest(name, [SHAPES, *NAMED]) or suggest_path(name)
+        known = f"neither {', '.join([*EMBEDDED, *NAMED])}, nor a hub id like org/name"
+        near = suggest(name, [*EMBEDDED, *NAMED]) or suggest_path(name)
         weight = "; a weight needs several sets: a:3,b:1" if re.search(r":[\d.]+$", name) else ""
         kinds = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file"
         raise DataError(f"{name!r} is {known}, nor a folder, {kinds} that exists{weight}; give one as DATA={near}")

@@ -1,6 +1,6 @@
 """Questions by name, hub id or local path, of one set or of several as one.
 
-    load("shapes", seed=0)              drawn on the spot: needs no file and no network
+    load("shapes", seed=0)              drawn on the spot, as is shapes-hard: needs no file and no network
     load("geoqa"), load("geometry3k"), load("mmr1")
     load("org/name", "test")            any data set of the hub; a copy in the hub cache is used as it is
     load("~/data/mine")                 a folder of parquet, JSONL, JSON or CSV, or of save_to_disk; or one file
@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from upt.data import shapes, sources
-from upt.data.names import ALIASES, SHAPES, is_mixture, parts
+from upt.data.names import ALIASES, EMBEDDED, is_mixture, parts
 from upt.data.questions import BadRow, Question, Questions
 from upt.errors import DataError
 
@@ -25,8 +25,8 @@ from upt.errors import DataError
 def load(name_or_path: str | Path, split: str = "train", seed: int = 0, limit: int | None = None) -> Questions:
     """The questions of one split. Decodes pictures only until one row is found good.
 
-    `seed` chooses the pictures of `shapes` and changes no other set. `limit` keeps the first so many rows, of each set
-    where there are several. Raises `DataError` if there is no such set, no question column, or no good row.
+    `seed` chooses the pictures of the embedded sets and changes no other. `limit` keeps the first so many rows, of each
+    set where there are several. Raises `DataError` if there is no such set, no question column, or no good row.
     """
     name, split = str(name_or_path), ALIASES.get(split, split)
     if limit is not None and limit < 1:
@@ -36,8 +36,8 @@ def load(name_or_path: str | Path, split: str = "train", seed: int = 0, limit: i
         if split == "train":
             return mix([(load(part, split, seed, limit), weight) for part, weight in named])
         name = named[0][0]
-    if name == SHAPES:
-        made = shapes.questions(split, seed, limit)
+    if name in EMBEDDED:
+        made = shapes.questions(split, seed, limit, name)
         drawn = Questions(name, split, list(made.uids), made.__getitem__, True, f"seed {seed}", len(made.uids))
         drawn.stored = made.stored
         return drawn

@@ -9,7 +9,7 @@ import re
 
 from upt.errors import DataError
 
-SHAPES = "shapes"  # the embedded set, drawn on the spot
+EMBEDDED = ("shapes", "shapes-hard")  # drawn on the spot (shapes.py), for the embedded model
 NAMED = {
     "geoqa": "leonardPKU/GEOQA_R1V_Train_8K",
     "geometry3k": "hiyouga/geometry3k",

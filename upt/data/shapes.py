@@ -1,4 +1,4 @@
-"""`shapes`: the embedded data set. Small pictures, questions about them, and worked answers.
+"""`shapes` and `shapes-hard`: the embedded data sets. Small pictures, questions about them, and worked answers.
 
 Six kinds of question, each needing something read from the picture and most needing one step of arithmetic:
 
@@ -13,6 +13,14 @@ Everything is drawn from one integer seed. A picture belongs to exactly one spli
 so no picture is shared between `warmup` (70 %), `train`, `validation` and `test` (10 % each) whatever the seeds, and
 no picture occurs twice in one set. The warm-up set is apart from the rest so that label-free training only ever sees
 pictures that no label was given for.
+
+`shapes-hard` asks the same of pictures that `shapes` never draws, and has no warm-up split: what a model gains on it,
+no label has taught.
+
+    grid         all nine cells hold a shape, so counts are larger; each shape is off the middle of its cell
+    bars         each bar is further off the middle of its third
+    triangle     the two numbers are in different rows and any column, a flat triangle is in the third row
+    segment      the same with a segment
 
     python -c "from upt.data import shapes; shapes.questions('test', seed=0, size=8)[0].image.save('x.png')"
 """
@@ -50,6 +58,22 @@ SPLIT_OF_BUCKET = ("warmup",) * 7 + ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
+class Level:
+    """What the pictures of a set may look like."""
+
+    filled: float  # share of a grid's cells that hold a shape
+    bar_shifts: Sequence[int]  # pixels by which a bar stands off the middle of its third
+    grid_shifts: Sequence[int] = ()  # pixels by which a shape stands off the middle of its cell, each way; (): none
+    stacked: bool = False  # the two numbers of a triangle or a segment are in different rows
+
+
+LEVELS = {
+    "shapes": Level(filled=0.6, bar_shifts=range(-2, 3)),
+    "shapes-hard": Level(filled=1.0, bar_shifts=(-4, -3, 3, 4), grid_shifts=(-2, 2), stacked=True),
+}
+
+
+@dataclass(frozen=True)
 class Item:
     """One question. `scene` is what is drawn, `facts` what has to be read from it; the picture is drawn on access."""
 
@@ -74,17 +98,17 @@ class Item:
 class Items(Sequence):
     """The questions of one split, in a fixed order. Scenes are made at once, pictures when they are asked for."""
 
-    def __init__(self, split: str, seed: int, size: int):
+    def __init__(self, name: str, split: str, seed: int, size: int):
         self.items, seen = [], set()
-        rng = random.Random(f"shapes/{split}/{seed}")
+        rng = random.Random(f"{name}/{split}/{seed}")
         while len(self.items) < size:
             kind = rng.choice(KINDS)
-            scene = _scene(kind, rng)
+            scene = _scene(kind, rng, LEVELS[name])
             digest = blake2b(repr(scene).encode(), digest_size=8).digest()
             if digest in seen or SPLIT_OF_BUCKET[int.from_bytes(digest, "big") % 10] != split:
                 continue
             seen.add(digest)
-            self.items.append(Item(f"shapes/{split}/{len(self.items):06d}", kind, scene, *ask(kind, scene, rng)))
+            self.items.append(Item(f"{name}/{split}/{len(self.items):06d}", kind, scene, *ask(kind, scene, rng)))
         self.uids = [item.uid for item in self.items]
 
     def stored(self) -> Iterator[dict]:
@@ -98,36 +122,44 @@ class Items(Sequence):
         return self.items[index]
 
 
-def questions(split: str = "train", seed: int = 0, size: int | None = None) -> Items:
-    """The questions of a split (`warmup`, `train`, `validation`, `test`), the same for the same seed and size.
+def questions(split: str = "train", seed: int = 0, size: int | None = None, name: str = "shapes") -> Items:
+    """The questions of a split of `name`, one of LEVELS: the same for the same seed and size.
 
-    A larger size only appends. Raises ValueError for another split or for more questions than there are pictures for.
+    A larger size only appends. Raises DataError for a split that the set does not have and for more questions than
+    there are pictures for.
     """
-    if split not in SIZES:
-        raise DataError(f"shapes has no split {split!r}: ask for one of {', '.join(SIZES)}{suggest(split, SIZES)}")
+    splits = [split for split in SIZES if split != "warmup" or name == "shapes"]
+    if split not in splits:
+        raise DataError(f"{name} has no split {split!r}: ask for one of {', '.join(splits)}{suggest(split, splits)}")
     size = SIZES[split] if size is None else size
     if not 0 < size <= LIMITS[split]:
-        raise DataError(f"shapes makes 1 to {LIMITS[split]} questions for {split}, not {size}")
-    return Items(split, seed, size)
+        raise DataError(f"{name} makes 1 to {LIMITS[split]} questions for {split}, not {size}")
+    return Items(name, split, seed, size)
 
 
-def _scene(kind: str, rng: random.Random) -> tuple:
+def _scene(kind: str, rng: random.Random, level: Level) -> tuple:
     """A random picture that a question of this kind can be asked about; nothing in it is drawn quite the same twice."""
     if kind == "angle":
-        return (
-            "triangle",
-            10 * rng.randrange(2, 9),
-            10 * rng.randrange(2, 9),
-            rng.randrange(10, 75),
-            rng.randrange(-3, 4),
-        )
+        numbers = 10 * rng.randrange(2, 9), 10 * rng.randrange(2, 9)
+        return "triangle", *numbers, rng.randrange(10, 75), rng.randrange(-3, 4), *_places(rng, level)
     if kind == "length":
-        return "segment", rng.randrange(2, 10), rng.randrange(2, 10), rng.randrange(24, 61), rng.randrange(-3, 4)
+        numbers = rng.randrange(2, 10), rng.randrange(2, 10)
+        return "segment", *numbers, rng.randrange(24, 61), rng.randrange(-3, 4), *_places(rng, level)
     if kind == "bars":
         colours = rng.sample(sorted(COLOURS), 3)
-        return "bars", *((colour, rng.randrange(1, 5), rng.randrange(-2, 3)) for colour in colours)
+        return "bars", *((colour, rng.randrange(1, 5), rng.choice(level.bar_shifts)) for colour in colours)
     palette = rng.sample(sorted(COLOURS), 3)
-    return "grid", *((rng.choice(FORMS), rng.choice(palette)) if rng.random() < 0.6 else None for _ in range(9))
+    return "grid", *(_cell(rng, level, palette) if rng.random() < level.filled else None for _ in range(9))
+
+
+def _cell(rng: random.Random, level: Level, palette: list[str]) -> tuple:
+    shape = rng.choice(FORMS), rng.choice(palette)
+    return (*shape, rng.choice(level.grid_shifts), rng.choice(level.grid_shifts)) if level.grid_shifts else shape
+
+
+def _places(rng: random.Random, level: Level) -> list[int]:
+    """The cells of two numbers in different rows, the upper one first; none where they stand side by side."""
+    return [3 * row + rng.randrange(3) for row in sorted(rng.sample(range(3), 2))] if level.stacked else []
 
 
 def ask(kind: str, scene: tuple, rng: random.Random) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
@@ -205,7 +237,8 @@ def draw(scene: tuple) -> Image.Image:
     if what == "grid":
         for index, cell in enumerate(parts):
             if cell is not None:
-                _shape(pen, *cell, x=28 * (index % 3) + 14, y=28 * (index // 3) + 14)
+                form, colour, *shift = cell
+                _shape(pen, form, colour, *_middle(index, *shift))
     elif what == "bars":
         for level in range(5):
             pen.line((4, 80 - 18 * level, 80, 80 - 18 * level), fill=WHITE)
@@ -213,19 +246,28 @@ def draw(scene: tuple) -> Image.Image:
             x = 28 * index + 14 + shift
             pen.rectangle((x - 9, 80 - 18 * height, x + 9, 80), fill=COLOURS[colour])
     elif what == "triangle":
-        a, b, apex, shift = parts
-        pen.line((2, 52, apex, 8 + shift, 82, 52, 2, 52), fill=WHITE, width=2)
-        _number(pen, a, 14, 70)
-        _number(pen, b, 70, 70)
+        a, b, apex, shift, *places = parts
+        base, top = (_free(places) + 10, _free(places) - 8) if places else (52, 8)
+        pen.line((2, base, apex, top + shift, 82, base, 2, base), fill=WHITE, width=2)
+        _numbered(pen, (a, b), places or (6, 8))
     else:
-        a, b, middle, shift = parts
-        y = 66 + shift
+        a, b, middle, shift, *places = parts
+        y = (_free(places) if places else 66) + shift
         pen.line((2, y, 82, y), fill=WHITE, width=2)
         for x in (2, middle, 81):
             pen.line((x, y - 6, x, y + 6), fill=WHITE, width=2)
-        _number(pen, a, 14, 42)
-        _number(pen, b, 70, 42)
+        _numbered(pen, (a, b), places or (3, 5))
     return image
+
+
+def _middle(cell: int, right: int = 0, down: int = 0) -> tuple[int, int]:
+    """The middle of one of the nine cells, or the point beside it, in pixels."""
+    return 28 * (cell % 3) + 14 + right, 28 * (cell // 3) + 14 + down
+
+
+def _free(places: Sequence[int]) -> int:
+    """The height of the middle of the row in which neither of two cells is."""
+    return 28 * (3 - places[0] // 3 - places[1] // 3) + 14
 
 
 def _shape(pen: ImageDraw.ImageDraw, form: str, colour: str, x: int, y: int) -> None:
@@ -238,8 +280,9 @@ def _shape(pen: ImageDraw.ImageDraw, form: str, colour: str, x: int, y: int) -> 
         pen.polygon((x, y - 13, x - 13, y + 12, x + 13, y + 12), fill=COLOURS[colour])
 
 
-def _number(pen: ImageDraw.ImageDraw, number: int, x: int, y: int) -> None:
-    pen.text((x, y), str(number), fill=WHITE, font=_font(), anchor="mm")
+def _numbered(pen: ImageDraw.ImageDraw, numbers: Sequence[int], cells: Sequence[int]) -> None:
+    for number, cell in zip(numbers, cells, strict=True):
+        pen.text(_middle(cell), str(number), fill=WHITE, font=_font(), anchor="mm")
 
 
 @cache

@@ -141,7 +141,7 @@ def fill(config) -> None:
     if config.model is None:
         name = config.data or "shapes"
         sets = [part for part, _ in names.parts(name)] if names.is_mixture(name) else [name]
-        config.model = tiny_model() if names.SHAPES in sets else REAL_MODEL
+        config.model = tiny_model() if {*sets} & {*names.EMBEDDED} else REAL_MODEL
     tiny = is_tiny(config.model)
     preset = PRESETS[config.preset] if getattr(config, "preset", None) else {}
     if tiny:

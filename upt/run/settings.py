@@ -30,8 +30,8 @@ class Data:
     """Where the questions come from."""
 
     data: Name | None = None
-    """shapes (the default), geoqa, geometry3k, mmr1, a hub id, a folder or file (parquet, JSON(L), CSV: docs/data.md);
-    several: a,b or a:3,b:1"""
+    """shapes (the default), shapes-hard, geoqa, geometry3k, mmr1, a hub id, a folder or file (parquet, JSON(L), CSV:
+    docs/data.md); several: a,b or a:3,b:1"""
     split: Name = "train"
     """split of the data to sample from"""
     limit: Count | None = None
@@ -43,7 +43,7 @@ class Model:
     """What answers them, and how it is loaded."""
 
     model: Name | None = None
-    """snapshot folder or hub id; None: models/tiny for shapes, Qwen/Qwen2.5-VL-7B-Instruct for anything else"""
+    """snapshot folder or hub id; None: models/tiny for shapes and shapes-hard, else Qwen/Qwen2.5-VL-7B-Instruct"""
     adapter: Name | None = None
     """PEFT adapter to start from"""
     any_base: bool = False
@@ -112,7 +112,7 @@ class Run:
     out: Path = Path("runs/rollouts")
     """folder to write to"""
     seed: Seed | None = None
-    """order of the questions, sampling noise, adapter initialisation and the pictures of shapes"""
+    """order of the questions, sampling noise, adapter initialisation and the pictures of shapes and shapes-hard"""
     steps: Count | None = None
     """steps to make (one shard each)"""
     round: Number = hidden(0)
