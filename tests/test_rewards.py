@@ -353,6 +353,7 @@ def test_novelty_of_long_responses_takes_a_second_or_two():
 RANGES = {
     "majority": (0, 1), "frequency": (0, 1), "gated-frequency": (0, 1), "confident-majority": (0, 1),
     "dirichlet": (0, 1), "semantic-entropy": (0, 1), "continuous-consistency": (0, 1), "scrl": (-1, 1), "evol": (-1, 1),
+    "two-view": (0, 1),
     "judged": (-0.5, 1.2), "judge-only": (0, 1), "self-certainty": (3.1, 3.1), "negative-entropy": (-0.9, 0),
     "supervised": (0, 1), "random": (0, 1),
 }  # fmt: skip
