@@ -8,8 +8,9 @@
         curves.png             accuracy, entropy, length and majority share by step, mean and range over seeds
 
 The runs of a seed share questions, sampling noise and initial adapter, and one evaluation of the base: the first of
-them makes it, the others wait for it and take a copy. The same command goes on where it was stopped; finished runs are
-kept. On a CPU rounding depends on the threads of a run, so compare runs made with the same `jobs`.
+them makes it, the others wait for it and take a copy. `{seed}` in the model, the data or a further setting is the run's
+seed, so that each seed can have a base of its own. The same command goes on where it was stopped; finished runs are
+kept. On a CPU rounding depends on the threads of a run, so compare runs made with the same `threads`.
 """
 
 import io
@@ -90,12 +91,14 @@ def plan(config, variants) -> list[Run]:
         raise SettingError(f"two of {', '.join(slugs)} would share a folder; write them apart, or use two --out")
     found = []
     for seed in range(config.seeds):
+        shared = {"data": config.data, "model": config.model, "steps": config.steps, "seed": seed}
+        shared = [part for name, x in shared.items() if x is not None for part in (f"--{name}", str(x))] + extra
+        shared = [part.replace("{seed}", str(seed)) for part in shared]
         for v in variants:
             folder = config.out / slugs[v.label] / f"seed-{seed}"
-            given = {"data": config.data, "model": config.model, "steps": config.steps, "reward": v.reward,
-                     "advantage": v.advantage, "seed": seed, "out": folder}  # fmt: skip
-            flags = [part for name, x in given.items() if x is not None for part in (f"--{name}", str(x))]
-            found.append(Run(v.label, seed, folder, flags + extra))
+            own = {"reward": v.reward, "advantage": v.advantage, "out": folder}
+            flags = [part for name, x in own.items() if x is not None for part in (f"--{name}", str(x))]
+            found.append(Run(v.label, seed, folder, flags + shared))
     return found
 
 
@@ -327,8 +330,8 @@ def main(config, variants, settings_of: Callable) -> dict[str, dict]:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = min(config.jobs or (1 if torch.cuda.is_available() else cores), len(runs))
-    threads = max(1, cores // jobs)
-    about = f"{settings.data}, {settings.model}, {settings.steps} steps, {config.seeds} seeds"
+    threads = config.threads or max(1, cores // jobs)
+    about = f"{config.data}, {config.model or settings.model}, {settings.steps} steps, {config.seeds} seeds"
     about += f"; settings besides: `{config.train}`" if config.train else ""
     print(f"{len(runs)} runs, {jobs} at a time with {threads} threads each: {about}", file=sys.stderr)
 
