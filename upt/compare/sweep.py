@@ -21,7 +21,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,13 +80,18 @@ class Run:
         return path.read_text().split("\n")[:-1] if path.is_file() else []
 
 
+def slug(label: str) -> str:
+    """A variant's name as that of a folder."""
+    return re.sub(r"[^\w.=@-]+", "-", label).strip("-.")
+
+
 def plan(config, variants) -> list[Run]:
     """Every run of the comparison, seed by seed, with its command line."""
     extra = shlex.split(config.train)
     for flag in extra:
         if flag.startswith("--") and flag[2:].split("=")[0].replace("_", "-") in OURS:
             raise SettingError(f"{flag}: the runs differ in this or share it; use --rewards, --seeds, --out")
-    slugs = {v.label: re.sub(r"[^\w.=@-]+", "-", v.label).strip("-.") for v in variants}
+    slugs = {v.label: slug(v.label) for v in variants}
     if len({*slugs.values()}) < len(variants):
         raise SettingError(f"two of {', '.join(slugs)} would share a folder; write them apart, or use two --out")
     found = []
@@ -225,7 +230,8 @@ def compare(summaries: dict[str, dict[int, dict]]) -> dict[str, dict]:
     return table
 
 
-def _cell(score: tuple[float, float | None] | None, name: str, sign: str = "") -> str:
+def cell(score: tuple[float, float | None] | None, name: str, sign: str = "") -> str:
+    """A mean over seeds ± half of its interval, to the digits that the score needs."""
     if score is None:
         return "–"
     digits = 3 if name == "entropy" else 1
@@ -234,22 +240,26 @@ def _cell(score: tuple[float, float | None] | None, name: str, sign: str = "") -
     return f"{mean:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
+def score_table(table: dict[str, dict], of: str, names: Sequence[str] = tuple(SCORES)) -> str:
+    """The "after" or the "gain" of a comparison as Markdown, in those of the scores that it has."""
+    names = [name for name in names if any(name in row["after"] for row in table.values())]
+    sign = "+" if of == "gain" else ""
+    rows = [
+        [label, str(row["seeds"]), *(cell(row[of].get(name), name, sign) for name in names)]
+        for label, row in table.items()
+        if (label, of) != ("base", "gain")
+    ]
+    return markdown([["reward", "seeds", *names], *rows])
+
+
 def report_table(table: dict[str, dict], about: str) -> str:
     """The comparison as Markdown: scores after training, then gains."""
-    names = [name for name in SCORES if any(name in row["after"] for row in table.values())]
-    head = ["reward", "seeds", *names]
-    after = [[v, str(row["seeds"]), *(_cell(row["after"].get(n), n) for n in names)] for v, row in table.items()]
-    gains = [
-        [v, str(row["seeds"]), *(_cell(row["gain"].get(n), n, "+") for n in names)]
-        for v, row in table.items()
-        if v != "base"
-    ]
     return "\n\n".join([
         "# Rewards compared by training", about,
         "Held-out scores in per cent, length in tokens, entropy in nats; eval/heldout.py says what they are. Mean over "
         "seeds ± half of its 95 % t-interval, which a single seed has not.",
-        "## After training", markdown([head, *after]),
-        "## Gain over the base, paired by seed", markdown([head, *gains]),
+        "## After training", score_table(table, "after"),
+        "## Gain over the base, paired by seed", score_table(table, "gain"),
     ]) + "\n"  # fmt: skip
 
 
