@@ -283,6 +283,15 @@ def over_seeds(runs: list[list[dict]], name: str) -> tuple[list[int], np.ndarray
     return steps, np.array([[np.mean(at[s]), min(at[s]), max(at[s])] for s in steps]).reshape(-1, 3).T
 
 
+def look(i: int, count: int) -> dict:
+    """Width and dashes of the i-th of some curves: later ones are thinner and have gaps of their own, so that one which
+    coincides with an earlier shows both."""
+    return {
+        "lw": 1.2 + 2.4 * (1 - i / count) * (count > 1),
+        "ls": "-" if i == 0 else (0, (2 + 2 * (i % 4), 1 + i % 3)),
+    }
+
+
 def figure(metrics: dict[str, list[list[dict]]]) -> "Figure":
     """Training curves of each variant: the mean over its runs, and their range as a band."""
     from matplotlib.figure import Figure
@@ -290,13 +299,11 @@ def figure(metrics: dict[str, list[list[dict]]]) -> "Figure":
     page = Figure(figsize=(10, 7), layout="constrained")
     axes = page.subplots(2, 2, sharex=True).ravel()
     for i, (label, runs) in enumerate(metrics.items()):
-        # Later curves are thinner and have gaps of their own, so that one which coincides with an earlier shows both.
-        look = {"color": f"C{i % 10}", "lw": 1.2 + 2.4 * (1 - i / len(metrics)) * (len(metrics) > 1)}
-        look["ls"] = "-" if i == 0 else (0, (2 + 2 * (i % 4), 1 + i % 3))
+        colour = f"C{i % 10}"
         for axis, name in zip(axes, CURVES, strict=True):
             steps, (mean, low, high) = over_seeds(runs, name)
-            axis.plot(steps, mean, label=label if axis is axes[0] else None, **look)
-            axis.fill_between(steps, low, high, color=look["color"], alpha=0.15, lw=0)
+            axis.plot(steps, mean, label=label if axis is axes[0] else None, color=colour, **look(i, len(metrics)))
+            axis.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
     for axis, title in zip(axes, CURVES.values(), strict=True):
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
