@@ -44,6 +44,7 @@ USES_score   := REWARD ADVANTAGE SEED OUT ARGS
 USES_eval    := DATA MODEL SEED OUT RUN BENCH GPUS ARGS
 USES_synth   := DATA MODEL SEED OUT GPUS ARGS
 USES_ablate  := DATA MODEL REWARDS ADVANTAGE STEPS SEEDS OUT GPUS ARGS
+USES_results := ARGS
 USES_warmup  := SEED ARGS
 USES_test    := ARGS
 USES_bench   := ARGS
@@ -62,7 +63,7 @@ Makefile: ;
 .DEFAULT:
 	@echo "error: there is no target $@; make lists them" >&2; exit 2
 
-.PHONY: help setup warmup train rollout judge score eval synth ablate test lint bench bench-gpu clean one-gpu
+.PHONY: help setup warmup train rollout judge score eval synth ablate results test lint bench bench-gpu clean one-gpu
 
 help:  ## this list
 	@echo "make TARGET [DATA=shapes] [MODEL=] [REWARD=] [ADVANTAGE=] [STEPS=] [SEED=] [REWARDS=] [SEEDS=] [OUT=] [RUN=] [BENCH=] [GPUS=1] [ARGS=...]"
@@ -119,6 +120,9 @@ ablate: one-gpu $(READY) $(if $(findstring --rollouts,$(ARGS)),,$(MODEL_READY)) 
 	$(PY) ablate.py --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,rewards,$(REWARDS)) \
 	  $(call flag,advantage,$(ADVANTAGE)) $(call flag,steps,$(STEPS)) $(call flag,seeds,$(SEEDS)) \
 	  --out "$(or $(OUT),runs/ablate)" $(ARGS)
+
+results: $(READY)  ## all that docs/results.md and README show, again: hours (ARGS="--only rewards,long" for some)
+	$(PY) -m bench.studies $(ARGS)
 
 test: $(READY)  ## all tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)

@@ -13,6 +13,7 @@ Online (upt/compare/sweep.py): train_upt.py for each reward and seed, a table of
     python ablate.py --rollouts runs/train/rollouts                 # every variant that these shards can serve
     python ablate.py --rollouts runs/judged --rewards "frequency judged judged(t_h=.9)@energy-centred" --out runs/off
     python ablate.py --data shapes --rewards "majority frequency random supervised" --seeds 3 --learning-rate 2e-4
+    python ablate.py --model "runs/base-{seed}" --rewards "majority random"     # seed s starts from runs/base-s
 
 A setting that ablate.py does not know goes to train_upt.py.
 """
@@ -33,7 +34,7 @@ from upt.run.locking import alone
 from upt.run.typed import Typed
 
 ONLINE = "majority frequency random"
-ONLINE_ONLY = ("data", "model", "steps", "seeds", "jobs", "train")
+ONLINE_ONLY = ("data", "model", "steps", "seeds", "jobs", "threads", "train")
 
 
 @dataclass
@@ -50,15 +51,17 @@ class Config(Typed):
     confident: Share = 0.5
     """offline: a majority of at least this share that is wrong counts as spurious"""
     data: Name = "shapes"
-    """online: as in train_upt.py"""
+    """online: as in train_upt.py; {seed} in it is the run's seed"""
     model: Name | None = None
-    """online: as in train_upt.py"""
+    """online: as in train_upt.py; {seed} in it is the run's seed: runs/base-{seed}"""
     steps: Count | None = None
     """online: steps of each run; None: train_upt.py's default"""
     seeds: Count = 3
     """online: runs of each variant, with the seeds 0, 1, …"""
     jobs: Count | None = None
     """online: runs at a time, sharing the cores; None: one for each core, or 1 on a machine with a GPU"""
+    threads: Count | None = None
+    """online: threads of each run; None: an equal share of the cores"""
     train: str = ""
     """online: further settings of train_upt.py in one string; in a shell just add them to the command"""
 

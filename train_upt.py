@@ -7,7 +7,7 @@ For each step:
     advantage    from the rewards of one group
     update       PPO-clip on the LoRA adapter, in minibatches, each gradient summed over micro-batches
     log, save    metrics.jsonl, the shard with rewards and advantages, a checkpoint every few steps
-and before and after all steps an evaluation on held-out questions (eval/heldout.py).
+and before and after all steps, or every few, an evaluation on held-out questions (eval/heldout.py).
 
 The recipe is MM-UPT's (arXiv 2505.22453), with these departures: LoRA in place of full weights; old log-probabilities
 come from the trainer's own forward pass, since the sampler's are of a cut distribution; responses whose advantage is 0
@@ -112,8 +112,13 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
             raise SettingError(f"--split {self.split}: sets are mixed for training on their train split only")
         if self.temperature == 0 or self.group_size < 2:
             raise SettingError("training needs samples that differ: --temperature above 0, a group size of 2 or more")
-        if bool(self.eval) != (self.eval_every > 0):
-            raise SettingError("--eval NAME=FOLDER and --eval-every N follow a benchmark: give both or neither")
+        if self.eval and not self.eval_every:
+            raise SettingError("--eval NAME=FOLDER follows a benchmark: say how often, --eval-every N")
+        if self.eval_every and not self.eval and not self.eval_questions:
+            raise SettingError(
+                f"--eval-every {self.eval_every} has nothing to look at: give --eval-questions above 0 or "
+                "--eval NAME=FOLDER, or leave it out"
+            )
         if self.minibatches > self.questions_per_step:
             raise SettingError(
                 f"--minibatches {self.minibatches}: from 1 to --questions-per-step ({self.questions_per_step})"
@@ -265,8 +270,7 @@ def train(
             try:
                 check()
                 if config.eval_every and step % config.eval_every == 0:
-                    with clock("benchmarks"):
-                        looked = {"benchmarks": followed(policy, config, check)}
+                    looked = followed.at(step, policy, config, clock, check)
                 if paths:
                     encoded, groups, left_out = stored(policy, paths[step], config, clock)
                 else:
@@ -390,7 +394,7 @@ def main(config: Config) -> dict:
         taken = fingerprints(questions, held_out, config, supervised)
         if supervised:
             questions = questions.with_gold()
-        followed = Followed(config.eval, config.eval_limit)
+        followed = Followed(config.eval, config.eval_limit, held_out)
         if config.rounds:
             return stages.rounds.evolve(config, main, write_questions, taken)
         policy = starting_policy(config)

@@ -34,8 +34,6 @@ should be alike.
 import json
 import math
 import os
-import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -49,6 +47,7 @@ from typing import Literal
 import torch
 
 from bench.memory import Resident, in_own_process
+from bench.processor import processor
 from bench.sides import SHAPES, Generate, Ours, run_trl
 from upt.errors import SettingError
 from upt.files import write_whole
@@ -122,9 +121,7 @@ def peak_memory(config: Config, side: str, accumulation: int) -> int:
 
 
 def hardware() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
-    return f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def table(result: dict) -> str:

@@ -1,4 +1,8 @@
-"""Benchmarks followed during training: greedy accuracy on the same few questions every time (train_upt.py --eval)."""
+"""What is followed during training, every --eval-every steps of train_upt.py.
+
+Benchmarks: greedy accuracy on the same few questions every time (--eval). The run's held-out questions: the scores of
+eval/heldout.py, with the questions and the noise of before.json and after.json.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -6,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eval import heldout
 from eval.benchmark import NAMES, Benchmark, Question, benchmark, folder_of
 from eval.run import respond, select
 from upt.errors import SettingError, suggest
@@ -13,16 +18,18 @@ from upt.files import write_whole
 from upt.run.settings import Rollout
 
 if TYPE_CHECKING:
+    from upt.data import Questions
     from upt.model import Policy
 
 
 class Followed:
-    """The first questions of some benchmarks, read once.
+    """The first questions of some benchmarks, read once, and the run's held-out questions if it has some.
 
     `specs` are NAME=FOLDER, or NAME=HUB_ID. Raises SettingError for what is not, or a benchmark that is not there.
     """
 
-    def __init__(self, specs: Sequence[str], limit: int):
+    def __init__(self, specs: Sequence[str], limit: int, held_out: "Questions | None" = None):
+        self.held_out = held_out
         self.parts: dict[str, tuple[Benchmark, Path, list[Question]]] = {}
         for spec in specs:
             name, _, source = spec.partition("=")
@@ -45,6 +52,22 @@ class Followed:
             asked = {question.id: question for question in questions}
             right = [bench.is_right(asked[r["id"]], bench.extract(r["response"], asked[r["id"]])[0]) for r in rows]
             found[name] = sum(right) / len(right)
+        return found
+
+    def at(self, step: int, policy: "Policy", config, clock, check: Callable) -> dict[str, dict[str, float]]:
+        """What the line of a step in metrics.jsonl says of the policy before the step's update, by what was asked.
+
+        The held-out scores at step 0 are those of before.json.
+        """
+        found = {}
+        if self.parts:
+            with clock("benchmarks"):
+                found["benchmarks"] = self(policy, config, check)
+        if self.held_out is not None and step > 0:
+            with clock("held_out"):
+                count, samples = config.eval_questions, config.eval_samples
+                scores = heldout.evaluate(policy, self.held_out, config, count, samples, check)
+            found["held_out"] = {name: scores[name]["value"] for name in heldout.BY_STEP if name in scores}
         return found
 
     def curves(self, policy: "Policy", config, clock, check: Callable) -> dict[str, dict[str, float]]:

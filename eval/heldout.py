@@ -39,6 +39,7 @@ STEP = -1  # the step that keys the sampling noise of evaluation
 QUESTIONS_AT_ONCE = 128
 GOLD_METRICS = ("greedy", "mean", "maj", "pass")
 NAMES = (*GOLD_METRICS, "length", "entropy", "majority_share", "abstentions")
+BY_STEP = (*GOLD_METRICS, "entropy", "length")  # what a run keeps of its evaluations between its first and its last
 FROM_RUN = "seed eval_samples temperature top_p top_k prompt max_new_tokens max_prompt_tokens slots".split()
 FROM_RUN += "min_pixels max_pixels dtype".split()
 

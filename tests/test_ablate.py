@@ -413,6 +413,7 @@ given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 out, reward = Path(given["--out"]), given["--reward"]
 (out / "manifest.json").write_text("{}")
 print("threads", os.environ["OMP_NUM_THREADS"])
+print("given", given["--seed"], given["--model"], given["--data"], given.get("--learning-rate"))
 if reward == "random(seed=8)":
     signal.signal(signal.SIGTERM, lambda *_: ((out / "asked").touch(), sys.exit(143)))
     os.kill(os.getppid(), signal.SIGTERM)
@@ -452,6 +453,22 @@ def test_a_failed_run_is_reported_and_the_others_go_on(stand_in, capsys):
     logs = {path.parent: path.read_text() for path in stand_in["out"].rglob("log.txt")}
     assert sum("evaluating the base" in log for log in logs.values()) == 2 and len(logs) == 6
     assert all(f"threads {max(1, len(os.sched_getaffinity(0)) // 2)}\n" in log for log in logs.values())
+
+
+def test_each_seed_may_have_a_base_and_data_of_its_own(stand_in, tmp_path, capsys):
+    for seed in (0, 1):
+        shutil.copytree(stand_in["model"], tmp_path / f"base-{seed}")
+    settings = stand_in | {"model": str(tmp_path / "base-{seed}"), "rewards": "majority random"}
+    with pytest.raises(UserError, match="base-2"):  # before any run begins, and not for some of the seeds
+        main(Config(seeds=3, **settings))
+    assert not stand_in["out"].exists()
+    main(Config(seeds=2, jobs=1, threads=1, data="shapes,q-{seed}", train="--learning-rate 1e-{seed}", **settings))
+    logs = {path.parent: path.read_text() for path in stand_in["out"].rglob("log.txt")}
+    for folder, log in logs.items():
+        seed = folder.name[-1]
+        assert f"given {seed} {tmp_path}/base-{seed} shapes,q-{seed} 1e-{seed}\n" in log and "threads 1\n" in log
+    assert len(logs) == 4 and sum("evaluating the base" in log for log in logs.values()) == 2
+    assert f"shapes,q-{{seed}}, {tmp_path}/base-{{seed}}, 2 steps" in (stand_in["out"] / "table.md").read_text()
 
 
 def test_tables_stay_where_no_run_succeeds_and_the_reason_is_said(stand_in, capsys):

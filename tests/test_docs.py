@@ -20,7 +20,7 @@ NAMES = "train_upt rollout judge rewards synthesize warmup ablate".split()
 NAMES += [f"eval.{name}" for name in ("run", "score", "compare", "heldout", "synthetic")]
 NAMES += [
     f"bench.{name}"
-    for name in ("questions", "front_page", "judging", "kernels", "loop", "fullsize", "threads", "estimate")
+    for name in ("studies", "front_page", "judging", "kernels", "loop", "fullsize", "threads", "estimate")
 ]
 CONFIGS = {name: importlib.import_module(name).Config for name in NAMES}
 INDENTED = re.compile(r"(?:^    .*\n(?:\n(?=    ))*)+", re.M)

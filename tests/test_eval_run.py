@@ -512,5 +512,5 @@ def test_what_cannot_be_followed(tiny, tmp_path):
     folder = vision_folder(tmp_path / "a")
     with pytest.raises(ValueError, match="names mathvision twice"):
         follow.Followed([f"mathvision={folder}"] * 2, 4)
-    with pytest.raises(ValueError, match="give both or neither"):
+    with pytest.raises(ValueError, match="follows a benchmark: say how often, --eval-every N"):
         train_upt.Config(data="shapes", model=tiny, eval=("mathvision=x",)).resolve()

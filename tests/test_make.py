@@ -31,7 +31,7 @@ def commands(*arguments: str) -> str:
 
 def test_help_is_the_default_and_lists_every_target():
     text = make().stdout
-    for target in "help setup warmup train rollout judge score eval synth ablate test lint bench clean".split():
+    for target in "help setup warmup train rollout judge score eval synth ablate results test lint bench clean".split():
         assert any(line.split()[0] == target and len(line.split()) > 2 for line in text.splitlines()[1:]), target
 
 

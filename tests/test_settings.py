@@ -29,7 +29,7 @@ from upt.run import cli
 ROOT = Path(__file__).parents[1]
 SCRIPTS = "train_upt rollout judge rewards synthesize warmup ablate".split()
 SCRIPTS += [f"eval.{name}" for name in "run score compare heldout synthetic".split()]
-SCRIPTS += [f"bench.{name}" for name in "loop fullsize judging kernels questions threads front_page".split()]
+SCRIPTS += [f"bench.{name}" for name in "loop fullsize judging kernels studies threads front_page".split()]
 FREE_TEXT = {"judge_prefix", "train"}  # may be empty
 FREE_NUMBERS = {"delta"}  # an offset, of either sign
 
@@ -119,7 +119,7 @@ REFUSED = [  # script, setting, value, what is said
     ("eval.compare", "seed", -3, "--seed must be from 0"),
     ("bench.loop", "trl_accumulation", (1, 0), "--trl-accumulation must be at least 1"),
     ("bench.kernels", "pairs", 0, "--pairs must be at least 1"),
-    ("bench.questions", "seeds", (0, -1), "--seeds must be from 0"),
+    ("bench.studies", "jobs", 0, "--jobs must be at least 1"),
 ]
 
 
@@ -353,7 +353,7 @@ def test_an_empty_path_at_a_shell_is_not_the_current_folder():
         ("warmup", {}),
         ("ablate", {}),
         ("eval.run", {"data": "d", "benchmark": "mathvision"}),
-        ("bench.questions", {}),
+        ("bench.studies", {}),
         ("bench.front_page", {}),
     ],
 )

@@ -16,14 +16,15 @@ from transformers import AutoModelForImageTextToText
 
 import rewards
 import rollout
+from eval import follow, heldout
 from train_upt import Config, main
 from upt import data
 from upt.data import shapes
-from upt.errors import Diverged, PolicyError, SettingError, ShardError
+from upt.errors import Diverged, PolicyError, SettingError, ShardError, Stopped
 from upt.groups import shards, variants
 from upt.model import update
 from upt.model.policy import Policy
-from upt.run.metrics import accuracy
+from upt.run.metrics import graded, status
 from upt.stages import sampling
 
 ROOT = Path(__file__).parent.parent
@@ -439,6 +440,65 @@ def test_what_a_run_leaves(tiny, tmp_path):
     assert named == str(more / "start") and (more / "start" / "config.json").is_file()
 
 
+@pytest.fixture(scope="module")
+def watched(tiny, tmp_path_factory) -> Path:
+    """A run of four steps that is scored on held-out questions before its third."""
+    out = tmp_path_factory.mktemp("runs") / "watched"
+    return run(tiny, out, steps=4, save_every=2, keep=9, learning_rate=0.3, **WATCHED)
+
+
+WATCHED = {"eval_every": 2, "eval_questions": 4, "eval_samples": 2}
+
+
+def lines(out: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, without what depends on the clock."""
+    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "peak_memory_gib")} for row in rows
+    ]
+
+
+def test_held_out_scores_by_step_are_those_of_the_checkpoint_and_change_nothing(tiny, watched, tmp_path, capfd):
+    assert [sorted(row.get("held_out", ())) for row in lines(watched)] == [
+        [], [], ["entropy", "greedy", "length", "maj", "mean", "pass"], []
+    ]  # fmt: skip
+    scores = heldout.main(heldout.Config(run=watched / "checkpoints" / "step-000002", device="cpu"))
+    found = lines(watched)[2]["held_out"]
+    assert found == {name: scores[name]["value"] for name in found}
+    before = json.loads((watched / "before.json").read_text())
+    assert found["entropy"] != before["entropy"]["value"]
+    plain = run(tiny, tmp_path / "plain", steps=4, save_every=2, keep=9, learning_rate=0.3)
+    assert same(watched, plain) and lines(plain) == [
+        {k: v for k, v in r.items() if k != "held_out"} for r in lines(watched)
+    ]
+
+
+def test_a_run_that_is_stopped_while_it_is_scored_goes_on_to_the_same_bits(tiny, watched, tmp_path, monkeypatch):
+    real, calls = heldout.evaluate, []
+
+    def stopping(*given):
+        calls.append(1)
+        if len(calls) == 2:  # the first is of before.json
+            raise Stopped(signal.SIGTERM, "SIGTERM")
+        return real(*given)
+
+    monkeypatch.setattr(follow.heldout, "evaluate", stopping)
+    settings = dict(steps=4, save_every=4, keep=9, learning_rate=0.3, **WATCHED)
+    with pytest.raises(Stopped):
+        run(tiny, tmp_path / "r", **settings)
+    assert len(lines(tmp_path / "r")) == 2
+    run(tiny, tmp_path / "r", **settings)
+    assert same(watched, tmp_path / "r") and lines(tmp_path / "r") == lines(watched)
+    assert len(calls) == 4  # before.json, twice before the third step, after.json
+
+
+def test_held_out_scores_stand_in_the_status_line():
+    row = {"reward_mean": 0.5, "majority_share": 0.5, "entropy": 0.1, "length": 3.0, "clip_low": 0.0, "clip_high": 0.0}
+    row |= {"tokens_per_second": None, "peak_memory_gib": 1.0, "alarms": []}
+    assert "held-out" not in status(row) and "held-out" not in status(row | {"held_out": {"entropy": 0.1}})
+    assert ", held-out mean 74.9, held-out greedy 85.0, " in status(row | {"held_out": {"greedy": 0.85, "mean": 0.749}})
+
+
 def test_without_gold_the_metrics_are_label_free(tiny, tmp_path, monkeypatch, capsys):
     real = data.load
     monkeypatch.setattr(data, "load", lambda *args, **kwargs: real(*args, **kwargs).without_gold())
@@ -463,6 +523,7 @@ def test_without_gold_the_metrics_are_label_free(tiny, tmp_path, monkeypatch, ca
         ({"group_size": 1}, "group size"),
         ({"minibatches": 9}, "minibatches"),
         ({"steps": 0}, "--steps"),
+        ({"eval_every": 4}, "--eval-every 4 has nothing to look at: give --eval-questions above 0 or --eval"),
     ],
 )
 def test_settings_are_checked_before_anything_is_written(tiny, tmp_path, settings, message):
@@ -597,11 +658,14 @@ def test_presets_carry_their_recipe(tiny):
     assert real.max_prompt_tokens == 1024 and real.max_new_tokens == 2048
 
 
-def test_an_abstention_is_never_right():
+def test_right_responses_and_groups_with_one_by_hand():
     def group(gold, *keys):
         return {"gold": gold, "choices": ["5", "7"], "responses": [{"key": key} for key in keys]}
 
-    assert accuracy([group("9", None, None), group("7", "B", None)]) == 0.25  # no option reads 9: it has no key
+    # No option reads 9: it has no key, and an abstention is never right.
+    assert graded([group("9", None, None), group("7", "B", None)]) == {"accuracy": 1 / 4, "pass": 1 / 2}
+    groups = [group("7", "B", "B", "A", "B"), group("5", "B"), group("5", "A", None, "B")]
+    assert graded(groups) == {"accuracy": 4 / 8, "pass": 2 / 3}
 
 
 def test_a_reward_of_a_notebook_that_changed_is_noticed(tiny, tmp_path, monkeypatch):

@@ -8,8 +8,9 @@
         curves.png             accuracy, entropy, length and majority share by step, mean and range over seeds
 
 The runs of a seed share questions, sampling noise and initial adapter, and one evaluation of the base: the first of
-them makes it, the others wait for it and take a copy. The same command goes on where it was stopped; finished runs are
-kept. On a CPU rounding depends on the threads of a run, so compare runs made with the same `jobs`.
+them makes it, the others wait for it and take a copy. `{seed}` in the model, the data or a further setting is the run's
+seed, so that each seed can have a base of its own. The same command goes on where it was stopped; finished runs are
+kept. On a CPU rounding depends on the threads of a run, so compare runs made with the same `threads`.
 """
 
 import io
@@ -20,7 +21,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,23 +80,30 @@ class Run:
         return path.read_text().split("\n")[:-1] if path.is_file() else []
 
 
+def slug(label: str) -> str:
+    """A variant's name as that of a folder."""
+    return re.sub(r"[^\w.=@-]+", "-", label).strip("-.")
+
+
 def plan(config, variants) -> list[Run]:
     """Every run of the comparison, seed by seed, with its command line."""
     extra = shlex.split(config.train)
     for flag in extra:
         if flag.startswith("--") and flag[2:].split("=")[0].replace("_", "-") in OURS:
             raise SettingError(f"{flag}: the runs differ in this or share it; use --rewards, --seeds, --out")
-    slugs = {v.label: re.sub(r"[^\w.=@-]+", "-", v.label).strip("-.") for v in variants}
+    slugs = {v.label: slug(v.label) for v in variants}
     if len({*slugs.values()}) < len(variants):
         raise SettingError(f"two of {', '.join(slugs)} would share a folder; write them apart, or use two --out")
     found = []
     for seed in range(config.seeds):
+        shared = {"data": config.data, "model": config.model, "steps": config.steps, "seed": seed}
+        shared = [part for name, x in shared.items() if x is not None for part in (f"--{name}", str(x))] + extra
+        shared = [part.replace("{seed}", str(seed)) for part in shared]
         for v in variants:
             folder = config.out / slugs[v.label] / f"seed-{seed}"
-            given = {"data": config.data, "model": config.model, "steps": config.steps, "reward": v.reward,
-                     "advantage": v.advantage, "seed": seed, "out": folder}  # fmt: skip
-            flags = [part for name, x in given.items() if x is not None for part in (f"--{name}", str(x))]
-            found.append(Run(v.label, seed, folder, flags + extra))
+            own = {"reward": v.reward, "advantage": v.advantage, "out": folder}
+            flags = [part for name, x in own.items() if x is not None for part in (f"--{name}", str(x))]
+            found.append(Run(v.label, seed, folder, flags + shared))
     return found
 
 
@@ -222,7 +230,8 @@ def compare(summaries: dict[str, dict[int, dict]]) -> dict[str, dict]:
     return table
 
 
-def _cell(score: tuple[float, float | None] | None, name: str, sign: str = "") -> str:
+def cell(score: tuple[float, float | None] | None, name: str, sign: str = "") -> str:
+    """A mean over seeds ± half of its interval, to the digits that the score needs."""
     if score is None:
         return "–"
     digits = 3 if name == "entropy" else 1
@@ -231,22 +240,26 @@ def _cell(score: tuple[float, float | None] | None, name: str, sign: str = "") -
     return f"{mean:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
+def score_table(table: dict[str, dict], of: str, names: Sequence[str] = tuple(SCORES)) -> str:
+    """The "after" or the "gain" of a comparison as Markdown, in those of the scores that it has."""
+    names = [name for name in names if any(name in row["after"] for row in table.values())]
+    sign = "+" if of == "gain" else ""
+    rows = [
+        [label, str(row["seeds"]), *(cell(row[of].get(name), name, sign) for name in names)]
+        for label, row in table.items()
+        if (label, of) != ("base", "gain")
+    ]
+    return markdown([["reward", "seeds", *names], *rows])
+
+
 def report_table(table: dict[str, dict], about: str) -> str:
     """The comparison as Markdown: scores after training, then gains."""
-    names = [name for name in SCORES if any(name in row["after"] for row in table.values())]
-    head = ["reward", "seeds", *names]
-    after = [[v, str(row["seeds"]), *(_cell(row["after"].get(n), n) for n in names)] for v, row in table.items()]
-    gains = [
-        [v, str(row["seeds"]), *(_cell(row["gain"].get(n), n, "+") for n in names)]
-        for v, row in table.items()
-        if v != "base"
-    ]
     return "\n\n".join([
         "# Rewards compared by training", about,
         "Held-out scores in per cent, length in tokens, entropy in nats; eval/heldout.py says what they are. Mean over "
         "seeds ± half of its 95 % t-interval, which a single seed has not.",
-        "## After training", markdown([head, *after]),
-        "## Gain over the base, paired by seed", markdown([head, *gains]),
+        "## After training", score_table(table, "after"),
+        "## Gain over the base, paired by seed", score_table(table, "gain"),
     ]) + "\n"  # fmt: skip
 
 
@@ -270,6 +283,15 @@ def over_seeds(runs: list[list[dict]], name: str) -> tuple[list[int], np.ndarray
     return steps, np.array([[np.mean(at[s]), min(at[s]), max(at[s])] for s in steps]).reshape(-1, 3).T
 
 
+def look(i: int, count: int) -> dict:
+    """Width and dashes of the i-th of some curves: later ones are thinner and have gaps of their own, so that one which
+    coincides with an earlier shows both."""
+    return {
+        "lw": 1.2 + 2.4 * (1 - i / count) * (count > 1),
+        "ls": "-" if i == 0 else (0, (2 + 2 * (i % 4), 1 + i % 3)),
+    }
+
+
 def figure(metrics: dict[str, list[list[dict]]]) -> "Figure":
     """Training curves of each variant: the mean over its runs, and their range as a band."""
     from matplotlib.figure import Figure
@@ -277,13 +299,11 @@ def figure(metrics: dict[str, list[list[dict]]]) -> "Figure":
     page = Figure(figsize=(10, 7), layout="constrained")
     axes = page.subplots(2, 2, sharex=True).ravel()
     for i, (label, runs) in enumerate(metrics.items()):
-        # Later curves are thinner and have gaps of their own, so that one which coincides with an earlier shows both.
-        look = {"color": f"C{i % 10}", "lw": 1.2 + 2.4 * (1 - i / len(metrics)) * (len(metrics) > 1)}
-        look["ls"] = "-" if i == 0 else (0, (2 + 2 * (i % 4), 1 + i % 3))
+        colour = f"C{i % 10}"
         for axis, name in zip(axes, CURVES, strict=True):
             steps, (mean, low, high) = over_seeds(runs, name)
-            axis.plot(steps, mean, label=label if axis is axes[0] else None, **look)
-            axis.fill_between(steps, low, high, color=look["color"], alpha=0.15, lw=0)
+            axis.plot(steps, mean, label=label if axis is axes[0] else None, color=colour, **look(i, len(metrics)))
+            axis.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
     for axis, title in zip(axes, CURVES.values(), strict=True):
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
@@ -327,8 +347,8 @@ def main(config, variants, settings_of: Callable) -> dict[str, dict]:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = min(config.jobs or (1 if torch.cuda.is_available() else cores), len(runs))
-    threads = max(1, cores // jobs)
-    about = f"{settings.data}, {settings.model}, {settings.steps} steps, {config.seeds} seeds"
+    threads = config.threads or max(1, cores // jobs)
+    about = f"{config.data}, {config.model or settings.model}, {settings.steps} steps, {config.seeds} seeds"
     about += f"; settings besides: `{config.train}`" if config.train else ""
     print(f"{len(runs)} runs, {jobs} at a time with {threads} threads each: {about}", file=sys.stderr)
 

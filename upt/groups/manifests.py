@@ -65,25 +65,28 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version()} | {name: installed.get(name) for name in PACKAGES}
 
 
+def commit() -> dict[str, str | bool | None]:
+    """The git commit of the code, and whether tracked files differ from it (`dirty`); null without git."""
+    found = _git("rev-parse", "--verify", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no") if found else None
+    return {"git_commit": found, "dirty": None if changes is None else changes != ""}
+
+
 def write(folder: Path | str, *, stage: str, config: dict, seed: int | None, model, adapter=None, data=None) -> None:
     """Write folder/manifest.json. `model` and `adapter` are a path, a hub id, None, or the entry of an earlier stage's
-    manifest. `data` is what resuming.keep_data gives. `dirty`: tracked code files differed from the commit (null
-    without git)."""
+    manifest. `data` is what resuming.keep_data gives."""
 
     def identity(which: Path | str | dict | None) -> dict | None:
         carried = which is None or isinstance(which, dict)
         return which if carried else {"name": str(which), "fingerprint": fingerprint(which)}
 
-    commit = _git("rev-parse", "--verify", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
     manifest = {
         "schema": SCHEMA,
         "stage": stage,
         "config": config,
         "seed": seed,
         "versions": versions(),
-        "git_commit": commit,
-        "dirty": None if changes is None else changes != "",
+        **commit(),
         "model": identity(model),
         "adapter": identity(adapter),
         "data": data,

@@ -95,7 +95,7 @@ class Metrics:
             "peak_memory_gib": peak_memory_gib(),
         }
         if all(group["gold"] is not None for group in groups):  # a diagnostic, never trained on
-            row["accuracy"] = accuracy(groups)
+            row |= graded(groups)
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         row["alarms"] = self.watch.add(row)
         self._append(row)
@@ -115,11 +115,14 @@ def judged(responses: list[dict]) -> dict[str, float]:
     return {"judge_score": mean, "unparsed": sum(not verdict["parsed"] for verdict in verdicts)} if verdicts else {}
 
 
-def accuracy(groups: list[dict]) -> float:
-    """Share of responses whose key is that of their group's gold. An abstention is never right."""
+def graded(groups: list[dict]) -> dict[str, float]:
+    """`accuracy`, the share of responses whose key is that of gold, and `pass`, the share of groups with such a one.
+
+    An abstention is never right.
+    """
     golds = [(answer_key(group["gold"], group["choices"]), group["responses"]) for group in groups]
-    right = [r["key"] is not None and r["key"] == gold for gold, responses in golds for r in responses]
-    return sum(right) / len(right)
+    right = [[r["key"] is not None and r["key"] == gold for r in responses] for gold, responses in golds]
+    return {"accuracy": sum(map(sum, right)) / sum(map(len, right)), "pass": sum(map(any, right)) / len(right)}
 
 
 REMARKS = {  # by what counts, and in words what was counted
@@ -143,6 +146,8 @@ def status(row: dict) -> str:
     if row.get("judge_score") is not None:
         parts.append(f"judge {row['judge_score']:.3f}")
     parts += [f"{name} {100 * value:.1f}" for name, value in row.get("benchmarks", {}).items()]
+    held_out = row.get("held_out", {})
+    parts += [f"held-out {name} {100 * held_out[name]:.1f}" for name in ("mean", "greedy") if name in held_out]
     if row.get("kl") is not None:
         parts.append(f"kl {row['kl']:.4f}")
     if row.get("logprob_gap_mean") is not None:

@@ -360,6 +360,6 @@ class Evaluation:
     eval: tuple[Name, ...] = ()
     """benchmarks to follow during training, NAME=FOLDER each (names as in eval/run.py)"""
     eval_every: Number = 0
-    """steps between two looks at them; 0: none"""
+    """steps between two looks at them and at the held-out questions; 0: none"""
     eval_limit: Count = 64
     """questions of each benchmark, the same every time"""

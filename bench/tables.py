@@ -1,0 +1,199 @@
+"""The tables of docs/results.md and README.md, from the records of bench/results/, and their places in the pages.
+
+    <!-- table: NAME -->
+    what a study of bench/studies.py says of NAME, and a line on where it comes from
+    <!-- end -->
+
+A table is a function of its study and of all records by name.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+from bench import alarms
+from upt.compare import sweep
+from upt.errors import DataError, suggest
+from upt.groups.stats import average, markdown, t_interval
+
+PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
+NAMES = ("mean", "greedy", "maj", "pass", "length", "entropy")
+GOLD = NAMES[:4]
+
+
+# --------------------------------------------------------------------------------------------------- filling the pages
+
+
+def rendered(studies: Sequence, records: dict[str, dict]) -> dict[str, str]:
+    """Every table by name, as it stands in a page."""
+    found = {}
+    for study in studies:
+        parts = [name for name in (study.name, *study.uses) if name in records]
+        for name, table in study.tables.items():
+            if study.name in parts or (parts and not study.base):
+                found[name] = f"{table(study, records)}\n\n{source(study, records, parts)}\n"
+            else:
+                found[name] = f"*Not measured yet: `python -m bench.studies --only {study.name}`.*\n"
+    return found
+
+
+def fill(page: str, tables: dict[str, str]) -> str:
+    """A page with its tables in their places. Raises DataError for a place of a table that there is not."""
+
+    def filled(match: re.Match) -> str:
+        head, name, end = match.groups()
+        if name not in tables:
+            raise DataError(f"<!-- table: {name} -->: no study fills such a table{suggest(name, tables)}")
+        return f"{head}\n{tables[name]}\n{end}"
+
+    return PLACE.sub(filled, page)
+
+
+def source(study, records: dict[str, dict], parts: Sequence[str]) -> str:
+    """Where a table's numbers come from, on a line."""
+    others = [f"`{name}`" for name in parts if name != study.name]
+    if study.name not in records:
+        return f"From the runs of {', '.join(others)}."
+    record = records[study.name]
+    prints = [found.removeprefix("sha256:")[:8] for found in record["fingerprint"].values()]
+    base = " ".join(f"python warmup.py {record['base']['flags']}".split())
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "transformers"))
+    said = [f"`{record['command']}`" + (f" with the runs of {', '.join(others)}" if others else "")]
+    if not record["complete"]:
+        said.append(f"{len(record['runs'])} of {record['planned']} runs so far")
+    said.append(f"bases {', '.join(prints)} by `{base} --seed S`")
+    said += [f"{record['threads']} thread a run", record["date"], record["machine"], versions]
+    return "; ".join(said) + "."
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+def grouped(runs: Sequence[dict]) -> dict[str, dict[int, dict]]:
+    """{label: {seed: run}}, as upt/compare/sweep.py takes them."""
+    found: dict[str, dict[int, dict]] = {}
+    for run in runs:
+        found.setdefault(run["label"], {})[run["seed"]] = run
+    return found
+
+
+def after(study, records) -> str:
+    """Scores after training."""
+    return sweep.score_table(sweep.compare(grouped(records[study.name]["runs"])), "after", NAMES)
+
+
+def gain(study, records) -> str:
+    """What training gains, paired by seed."""
+    return sweep.score_table(sweep.compare(grouped(records[study.name]["runs"])), "gain", NAMES)
+
+
+def elsewhere(study, records) -> str:
+    """Scores on the study's other data set, and what training has changed of them."""
+    runs = [run | run["also"] for run in records[study.name]["runs"] if run["also"]]
+    found = sweep.compare(grouped(runs))
+    return f"{sweep.score_table(found, 'after', GOLD)}\n\n{sweep.score_table(found, 'gain', GOLD)}"
+
+
+FRONT = {
+    "before training": "base",
+    "**label-free** (`majority`)": "`majority`",
+    "with labels (`supervised`)": "`supervised`",
+    "control (`random` rewards)": "`random`",
+}
+
+
+def front(study, records) -> str:
+    """README's table: the base, the default reward, the upper bound, the control, and the gain of the second."""
+    found = sweep.compare(grouped(records[study.name]["runs"]))
+    rows = [("", "mean", "greedy", "maj@8", "pass@8")]
+    for words, label in FRONT.items():
+        if label in found:
+            rows.append((words, *(sweep.cell(found[label]["after"].get(name), name) for name in GOLD)))
+    if "`majority`" in found:
+        gains = found["`majority`"]["gain"]
+        rows.append(("gain, label-free", *(sweep.cell(gains.get(name), name, "+") for name in GOLD)))
+    return markdown(rows)
+
+
+def by_step(name: str, steps: Sequence[int]) -> Callable:
+    """A held-out score by the steps that were made before it: a line for each reward."""
+
+    def table(study, records) -> str:
+        rows = [("reward", "seeds", *(f"{name} at {step}" for step in steps))]
+        for label, runs in grouped(records[study.name]["runs"]).items():
+            curves = [alarms.series(run, name) for run in runs.values()]
+            cells = []
+            for step in steps:
+                there = [curve[step] for curve in curves if step in curve]
+                cells.append(sweep.cell(t_interval(there) if there else None, name))
+            rows.append((label, str(len(runs)), *cells))
+        return markdown(rows)
+
+    return table
+
+
+def by_kind(label: str) -> Callable:
+    """Mean / greedy accuracy by kind of question before and after training with a reward, means over seeds."""
+
+    def table(study, records) -> str:
+        runs = [run for run in records[study.name]["runs"] if run["label"] == label]
+        rows = [("kind", "before", "after")]
+        for kind in runs[0]["after"]["kinds"] if runs else ():
+            means = [
+                [100 * average([run[when]["kinds"][kind][name] for run in runs]) for name in ("mean", "greedy")]
+                for when in ("before", "after")
+            ]
+            rows.append((kind, *(f"{mean:.1f} / {greedy:.1f}" for mean, greedy in means)))
+        return markdown(rows)
+
+    return table
+
+
+def beside(study_of: str, label: str) -> Callable:
+    """What training gains beside runs of another study, whose rows come first, and by how much less, paired by seed."""
+
+    def table(study, records) -> str:
+        others = [run for run in records.get(study_of, {"runs": []})["runs"] if run["label"] == label]
+        means = {run["seed"]: alarms.series(run, "mean")[run["steps"]] for run in others}
+        found = grouped([*others, *records[study.name]["runs"]])
+        gains = sweep.compare(found)
+        rows = [("trained with", "seeds", *GOLD, f"mean, less that of {label}")]
+        for name, runs in found.items():
+            less = [alarms.series(r, "mean")[r["steps"]] - means[seed] for seed, r in runs.items() if seed in means]
+            cells = (sweep.cell(gains[name]["gain"].get(score), score, "+") for score in GOLD)
+            rows.append((name, str(len(runs)), *cells, sweep.cell(t_interval(less) if less else None, "mean", "+")))
+        return markdown(rows)
+
+    return table
+
+
+def judged(study, records) -> str:
+    """How well rewards tell right from wrong responses of the base, over seeds."""
+    found: dict[str, list[dict]] = {}
+    for row in records[study.name]["judged"]:
+        found.setdefault(row["label"], []).append(row)
+    rows = [("reward on the same groups", "seeds", "AUC", "AUC within groups", "label accuracy")]
+    for label, of in found.items():
+        # "entropy" has the three digits that an AUC needs, and "mean" is a percentage.
+        cells = [sweep.cell(t_interval([row[name] for row in of]), "entropy") for name in ("AUC", "AUC in group")]
+        rows.append((label, str(len(of)), *cells, sweep.cell(t_interval([row["label acc"] for row in of]), "mean")))
+    return markdown(rows)
+
+
+def filters(study, records) -> str:
+    """What became of the questions that the model wrote, all seeds together."""
+    counts = records[study.name]["written"]
+    rows = [("filter", "seen", "failed")]
+    for name in counts[0]["filters"] if counts else ():
+        rows.append((f"`{name}`", *(f"{sum(c['filters'][name][of] for c in counts):,}" for of in ("seen", "failed"))))
+    kept = (f"{sum(c[name] for c in counts):,}" for name in ("kept", "candidates"))
+    return markdown([*rows, ("kept", "{} of {}".format(*kept), "")])
+
+
+def health(study, records) -> str:
+    """bench/alarms.py on the runs of all studies that it uses."""
+    return alarms.table({name: records[name]["runs"] for name in study.uses if name in records})
+
+
+def picture(path: str, alt: str) -> Callable:
+    """A figure of the study's, which stands in the page as soon as it can be drawn."""
+    return lambda study, records: f"![{alt}]({path})"
