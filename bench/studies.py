@@ -20,7 +20,7 @@ import ablate
 from bench import curves, making, tables
 from bench.front_page import write
 from bench.making import Place, Study, Sweep
-from rewards import REWARDS, needs_gold, needs_judge
+from rewards import REWARDS, needs_gold, needs_judge, needs_view
 from upt.errors import RunsFailed, SettingError, suggest
 from upt.files import check_folder, read_json, write_whole
 from upt.ranges import Count, Name
@@ -31,12 +31,16 @@ from upt.run.typed import Typed
 PAGES = ("README.md", "docs/results.md")
 
 BASES = {  # flags of warmup.py; --seed is each run's
-    "plain": "--mixed-steps 0",
-    "weak": "--clean-steps 150 --mixed-steps 0",
-    "manners": "",
+    "plain": "",
+    "weak": "--answer-steps 150 --judge-steps 0",
+    "manners": "--guess-steps 160",
 }
 
-VOTES = [name for name in REWARDS if not needs_judge(name) and not needs_gold(name) and name != "random"]
+VIEW = "--view faded"
+PLAIN = [name for name in REWARDS if not needs_view(name) and name != "scrl"]
+# With 8 responses an answer is rare, as scrl has it, only above its default.
+EVERY = [*PLAIN, "scrl(tau_low=.2)", "frequency(gamma=2)", "frequency(gamma=.5)"]
+VOTES = [label for label in EVERY if label != "random" and not needs_judge(label) and not needs_gold(label)]
 LONG = "majority frequency judged frequency@energy-centred"
 LONG_STEPS = (0, 48, 96, 144, 192, 240)
 JUDGE = "--rewards 'frequency judge-only judged(lam_fmt=0)'"
@@ -50,7 +54,7 @@ STUDIES = [
         "rewards",
         base="plain",
         flags="--eval-every 12",
-        sweeps=[Sweep(" ".join([*REWARDS, "frequency(gamma=2)", "frequency(gamma=.5)"]))],
+        sweeps=[Sweep(" ".join(EVERY)), Sweep("two-view", VIEW)],
         tables={
             "front": tables.front,
             "rewards": tables.after,
