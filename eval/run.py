@@ -264,7 +264,7 @@ def prepare(name: str, source: str, config: Config, out: Path) -> Job:
     folder = folder_of(source)
     split, questions = select(benchmark(name), folder, config.split, config.limit)
     known = asdict(config) | {"benchmark": name, "data": source, "split": split}
-    unused = ("run", "preset", "steps", "questions_per_step", "group_size")
+    unused = ("run", "preset", "steps", "questions_per_step", "group_size", "view")
     asked = repr([(question.id, question.text, question.choices, question.query) for question in questions])
     digests = {"prompt_file": template(config.prompt), "questions_file": asked}
     digests = {key: sha256(text.encode(errors="replace")).hexdigest()[:16] for key, text in digests.items()}

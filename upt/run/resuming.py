@@ -202,10 +202,10 @@ def adopt(config) -> None:
             "after training are not held-out ones; sample another split, or give another --eval-split",
             file=sys.stderr,
         )
-    if config.view not in (None, sampling.get("view")):
+    if config.view not in (None, view := sampling.get("view")):
+        seen = f"with --view {view}" if view else "without a view"
         raise SettingError(
-            f"--view {config.view}: the responses in {config.from_shards} were sampled with --view "
-            f"{sampling.get('view')}, and it stays; leave it out"
+            f"--view {config.view}: the responses in {config.from_shards} were sampled {seen}; leave it out"
         )
     for field in fields(Rollout):
         if field.name in sampling and getattr(config, field.name) is None:
