@@ -54,7 +54,7 @@ STUDIES = [
         "rewards",
         base="plain",
         flags="--eval-every 12",
-        sweeps=[Sweep(" ".join(EVERY)), Sweep("two-view", VIEW)],
+        sweeps=[Sweep(" ".join(EVERY)), Sweep("two-view", VIEW, name="faded")],
         tables={
             "front": tables.front,
             "rewards": tables.after,
