@@ -35,7 +35,6 @@ from upt.groups import manifests
 from upt.run import cli, health
 from upt.run.stopping import stop_on_signal
 
-ROOT = Path(__file__).parents[1]
 ORIGIN = ("fingerprint", "git_commit", "dirty", "versions", "machine", "threads", "date")
 
 
