@@ -2,18 +2,18 @@ r"""Make the embedded default model: a tiny Qwen2.5-VL, trained from scratch on 
 
     1. tokenizer: byte-level BPE on the demonstrations, with Qwen's special tokens
     2. model: the real Qwen2_5_VLForConditionalGeneration, 1.5 M parameters, random weights
-    3. clean phase: supervised training on step-by-step demonstrations that are right
-    4. mixed phase: half of the demonstrations are quick guesses without reasoning, most of them wrong; the model
-       learns both manners, and its samples disagree; it learns to judge, from right and wrong candidates, and to ask,
-       from questions about pictures of their own (synthesize.py)
-    5. write a snapshot as on the hub, with the scores after both phases in warmup.json
+    3. answering: supervised training on right step-by-step demonstrations
+    4. judging and asking: demonstrations go on with the vision tower frozen; beside them the model learns verdicts on
+       answers of its own, and to ask, from questions about pictures of their own (synthesize.py)
+    5. write a snapshot as on the hub, with the scores after each phase in warmup.json
 
-A judge's lesson is a candidate, prompts/judge-tiny.md's question and the verdict, \boxed{9/9} or \boxed{0/9}. It stands
-behind the response that is taught anyway and behind a poor one, so it costs a few tokens and no picture. Candidates are
-about as often right as the mixed model's own samples are: steps half of the time, guesses one time in four.
+Nothing is planted: it answers as well as its lessons and their time allow, and they end while there is still something
+to learn. A judge's lesson is a sample of the model's own, to a question that it was not taught, prompts/judge-tiny.md's
+question and the verdict by the label, \boxed{9/9} or \boxed{0/9}.
 
-Label-free training starts from the mixed model. What it can win back is the more reliable manner, not new sight, so
-the score of the clean phase is kept beside it. Choices here were made on the validation split.
+`--guess-steps 160` adds a phase in which half of the demonstrations are quick guesses, most of them wrong. It leaves a
+model of two manners, one of them reliable, to see how label-free training selects (docs/results.md). Choices here were
+made on the validation split.
 
     python warmup.py --out models/tiny
 """
@@ -21,8 +21,9 @@ the score of the clean phase is kept beside it. Choices here were made on the va
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,9 +37,10 @@ from upt.run import cli, presets
 from upt.run.locking import alone
 from upt.run.settings import Rollout
 from upt.run.typed import Typed
-from upt.warmup.demonstrations import MODES, STYLES, demonstrate, demonstrate_mixed, poor_candidate
+from upt.warmup.demonstrations import MODES, STYLES, demonstrate, demonstrate_mixed
 
-SAMPLING = ("temperature", "top_p", "group_size", "max_new_tokens", "prompt", "max_prompt_tokens")
+SAMPLING = ("temperature", "top_p", "max_new_tokens", "prompt", "max_prompt_tokens")
+END = 0.25  # of the peak of the learning rate: where the first phase ends, and what the second one keeps
 
 
 @dataclass
@@ -46,23 +48,29 @@ class Config(Typed):
     out: Path = Path("models/tiny")
     """folder to write the snapshot to"""
     seed: Seed = 0
-    """initial weights and demonstrations"""
-    questions: Count | None = None
-    """labelled questions, used over and over where there are more lessons; None: a new one for each lesson"""
-    clean_steps: Number = 300
-    """updates on right demonstrations"""
-    mixed_steps: Number = 160
-    """updates on demonstrations of mixed quality"""
-    asking: Number = 4
-    """pictures to ask about in one update of the mixed phase, besides the questions to answer"""
+    """initial weights, pictures and order of the lessons"""
+    questions: Count = 12000
+    """labelled questions to learn answering from; used again where there are more lessons"""
+    judged: Count = 1000
+    """further labelled questions, which the model answers itself, to learn verdicts on its answers"""
+    answer_steps: Number = 300
+    """updates on demonstrations alone"""
+    judge_steps: Number = 60
+    """further updates, on demonstrations, verdicts and questions together"""
+    guess_steps: Number = 0
+    """further updates that teach a second manner, quick guesses"""
     batch: Count = 32
-    """questions in one update"""
-    learning_rate: Rate = 4e-3
-    """peak of the clean phase, for Muon; AdamW takes half of it, and the vision tower's first layer a tenth of that"""
-    mixed_learning_rate: Rate = 6e-4
-    """peak of the mixed phase, for AdamW"""
+    """demonstrations in one update"""
+    judging: Count = 16
+    """questions with verdicts in one update"""
+    asking: Number = 4
+    """pictures to ask about in one update"""
+    learning_rate: Rate = 2.5e-3
+    """peak, for Muon; AdamW takes half of it, and the vision tower's first layer a tenth of that"""
+    guess_learning_rate: Rate = 6e-4
+    """peak while guessing is taught, for AdamW"""
     guess_share: Share = 0.5
-    """share of quick guesses in the mixed phase"""
+    """share of quick guesses among the demonstrations then"""
     guess_wrong: Share = 0.6
     """share of quick guesses that are any plausible number instead of the right one"""
     eval_questions: Count = 256
@@ -71,69 +79,89 @@ class Config(Typed):
     """samples for each of them"""
 
 
-@alone
-def main(config: Config) -> dict:
-    """Train, write the snapshot and its scores; returns the scores by phase."""
-    config = replace(config)
-    if config.clean_steps + config.mixed_steps == 0:
-        raise SettingError("--clean-steps 0 and --mixed-steps 0 teach nothing: give one of them some updates")
-    lessons, muon, tiny = warmup.lessons, warmup.muon, warmup.tiny
-    started = time.perf_counter()
-    updates = f"{config.clean_steps} + {config.mixed_steps} updates, some minutes"
-    print(f"making the tiny model in {config.out}, with labels: {updates}", flush=True)
-    answered = config.batch * (config.clean_steps + config.mixed_steps)
-    total = min(answered + config.asking * config.mixed_steps, config.questions or 2**31)
-    items = list(shapes.questions("warmup", config.seed, total))
-    validation = data.load("shapes", "validation", config.seed, limit=config.eval_questions)
-    rng, rng_asking = random.Random(f"warmup/{config.seed}"), random.Random(f"warmup/asking/{config.seed}")
+def untrained(items: list[shapes.Item], seed: int) -> "model.Policy":
+    """A model of random weights, with a tokenizer made from what it will read and write."""
+    tiny = warmup.tiny
     texts = [prompts.template(style).replace("{question}", item.question) for item in items[:2000] for style in STYLES]
     texts += [demonstrate(item, style) for item in items[:2000] for style in STYLES]
     asked = prompts.judge_turns(presets.TINY["judge_prompt"])[-1][1]
     texts += ["by eye user assistant", "\\boxed{9/9} \\boxed{0/9}", asked, *map(prompts.asking, MODES)] * 2000
     tokenizer = tiny.make_tokenizer(texts)
     with TemporaryDirectory() as folder:
-        tiny.make_model(tokenizer, config.seed).save_pretrained(folder)
+        tiny.make_model(tokenizer, seed).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         tiny.make_processor().save_pretrained(folder)
-        policy = model.Policy.load(folder, dtype="fp32", device="cpu")
+        return model.Policy.load(folder, dtype="fp32", device="cpu")
 
-    def clean(n: int):
-        style = STYLES[n % 4 == 0]
-        return lessons.with_question(
-            policy, lessons.lesson(policy, items[n], style, demonstrate(items[n], style)), items[n]
-        )
 
-    def mixed(n: int):
-        item, style = items[n], STYLES[n % 4 == 0]
-        made = lessons.lesson(policy, item, style, demonstrate_mixed(item, style, rng, config))
-        return lessons.add_verdicts(policy, made, item, poor_candidate(item, rng)) if style == "think-boxed" else made
+@alone
+def main(config: Config) -> dict:
+    """Train, write the snapshot and its scores; returns the scores by phase."""
+    config = replace(config)
+    phases = [config.answer_steps, config.judge_steps, config.guess_steps]
+    if sum(phases) == 0:
+        raise SettingError("--answer-steps, --judge-steps and --guess-steps 0 teach nothing: give one some updates")
+    lessons, muon = warmup.lessons, warmup.muon
+    started = time.perf_counter()
+    updates = " + ".join(str(steps) for steps in phases if steps)
+    print(f"making the tiny model in {config.out}, with labels: {updates} updates, some minutes", flush=True)
+    sizes = (config.questions, config.judged, config.asking * config.judge_steps)
+    every = shapes.questions("warmup", config.seed, sum(sizes))
+    items, judged, pictures = (every[start:end] for start, end in pairwise(accumulate(sizes, initial=0)))
+    validation = data.load("shapes", "validation", config.seed, limit=config.eval_questions)
+    sampling = Rollout(model=presets.TINY_MODEL, seed=config.seed, **{k: presets.TINY[k] for k in SAMPLING})
+    rng, rng_asking = random.Random(f"warmup/{config.seed}"), random.Random(f"warmup/asking/{config.seed}")
+    policy = untrained(items, config.seed)
+
+    def epochs() -> Iterator[tuple[shapes.Item, str]]:
+        """Questions with the prompt style that each is to be answered in."""
+        while True:
+            for item in rng.sample(items, len(items)):
+                yield item, STYLES[rng.random() < 0.25]
+
+    stream = epochs()
+
+    def answering() -> list:
+        made = []
+        for item, style in islice(stream, config.batch):
+            made.append(lessons.lesson(policy, item, style, demonstrate(item, style)))
+            made[-1] = lessons.with_question(policy, made[-1], item)
+        return made
 
     def asking(n: int):
-        item = items[(answered + n) % len(items)]
+        item = pictures[n]
         # A picture that has one question only is to get it again: upt/groups/filters.py knows a repetition.
         other, second = (shapes.ask_else(item, rng_asking) or item.question for _ in range(2))
         mode, first = ("in-context", other) if n % 2 else ("direct", item.question)
         return lessons.asking_lesson(policy, item, mode, [first, second])
 
-    def batches(first: int, steps: int, make: Callable, asked: int = 0) -> Iterator[list]:
-        for step in range(first, first + steps):
-            answering = [make(n % len(items)) for n in range(step * config.batch, (step + 1) * config.batch)]
-            yield answering + [asking(n) for n in range((step - first) * asked, (step - first + 1) * asked)]
+    def judging() -> Iterator[list]:
+        own = lessons.own_answers(policy, judged, replace(sampling, group_size=2))
+        for step in range(config.judge_steps):
+            places = [n % len(own) for n in range(step * config.judging, (step + 1) * config.judging)]
+            verdicts = [lessons.verdicts(policy, judged[n], own[n]) for n in places]
+            yield answering() + verdicts + [asking(step * config.asking + n) for n in range(config.asking)]
 
-    sampling = Rollout(model=presets.TINY_MODEL, seed=config.seed, **{k: presets.TINY[k] for k in SAMPLING})
-
-    def score() -> dict:
-        return heldout.evaluate(policy, validation, sampling, len(validation), config.eval_samples)
+    def guessing() -> list:
+        made = islice(stream, config.batch)
+        return [lessons.lesson(policy, i, style, demonstrate_mixed(i, style, rng, config)) for i, style in made]
 
     network, scores = policy.model.requires_grad_(True), {}
+
+    def phase(name: str, batches, steps: int, optimizers: list, end: float) -> None:
+        if steps:
+            lessons.train(policy, batches, steps, optimizers, end, name)
+            scores[name] = heldout.evaluate(policy, validation, sampling, len(validation), config.eval_samples)
+
     optimizers = muon.muon_and_adamw(network, config.learning_rate)
-    # The clean phase ends while there is still something to learn, and the mixed one goes on with it.
-    lessons.train(policy, batches(0, config.clean_steps, clean), config.clean_steps, optimizers, 0.25, "clean")
-    scores["clean"] = score()
-    optimizers = [muon.adamw([{"params": list(network.parameters()), "lr": config.mixed_learning_rate}])]
-    mixture = batches(config.clean_steps, config.mixed_steps, mixed, config.asking)
-    lessons.train(policy, mixture, config.mixed_steps, optimizers, 0.0, "mixed")
-    scores["mixed"] = score()
+    phase("answering", (answering() for _ in range(config.answer_steps)), config.answer_steps, optimizers, END)
+    policy.base.model.visual.requires_grad_(False)
+    optimizers = muon.muon_and_adamw(network, END * config.learning_rate)
+    phase("judging", judging(), config.judge_steps, optimizers, 1.0)
+    network.requires_grad_(True)
+    optimizers = [muon.adamw([{"params": list(network.parameters()), "lr": config.guess_learning_rate}])]
+    phase("guessing", (guessing() for _ in range(config.guess_steps)), config.guess_steps, optimizers, 0.0)
+
     network.requires_grad_(False)
     (config.out / "warmup.json").unlink(missing_ok=True)  # until the new one is whole, there is no warmed-up model
     policy.export(config.out)
@@ -142,9 +170,7 @@ def main(config: Config) -> dict:
         "seconds": time.perf_counter() - started,
     }
     write_whole(config.out / "warmup.json", [json.dumps(report, indent=1).encode()])
-    print("The clean phase teaches to answer in steps. The mixed phase adds hasty guesses, and scores fall as they are")
-    print("meant to: label-free training starts there.")
-    print(heldout.table({f"{name} phase": score for name, score in scores.items()}))
+    print(heldout.table({f"after {name}": found for name, found in scores.items()}))
     print(f"{config.out}: {len(validation)} validation questions, {report['seconds']:.0f} s")
     return scores
 

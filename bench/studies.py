@@ -31,9 +31,9 @@ from upt.run.typed import Typed
 PAGES = ("README.md", "docs/results.md")
 
 BASES = {  # flags of warmup.py; --seed is each run's
-    "plain": "--mixed-steps 0",
-    "weak": "--clean-steps 150 --mixed-steps 0",
-    "manners": "",
+    "plain": "",
+    "weak": "--answer-steps 150 --judge-steps 0",
+    "manners": "--guess-steps 160",
 }
 
 VIEW = "--view faded"

@@ -89,7 +89,7 @@ def snapshots(tokenizer, tmp_path_factory) -> dict:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=280 * 280).save_pretrained(folder)
-        (folder / "warmup.json").write_text(json.dumps({"clean": {}, "mixed": {}}))
+        (folder / "warmup.json").write_text(json.dumps({"judging": {}}))
         found[family] = str(folder)
     return found
 

@@ -258,7 +258,7 @@ def llava(tokenizer, tmp_path_factory) -> str:
             parameter.add_(0.1 * torch.randn_like(parameter) if parameter.dim() == 1 else 0.0)
         model.model.multi_modal_projector.linear_2.weight.mul_(10)
     model.save_pretrained(folder)
-    (folder / "warmup.json").write_text(json.dumps({"clean": {}, "mixed": {}}))
+    (folder / "warmup.json").write_text(json.dumps({"judging": {}}))
     return str(folder)
 
 

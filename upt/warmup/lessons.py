@@ -1,6 +1,6 @@
 """What the embedded model is taught, as token ids with weights, and the supervised loop over it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,10 +12,13 @@ from upt.model.packing import Prompt, Row
 from upt.model.policy import Policy
 from upt.prompts import judge_turns
 from upt.run import presets, progress
+from upt.run.settings import Rollout
 from upt.stages import asking, judging
+from upt.stages.sampling import sample_groups
 
 QUESTION_WEIGHT = 0.05  # of a question's tokens in the clean phase
-VERDICT_WEIGHT = 0.3  # of a verdict's tokens in the loss; from 0.1 to 1 it made little difference
+VERDICT_WEIGHT = 0.3  # of a verdict's tokens in the loss
+AT_ONCE = 128  # questions that are answered at a time
 
 
 @dataclass
@@ -44,22 +47,31 @@ def with_question(policy: Policy, made: Lesson, item: shapes.Item) -> Lesson:
     return Lesson(prompt, made.pixels, [ids[start:] + made.responses[0]], [weights])
 
 
-def add_verdicts(policy: Policy, made: Lesson, item: shapes.Item, poor: str) -> Lesson:
-    """A `think-boxed` lesson with a judge's verdict behind its response, and behind `poor`, which is not taught itself.
+def own_answers(policy: Policy, items: Sequence[shapes.Item], sampling: Rollout) -> list[list[list[int]]]:
+    """The token ids of G samples of the policy for each question, those left out that were cut off."""
+    found = []
+    for start in range(0, len(items), AT_ONCE):
+        encoded, _ = policy.encode(items[start : start + AT_ONCE], prompts.template(sampling.prompt))
+        for responses in sample_groups(policy, encoded, start // AT_ONCE, sampling):
+            found.append([r.ids for r in responses if r.finish == "stop"])
+    return found
 
-    Prompt and response are what the judge's prompt starts with, so the verdict takes a few tokens more and no picture.
+
+def verdicts(policy: Policy, item: shapes.Item, candidates: list[list[int]]) -> Lesson:
+    """A question with candidates for an answer, none of them taught, each followed by its verdict as a judge gives it.
+
+    Prompt and candidate are what the judge's prompt starts with.
     """
-    end = policy.tokenizer.eos_token_id
+    prompt, pixels, _ = policy.encode_one(item, prompts.template("think-boxed"))
     _, ask = judging.frame(policy, judge_turns(presets.TINY["judge_prompt"]), item, True)
     ask = policy.tokens(ask)[1:]  # its first token closes the candidate's turn, as the last of a response does
-    taught = [*zip(made.responses, made.weights, strict=True), ([*policy.tokens(poor), end], None)]
     responses, weights = [], []
-    for response, weight in taught:
-        right = vote_key(policy.tokenizer.decode(response)) == item.gold
-        verdict = [*policy.tokens(f"\\boxed{{{9 * right}/9}}"), end]
-        responses.append(response + ask + verdict)
-        weights.append((weight or [0.0] * len(response)) + [0.0] * len(ask) + [VERDICT_WEIGHT] * len(verdict))
-    return Lesson(made.prompt, made.pixels, responses, weights)
+    for candidate in candidates:
+        right = vote_key(policy.tokenizer.decode(candidate, skip_special_tokens=True)) == item.gold
+        verdict = [*policy.tokens(f"\\boxed{{{9 * right}/9}}"), policy.tokenizer.eos_token_id]
+        responses.append(candidate + ask + verdict)
+        weights.append([0.0] * (len(candidate) + len(ask)) + [VERDICT_WEIGHT] * len(verdict))
+    return Lesson(prompt, pixels, responses, weights)
 
 
 def asking_lesson(policy: Policy, item: shapes.Item, mode: str, texts: list[str]) -> Lesson:

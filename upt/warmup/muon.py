@@ -39,13 +39,17 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def muon_and_adamw(model, peak: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices; AdamW at half its rate for the rest, at a twentieth for the vision tower's first layer."""
-    named = dict(model.named_parameters())
+    """Muon for the matrices; AdamW at half its rate for the rest, at a twentieth for the vision tower's first layer.
+
+    Frozen parameters are left out.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     slow = [p for name, p in named.items() if "patch_embed" in name]
     matrices = [p for name, p in named.items() if p.dim() == 2 and "embed" not in name]
     taken = {*slow, *matrices}
     rest = [p for p in named.values() if p not in taken]
-    return [Muon(matrices, peak), adamw([{"params": rest, "lr": peak / 2}, {"params": slow, "lr": peak / 20}])]
+    groups = [{"params": rest, "lr": peak / 2}, {"params": slow, "lr": peak / 20}]
+    return [Muon(matrices, peak), adamw([group for group in groups if group["params"]])]
 
 
 def adamw(params) -> torch.optim.Optimizer:
