@@ -87,7 +87,7 @@ def a_run(label: str, seed: int, *means: float, alarms: tuple = (), chosen: int 
 
 def a_record(*runs: dict, **more) -> dict:
     return {
-        "command": "python -m bench.studies --only x --seeds 2", "base": {"name": "plain", "flags": "--mixed-steps 0"},
+        "command": "python -m bench.studies --only x --seeds 2", "base": {"name": "plain", "flags": "--guess-steps 0"},
         "fingerprint": {"0": "sha256:0123456789", "1": "sha256:abcdefabcd"}, "complete": True, "planned": 4,
         "threads": 1, "date": "2026-01-02", "machine": "Abacus, 2 cores",
         "versions": {"torch": "2.13.0", "transformers": "5.23.0"}, "runs": [*runs],
@@ -161,7 +161,7 @@ def test_a_tables_line_says_where_it_comes_from():
     found = tables.rendered([replace(X, tables={"t": tables.after}, uses=["z"])], {"x": a_record(), "z": {}})["t"]
     assert found.splitlines()[-1] == (
         "`python -m bench.studies --only x --seeds 2` with the runs of `z`; bases 01234567, abcdefab by `python "
-        "warmup.py --mixed-steps 0 --seed S`; 1 thread a run; 2026-01-02; Abacus, 2 cores; torch 2.13.0, transformers "
+        "warmup.py --guess-steps 0 --seed S`; 1 thread a run; 2026-01-02; Abacus, 2 cores; torch 2.13.0, transformers "
         "5.23.0."
     )
     part = tables.rendered([replace(X, tables={"t": tables.after})], {"x": a_record(*TWO[:3], complete=False)})["t"]
@@ -348,9 +348,9 @@ def test_a_command_that_fails_is_shown_and_done_again(tmp_path, capsys):
 
 
 def test_a_base_of_other_settings_is_not_taken(pretended, tmp_path):
-    place = Place(tmp_path / "out", 2, 1, {"plain": "--clean-steps 7"})
-    with pytest.raises(SettingError, match="base-plain-1 is a base of other settings: clean_steps 300 there, 7 now"):
-        making.check_base(place.base(X, 1), "--clean-steps 7", 1)
+    place = Place(tmp_path / "out", 2, 1, {"plain": "--answer-steps 7"})
+    with pytest.raises(SettingError, match="base-plain-1 is a base of other settings: answer_steps 300 there, 7 now"):
+        making.check_base(place.base(X, 1), "--answer-steps 7", 1)
     making.check_base(place.base(X, 1), "", 1)
     with pytest.raises(SettingError, match="seed 1 there, 0 now"):
         making.check_base(place.base(X, 1), "", 0)

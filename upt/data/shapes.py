@@ -17,10 +17,10 @@ pictures that no label was given for.
 `shapes-hard` asks the same of pictures that `shapes` never draws, and has no warm-up split: what a model gains on it,
 no label has taught.
 
-    grid         all nine cells hold a shape, so counts are larger; each shape is off the middle of its cell
+    grid         six to nine of the cells hold a shape, each of them off the middle of its cell
     bars         each bar is further off the middle of its third
-    triangle     the two numbers are in different rows and any column, a flat triangle is in the third row
-    segment      the same with a segment
+    triangle     the two numbers are in the first or second row instead of the third, below them a flat triangle
+    segment      the two numbers are in the first or third row instead of the second, the segment is elsewhere too
 
     python -c "from upt.data import shapes; shapes.questions('test', seed=0, size=8)[0].image.save('x.png')"
 """
@@ -64,13 +64,15 @@ class Level:
     filled: float  # share of a grid's cells that hold a shape
     bar_shifts: Sequence[int]  # pixels by which a bar stands off the middle of its third
     grid_shifts: Sequence[int] = ()  # pixels by which a shape stands off the middle of its cell, each way; (): none
-    stacked: bool = False  # the two numbers of a triangle or a segment are in different rows
+    least: int = 0  # shapes in a grid
+    moved: bool = False  # the two numbers of a triangle or a segment are in another row than theirs
 
 
 LEVELS = {
     "shapes": Level(filled=0.6, bar_shifts=range(-2, 3)),
-    "shapes-hard": Level(filled=1.0, bar_shifts=(-4, -3, 3, 4), grid_shifts=(-2, 2), stacked=True),
+    "shapes-hard": Level(filled=0.8, bar_shifts=(-4, -3, 3, 4), grid_shifts=(-2, 2), least=6, moved=True),
 }
+ROWS = {"triangle": 2, "segment": 1}  # where their two numbers are, counted from 0
 
 
 @dataclass(frozen=True)
@@ -141,15 +143,18 @@ def _scene(kind: str, rng: random.Random, level: Level) -> tuple:
     """A random picture that a question of this kind can be asked about; nothing in it is drawn quite the same twice."""
     if kind == "angle":
         numbers = 10 * rng.randrange(2, 9), 10 * rng.randrange(2, 9)
-        return "triangle", *numbers, rng.randrange(10, 75), rng.randrange(-3, 4), *_places(rng, level)
+        return "triangle", *numbers, rng.randrange(10, 75), rng.randrange(-3, 4), *_row("triangle", rng, level)
     if kind == "length":
         numbers = rng.randrange(2, 10), rng.randrange(2, 10)
-        return "segment", *numbers, rng.randrange(24, 61), rng.randrange(-3, 4), *_places(rng, level)
+        return "segment", *numbers, rng.randrange(24, 61), rng.randrange(-3, 4), *_row("segment", rng, level)
     if kind == "bars":
         colours = rng.sample(sorted(COLOURS), 3)
         return "bars", *((colour, rng.randrange(1, 5), rng.choice(level.bar_shifts)) for colour in colours)
     palette = rng.sample(sorted(COLOURS), 3)
-    return "grid", *(_cell(rng, level, palette) if rng.random() < level.filled else None for _ in range(9))
+    while True:
+        cells = [_cell(rng, level, palette) if rng.random() < level.filled else None for _ in range(9)]
+        if sum(cell is not None for cell in cells) >= level.least:
+            return "grid", *cells
 
 
 def _cell(rng: random.Random, level: Level, palette: list[str]) -> tuple:
@@ -157,9 +162,9 @@ def _cell(rng: random.Random, level: Level, palette: list[str]) -> tuple:
     return (*shape, rng.choice(level.grid_shifts), rng.choice(level.grid_shifts)) if level.grid_shifts else shape
 
 
-def _places(rng: random.Random, level: Level) -> list[int]:
-    """The cells of two numbers in different rows, the upper one first; none where they stand side by side."""
-    return [3 * row + rng.randrange(3) for row in sorted(rng.sample(range(3), 2))] if level.stacked else []
+def _row(what: str, rng: random.Random, level: Level) -> list[int]:
+    """The row of two numbers that are not in the one of `shapes`; nothing where they are."""
+    return [rng.choice([row for row in range(3) if row != ROWS[what]])] if level.moved else []
 
 
 def ask(kind: str, scene: tuple, rng: random.Random) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
@@ -246,17 +251,17 @@ def draw(scene: tuple) -> Image.Image:
             x = 28 * index + 14 + shift
             pen.rectangle((x - 9, 80 - 18 * height, x + 9, 80), fill=COLOURS[colour])
     elif what == "triangle":
-        a, b, apex, shift, *places = parts
-        base, top = (_free(places) + 10, _free(places) - 8) if places else (52, 8)
+        a, b, apex, shift, *row = parts
+        base, top = (_free(*row) + 10, _free(*row) - 8) if row else (52, 8)
         pen.line((2, base, apex, top + shift, 82, base, 2, base), fill=WHITE, width=2)
-        _numbered(pen, (a, b), places or (6, 8))
+        _numbered(pen, (a, b), *row or [ROWS[what]])
     else:
-        a, b, middle, shift, *places = parts
-        y = (_free(places) if places else 66) + shift
+        a, b, middle, shift, *row = parts
+        y = (_free(*row) if row else 66) + shift
         pen.line((2, y, 82, y), fill=WHITE, width=2)
         for x in (2, middle, 81):
             pen.line((x, y - 6, x, y + 6), fill=WHITE, width=2)
-        _numbered(pen, (a, b), places or (3, 5))
+        _numbered(pen, (a, b), *row or [ROWS[what]])
     return image
 
 
@@ -265,9 +270,9 @@ def _middle(cell: int, right: int = 0, down: int = 0) -> tuple[int, int]:
     return 28 * (cell % 3) + 14 + right, 28 * (cell // 3) + 14 + down
 
 
-def _free(places: Sequence[int]) -> int:
-    """The height of the middle of the row in which neither of two cells is."""
-    return 28 * (3 - places[0] // 3 - places[1] // 3) + 14
+def _free(row: int) -> int:
+    """The height of the middle of the last row that is free beside `row`."""
+    return 28 * (1 if row == 2 else 2) + 14
 
 
 def _shape(pen: ImageDraw.ImageDraw, form: str, colour: str, x: int, y: int) -> None:
@@ -280,9 +285,9 @@ def _shape(pen: ImageDraw.ImageDraw, form: str, colour: str, x: int, y: int) -> 
         pen.polygon((x, y - 13, x - 13, y + 12, x + 13, y + 12), fill=COLOURS[colour])
 
 
-def _numbered(pen: ImageDraw.ImageDraw, numbers: Sequence[int], cells: Sequence[int]) -> None:
-    for number, cell in zip(numbers, cells, strict=True):
-        pen.text(_middle(cell), str(number), fill=WHITE, font=_font(), anchor="mm")
+def _numbered(pen: ImageDraw.ImageDraw, numbers: tuple[int, int], row: int) -> None:
+    for column, number in zip((0, 2), numbers, strict=True):
+        pen.text(_middle(3 * row + column), str(number), fill=WHITE, font=_font(), anchor="mm")
 
 
 @cache

@@ -16,7 +16,7 @@ from upt.run.settings import Rollout
 from upt.stages import asking, judging
 from upt.stages.sampling import sample_groups
 
-QUESTION_WEIGHT = 0.05  # of a question's tokens in the clean phase
+QUESTION_WEIGHT = 0.05  # of a question's tokens in the loss
 VERDICT_WEIGHT = 0.3  # of a verdict's tokens in the loss
 AT_ONCE = 128  # questions that are answered at a time
 
