@@ -53,7 +53,7 @@ class Config(Typed):
     """labelled questions to learn answering from; used again where there are more lessons"""
     judged: Count = 1000
     """further labelled questions, which the model answers itself, to learn verdicts on its answers"""
-    answer_steps: Number = 300
+    answer_steps: Number = 260
     """updates on demonstrations alone"""
     judge_steps: Number = 60
     """further updates, on demonstrations, verdicts and questions together"""

@@ -32,6 +32,7 @@ PAGES = ("README.md", "docs/results.md")
 
 BASES = {  # flags of warmup.py; --seed is each run's
     "plain": "",
+    "longer": "--answer-steps 450",
     "weak": "--answer-steps 150 --judge-steps 0",
     "manners": "--guess-steps 160",
 }
@@ -53,7 +54,7 @@ STUDIES = [
     Study(
         "rewards",
         base="plain",
-        flags="--eval-every 12",
+        flags="--eval-every 24",
         sweeps=[Sweep(" ".join(EVERY)), Sweep("two-view", VIEW, name="faded")],
         tables={
             "front": tables.front,
@@ -80,14 +81,15 @@ STUDIES = [
     Study(
         "weak",
         base="weak",
-        flags="--eval-every 12 --learning-rate 2e-4",
+        steps=24,
+        flags="--eval-every 12",
         sweeps=[Sweep(" ".join(VOTES))],
         tables={"weak": tables.after, "weak-gain": tables.gain},
     ),
     Study(
         "advantages",
         base="plain",
-        flags="--eval-every 12",
+        flags="--eval-every 24",
         sweeps=[
             Sweep("frequency@energy frequency@energy-centred frequency@rloo frequency@mean"),
             Sweep("majority", "--algorithm sft", name="sft"),
@@ -97,14 +99,14 @@ STUDIES = [
     Study(
         "manners",
         base="manners",
-        flags="--eval-every 12",
+        flags="--eval-every 24",
         sweeps=[Sweep("majority random supervised")],
         tables={"manners": tables.after, "manners-gain": tables.gain},
     ),
     Study(
         "hard",
-        base="plain",
-        flags="--eval-every 12",
+        base="longer",
+        flags="--eval-every 24",
         sweeps=[Sweep("majority frequency supervised random", data="shapes-hard")],
         also="shapes",
         tables={"hard": tables.after, "hard-gain": tables.gain, "hard-easy": tables.elsewhere},
@@ -126,7 +128,7 @@ STUDIES = [
         "questions",
         base="plain",
         commands=["synthesize.py --data shapes --model {base} --seed {seed} --out {out}/in-context-{seed}"],
-        flags="--eval-every 12 --eval-data shapes",
+        flags="--eval-every 24 --eval-data shapes",
         sweeps=[
             Sweep("majority", data="{out}/in-context-{seed}", name="in-context"),
             Sweep("majority", data="shapes,{out}/in-context-{seed}", name="original and in-context"),

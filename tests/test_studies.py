@@ -349,7 +349,7 @@ def test_a_command_that_fails_is_shown_and_done_again(tmp_path, capsys):
 
 def test_a_base_of_other_settings_is_not_taken(pretended, tmp_path):
     place = Place(tmp_path / "out", 2, 1, {"plain": "--answer-steps 7"})
-    with pytest.raises(SettingError, match="base-plain-1 is a base of other settings: answer_steps 300 there, 7 now"):
+    with pytest.raises(SettingError, match="base-plain-1 is a base of other settings: answer_steps 260 there, 7 now"):
         making.check_base(place.base(X, 1), "--answer-steps 7", 1)
     making.check_base(place.base(X, 1), "", 1)
     with pytest.raises(SettingError, match="seed 1 there, 0 now"):

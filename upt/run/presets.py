@@ -31,12 +31,12 @@ COMMON = {
 }
 TINY = COMMON | {
     "steps": 48,
-    "questions_per_step": 32,
+    "questions_per_step": 64,
     "minibatches": 1,
     "prompt": "think-boxed",
     "max_prompt_tokens": 512,
     "max_new_tokens": 32,
-    "learning_rate": 1e-4,
+    "learning_rate": 2e-4,
     "warmup_steps": 3,
     "lora_rank": 32,
     "lora_alpha": 64,
