@@ -115,7 +115,7 @@ STUDIES = [
         "judge",
         base="plain",
         commands=[
-            "rollout.py --data shapes --split test --steps 16 --model {base} --seed {seed} --out {out}/rollouts-{seed}",
+            "rollout.py --data shapes --split test --steps 8 --model {base} --seed {seed} --out {out}/rollouts-{seed}",
             "judge.py --rollouts {out}/rollouts-{seed} --judge-mode logit --out {out}/logit-{seed}",
             "judge.py --rollouts {out}/rollouts-{seed} --judge-mode text --judge-repeats 4 --out {out}/text-{seed}",
             f"ablate.py --rollouts {{out}}/logit-{{seed}} {JUDGE} --out {{out}}/compared-logit-{{seed}}",
