@@ -651,7 +651,7 @@ def test_presets_carry_their_recipe(tiny):
     preset = Config(model=tiny, preset="mm-upt").resolve()
     assert (preset.reward, preset.advantage, preset.clip_low, preset.clip_high) == ("majority", "group-norm", 0.2, 0.3)
     assert (preset.dual_clip, preset.kl_coef, preset.weight_decay, preset.max_grad_norm) == (3.0, 0.01, 0.01, 1.0)
-    assert (preset.learning_rate, preset.questions_per_step, preset.minibatches) == (1e-4, 32, 1)
+    assert (preset.learning_rate, preset.questions_per_step, preset.minibatches) == (2e-4, 64, 1)
     real = Config(data="geoqa", preset="self-judge", reward="frequency").resolve()
     assert (real.group_size, real.temperature, real.advantage, real.clip_high) == (8, 1.0, "energy", 0.2)
     assert (real.learning_rate, real.questions_per_step, real.minibatches) == (1e-5, 512, 4)
