@@ -2,7 +2,8 @@
 
 A run has lost if its held-out mean after training is over a point below that before, and gained if over a point above.
 The choice is among the checkpoints that were scored: those of --eval-every and the last. Its regret is how much higher
-the held-out mean of the best of them is.
+the held-out mean of the best of them is. Where all of them are worse than the base, a choice without regret is a loss
+still: the table counts the choices that are below the base.
 
 Another rule on runs that are there, `Mine` being a class like health.Watch and `choose` a function like
 health.best_checkpoint:
@@ -40,12 +41,13 @@ def series(run: dict, name: str) -> dict[int, float]:
 def verdict(run: dict) -> dict:
     """What became of a run's held-out mean, and what its choice cost: shares, not points.
 
-    {"moved", "alarm", "regret", "beside last"}; the last two are None of a run that was not scored between.
+    {"moved", "alarm", "below", "regret", "beside last"}; the last two are None of a run that was not scored between.
     """
     mean = series(run, "mean")
     made = {step: value for step, value in mean.items() if step > 0}
     chosen = made[run["chosen"]]
-    found = {"moved": mean[run["steps"]] - mean[0], "alarm": bool(run["alarms"]), "regret": None, "beside last": None}
+    found = {"moved": mean[run["steps"]] - mean[0], "alarm": bool(run["alarms"]), "below": chosen < mean[0]}
+    found |= {"regret": None, "beside last": None}
     if run["by_step"]:
         found |= {"regret": max(made.values()) - chosen, "beside last": chosen - mean[run["steps"]]}
     return found
@@ -61,12 +63,12 @@ def row(name: str, runs: Sequence[dict]) -> tuple[str, ...]:
     cells = (
         ("–", "–", "–") if not regrets else (f"{average(regrets):.1f}", f"{max(regrets):.1f}", f"{beside + 0.0:+.1f}")
     )
-    return name, str(len(runs)), *warned, *cells
+    return name, str(len(runs)), *warned, *cells, f"{sum(v['below'] for v in found)} of {len(found)}"
 
 
 def table(studies: dict[str, Sequence[dict]]) -> str:
     """Lines for studies by name, given their runs, and for all together."""
     head = ("runs of", "runs", "alarm where lost", "alarm where gained")
-    head += ("regret of the choice, mean", "worst", "choice less last, mean")
+    head += ("regret of the choice, mean", "worst", "choice less last, mean", "choice below the base")
     whole = [run for runs in studies.values() for run in runs]
     return markdown([head, *(row(f"`{name}`", runs) for name, runs in studies.items()), row("all", whole)])

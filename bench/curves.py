@@ -26,9 +26,8 @@ def by_step(labels: Sequence[str]) -> Callable:
         for axis, (name, (title, factor)) in zip(axes, PANELS.items(), strict=True):
             for i, (label, colour) in enumerate(zip(labels, cycle(COLOURS))):
                 runs = [series(run, name) for run in record["runs"] if run["label"] == label]
-                # over_seeds takes a row for what its step has made, and these scores are of before their step.
-                rows = [[{"step": step - 1, name: factor * value} for step, value in run.items()] for run in runs]
-                steps, (mean, low, high) = over_seeds(rows, name)
+                steps, values = over_seeds(runs)
+                mean, low, high = factor * values
                 if runs:
                     axis.plot(steps, mean, color=colour, label=label.strip("`"), **look(i, len(labels)))
                     axis.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)

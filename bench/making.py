@@ -4,6 +4,7 @@
     commands     for each seed, one after the other, with {seed}, {base} and {out}, the folder of the study
     sweeps       OUT/<study>/<sweep>, by ablate.py: rewards x seeds
     scores       of every run, and of its base, on another data set, where the study names one
+    pictures     by a command of their own, into OUT/<study>/pictures
     record       <study>.json: what was run, where and when, and of each run the scores, alarms and seconds
 
 All with one thread a process, since rounding depends on their number, several processes at a time. The same again goes
@@ -14,7 +15,6 @@ import csv
 import hashlib
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import ablate
+import train_upt
 import warmup
 from bench import alarms
 from bench.processor import processor
@@ -35,7 +36,7 @@ from upt.groups import manifests
 from upt.run import cli, health
 from upt.run.stopping import stop_on_signal
 
-ORIGIN = ("fingerprint", "git_commit", "dirty", "versions", "machine", "threads", "date")
+THREADS = 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Study:
     commands: Sequence[str] = ()
     also: str = ""
     """a data set that base and runs are scored on besides their own"""
+    pictures: str = ""
+    """a command, after all runs"""
     found: Callable | None = None
     """what else the record holds: a function of the study's folder and the seeds"""
     uses: Sequence[str] = ()
@@ -90,41 +93,55 @@ class Place:
     def sweep(self, study: Study, of: Sweep) -> Path:
         return self.out / study.name / (of.name or "runs").replace(" ", "-")
 
-    def filled(self, text: str, study: Study, seed: int | str = "{seed}") -> str:
-        """A text with {base}, {out} and {seed} filled in."""
-        given = {"base": self.base(study), "out": self.out / study.name}
+    def filled(self, text: str, study: Study, seed: int | str = "{seed}", quote: Callable = shlex.quote) -> str:
+        """A text, by default a command, with {base}, {out} and {seed} filled in."""
+        given = {"base": self.base(study, seed), "out": self.out / study.name}
         for name, value in given.items():
-            text = text.replace(f"{{{name}}}", str(value))
+            text = text.replace(f"{{{name}}}", quote(str(value)))
         return text.replace("{seed}", str(seed))
+
+    def mark(self, study: Study, seed: int) -> str:
+        """What tells the base of a seed from one that was made anew."""
+        return manifests.fingerprint(self.base(study, seed))
 
 
 # ------------------------------------------------------------------------------------------------------------- making
 
 
+def check(study: Study, place: Place) -> None:
+    """Raise SettingError for a reward, a flag or a base that would be met only after hours."""
+    for of in study.sweeps:
+        ablate.parse(of.rewards, None)
+        cli.parse(train_upt.Config, ablate.split_words(f"{study.flags} {of.flags}"))
+    for seed in range(place.seeds):
+        check_base(place.base(study, seed), place.bases[study.base], seed)
+
+
 def make(study: Study, place: Place) -> None:
     """All that a study needs. Raises RunsFailed, after what could be made, for what could not."""
     folder, seeds = place.out / study.name, range(place.seeds)
-    for seed in seeds:
-        check_base(place.base(study, seed), place.bases[study.base], seed)
     missing = [seed for seed in seeds if not (place.base(study, seed) / "warmup.json").is_file()]
-    warm = [f"warmup.py --out {place.base(study, seed)} --seed {seed} {place.bases[study.base]}" for seed in missing]
-    run(warm, place.out, place.jobs)
+    warm = "warmup.py --out {base} --seed {seed} " + place.bases[study.base]
+    run({place.filled(warm, study, seed): "" for seed in missing}, place.out, place.jobs)
+    marks = {seed: place.mark(study, seed) for seed in seeds}
     for command in study.commands:
-        run([place.filled(command, study, seed) for seed in seeds], folder, place.jobs)
+        run({place.filled(command, study, seed): marks[seed] for seed in seeds}, folder, place.jobs)
     failed = []
     for of in study.sweeps:
         try:
             ablate.main(ablate.Config(
-                rewards=of.rewards, data=place.filled(of.data, study), model=str(place.base(study)), steps=study.steps,
-                seeds=place.seeds, jobs=place.jobs, threads=1, out=place.sweep(study, of),
+                rewards=of.rewards, data=place.filled(of.data, study, quote=str), model=str(place.base(study)),
+                steps=study.steps, seeds=place.seeds, jobs=place.jobs, threads=THREADS, out=place.sweep(study, of),
                 train=f"{study.flags} {of.flags}".strip(),
             ))  # fmt: skip
         except RunsFailed as error:
             failed.append(str(error))
     if study.also:
-        run(scoring(study, place), folder, place.jobs)
+        run(scoring(study, place, marks), folder, place.jobs)
     if failed:
         raise RunsFailed("; ".join(failed))
+    if study.pictures:
+        run({place.filled(study.pictures, study): marks[0]}, folder, 1)
 
 
 def check_base(folder: Path, flags: str, seed: int) -> None:
@@ -137,31 +154,33 @@ def check_base(folder: Path, flags: str, seed: int) -> None:
             raise SettingError(f"{folder} is a base of other settings: {said}; move it away, or give another --out")
 
 
-def scoring(study: Study, place: Place) -> list[str]:
-    """The commands that score finished runs, and the base of each seed, on the study's other data set."""
-    found, per_seed = [], {}
+def scoring(study: Study, place: Place, marks: dict[int, str]) -> dict[str, str]:
+    """The commands that score finished runs, and the base of each seed, on the study's other data set, as run takes
+    them."""
+    bases, found = {}, {}
+    score = f"-m eval.heldout --data {study.also}"
     for of in study.sweeps:
         for path in sorted(place.sweep(study, of).glob("*/seed-*/summary.json")):
-            found.append(f"-m eval.heldout --run {path.parent} --data {study.also} --out {path.parent}/also.json")
-            settings = read_json(path)["config"]
-            per_seed[settings["seed"]] = (
-                f"--eval-questions {settings['eval_questions']} --eval-samples {settings['eval_samples']}"
-            )
-    bases = [
-        f"-m eval.heldout --model {place.base(study, seed)} --seed {seed} --data {study.also} {much} "
-        f"--out {place.out / study.name}/also-{seed}.json"
-        for seed, much in sorted(per_seed.items())
-    ]
-    return bases + found
+            settings, run_folder = read_json(path)["config"], shlex.quote(str(path.parent))
+            seed = settings["seed"]
+            much = f"--eval-questions {settings['eval_questions']} --eval-samples {settings['eval_samples']}"
+            base = f"{score} --model {{base}} --seed {{seed}} {much} --out {{out}}/also-{{seed}}.json"
+            bases[place.filled(base, study, seed)] = marks[seed]
+            found[f"{score} --run {run_folder} --out {run_folder}/also.json"] = marks[seed]
+    return bases | found
 
 
-def run(commands: Sequence[str], folder: Path, jobs: int) -> None:
+def run(commands: dict[str, str], folder: Path, jobs: int) -> None:
     """Run those commands of Python that have not ended well before, or whose --out is gone, `jobs` at a time.
 
+    commands: {command: what else its output depends on}; where that has changed, it is run again.
     Raises RunsFailed for those that failed, after all, and `Stopped` on SIGINT or SIGTERM.
     """
-    logs = {command: folder / f"{hashlib.sha256(command.encode()).hexdigest()[:12]}.log" for command in commands}
-    made = {command: Path(re.search(r"--out (\S+)", command)[1]) for command in commands}
+    logs, made = {}, {}
+    for command, mark in commands.items():
+        words = shlex.split(command)
+        logs[command] = folder / f"{hashlib.sha256(f'{command} {mark}'.encode()).hexdigest()[:12]}.log"
+        made[command] = Path(words[words.index("--out") + 1])
     waiting = [command for command in commands if not (logs[command].exists() and made[command].exists())]
     active, failed = {}, []
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +213,7 @@ def begun(command: str, log: Path) -> subprocess.Popen:
     with open(log, "wb") as file:
         return subprocess.Popen(
             [sys.executable, *shlex.split(command)], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(THREADS), "PYTHONUNBUFFERED": "1"}, start_new_session=True,
         )  # fmt: skip
 
 
@@ -202,7 +221,7 @@ def begun(command: str, log: Path) -> subprocess.Popen:
 
 
 def record(study: Study, place: Place, complete: bool, old: dict | None = None) -> dict:
-    """What the finished runs of a study say. Where nothing was made since the record `old`, its origin stays.
+    """What the finished runs of a study say. Where nothing was made since the record `old`, its machine stays.
 
     `complete`: all that the study needs has been made.
     """
@@ -213,23 +232,12 @@ def record(study: Study, place: Place, complete: bool, old: dict | None = None) 
             found = [made.get((sweep.slug(variant.label), seed)) for seed in range(place.seeds)]
             runs += [one | {"label": of.label(variant.label)} for one in found if one]
             planned += place.seeds
-    if study.also:
-        for one in runs:
-            one["also"] = other_scores(folder / f"also-{one['seed']}.json", Path(one["folder"]) / "also.json")
+    for one in runs:
+        run_folder = Path(one.pop("folder"))
+        if study.also:
+            one["also"] = other_scores(folder / f"also-{one['seed']}.json", run_folder / "also.json")
     marks = [*folder.glob("*.log"), *folder.glob("*/*/seed-*/summary.json")]
     latest = max((path.stat().st_mtime for path in marks), default=0.0)
-    bases = {seed: place.base(study, seed) for seed in range(place.seeds)}
-    bases = {seed: base for seed, base in bases.items() if (base / "warmup.json").is_file()}
-    origin = {
-        "fingerprint": {seed: manifests.fingerprint(base) for seed, base in bases.items()},
-        **manifests.commit(),
-        "versions": manifests.versions(),
-        "machine": processor(),
-        "threads": 1,
-        "date": datetime.fromtimestamp(latest, UTC).date().isoformat(),
-    }
-    if old and old["latest"] == latest:
-        origin = {name: old[name] for name in ORIGIN}
     whole = {
         "study": study.name,
         "command": f"python -m bench.studies --only {study.name} --seeds {place.seeds}",
@@ -237,16 +245,42 @@ def record(study: Study, place: Place, complete: bool, old: dict | None = None) 
         "steps": study.steps,
         "flags": study.flags,
         "sweeps": [asdict(of) for of in study.sweeps],
+        "also": study.also,
         "commands": study.commands,
         "seeds": place.seeds,
         "planned": planned,
         "complete": complete,
         "latest": latest,
-        **origin,
+        "date": datetime.fromtimestamp(latest, UTC).date().isoformat(),
+        "machine": old["machine"] if old and old["latest"] == latest else processor(),
+        "threads": THREADS,
+        **origin(folder, place.seeds),
         "runs": runs,
         **(study.found(folder, range(place.seeds)) if study.found else {}),
     }
     return json.loads(json.dumps(whole))  # as it is read again: keys are strings
+
+
+def origin(folder: Path, seeds: int) -> dict:
+    """Model by seed, commits and versions, as the manifests of all that was made in a study's folder name them.
+
+    Where they name several, all of them are there.
+    """
+    prints, commits = {seed: set() for seed in range(seeds)}, set()
+    packages = {name: set() for name in ("torch", "transformers")}
+    for path in folder.rglob("manifest.json"):
+        manifest = read_json(path)
+        if manifest["seed"] not in prints or not manifest["model"]:
+            continue
+        prints[manifest["seed"]].add(manifest["model"]["fingerprint"])
+        commits.add((manifest["git_commit"], manifest["dirty"]))
+        for name, found in packages.items():
+            found.add(manifest["versions"][name])
+    return {
+        "fingerprint": {seed: " and ".join(sorted(found)) for seed, found in prints.items() if found},
+        "commits": sorted(f"{commit}{' and changes' if dirty else ''}" for commit, dirty in commits),
+        "versions": {name: sorted(found) for name, found in packages.items()},
+    }
 
 
 def finished(folder: Path | str, watch=health.Watch, choose: Callable = health.best_checkpoint) -> list[dict]:
@@ -301,7 +335,8 @@ def judged(folder: Path, seeds: Sequence[int]) -> dict[str, list[dict]]:
                     label = "`frequency`"
                 else:  # it reads no judgement: the same again
                     continue
-                scores = {name: float(row[name]) for name in ("AUC", "AUC in group", "label acc")}
+                # A field is empty where no group has both right and wrong responses.
+                scores = {name: float(row[name]) for name in ("AUC", "AUC in group", "label acc") if row[name]}
                 found.append({"label": label, "seed": seed} | scores)
     return {"judged": found}
 

@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import ablate
 from bench import curves, making, tables
 from bench.front_page import write
 from bench.making import Place, Study, Sweep
 from rewards import REWARDS, needs_gold, needs_judge, needs_view
-from upt.errors import RunsFailed, SettingError, suggest
+from upt.errors import RunsFailed, SettingError, Stopped, suggest
 from upt.files import check_folder, read_json, write_whole
 from upt.ranges import Count, Name
 from upt.run import cli
@@ -41,7 +40,7 @@ VIEW = "--view faded"
 PLAIN = [name for name in REWARDS if not needs_view(name) and name != "scrl"]
 # With 8 responses an answer is rare, as scrl has it, only above its default.
 EVERY = [*PLAIN, "scrl(tau_low=.2)", "frequency(gamma=2)", "frequency(gamma=.5)"]
-VOTES = [label for label in EVERY if label != "random" and not needs_judge(label) and not needs_gold(label)]
+LABEL_FREE = [label for label in EVERY if label != "random" and not needs_judge(label) and not needs_gold(label)]
 LONG = "majority frequency judged frequency@energy-centred"
 LONG_STEPS = (0, 48, 96, 144, 192, 240)
 JUDGE = "--rewards 'frequency judge-only judged(lam_fmt=0)'"
@@ -56,6 +55,7 @@ STUDIES = [
         base="plain",
         flags="--eval-every 24",
         sweeps=[Sweep(" ".join(EVERY)), Sweep("two-view", VIEW, name="faded")],
+        pictures="-m bench.front_page --run {out}/runs/majority/seed-0 --out {out}/pictures",
         tables={
             "front": tables.front,
             "rewards": tables.after,
@@ -83,7 +83,7 @@ STUDIES = [
         base="weak",
         steps=24,
         flags="--eval-every 12",
-        sweeps=[Sweep(" ".join(VOTES))],
+        sweeps=[Sweep(" ".join(LABEL_FREE))],
         tables={"weak": tables.after, "weak-gain": tables.gain},
     ),
     Study(
@@ -174,30 +174,33 @@ def select(only: str | None, studies: Sequence[Study]) -> list[Study]:
 
 
 def keep(study: Study, place: Place, complete: bool, root: Path) -> None:
-    """Write the record of a study, unless that would replace a complete one by one that is not."""
+    """Write the record of a study, unless that would replace a complete one by one that has less."""
     path = root / "bench/results" / f"{study.name}.json"
     old = read_json(path) if path.is_file() else None
-    if old and old["complete"] and not complete:
-        print(f"{path} stays until the study is complete again", file=sys.stderr)
+    if old and old["complete"] and (not complete or place.seeds < old["seeds"]):
+        print(f"{path} stays until the study is complete again, of {old['seeds']} seeds or more", file=sys.stderr)
         return
     record = making.record(study, place, complete, old)
     if complete or record["runs"]:
         write_whole(path, [json.dumps(record, indent=1).encode(), b"\n"])
+    for picture in (place.out / study.name / "pictures").glob("*.png") if complete else ():
+        write_whole(root / "docs" / picture.name, [picture.read_bytes()])
 
 
 def fill(root: Path, studies: Sequence[Study] = STUDIES) -> None:
-    """Put the tables and figures of all records into the pages."""
-    paths = {study.name: root / "bench/results" / f"{study.name}.json" for study in studies}
-    records = {name: read_json(path) for name, path in paths.items() if path.is_file()}
-    found = tables.rendered(studies, records)
-    for page in PAGES:
-        text = (root / page).read_text()
-        if (filled := tables.fill(text, found)) != text:
-            write_whole(root / page, [filled.encode()])
-            print(f"filled {root / page}")
-    for study in studies:
-        for name, figure in study.figures.items() if study.name in records else ():
-            write(figure(records[study.name]), root / "docs" / name)
+    """Put the tables and figures of all records into the pages. Raises FolderInUse while another process does."""
+    with holding(root / "bench/results"):
+        paths = {study.name: root / "bench/results" / f"{study.name}.json" for study in studies}
+        records = {name: read_json(path) for name, path in paths.items() if path.is_file()}
+        found = tables.rendered(studies, records)
+        for page in PAGES:
+            text = (root / page).read_text()
+            if (filled := tables.fill(text, found)) != text:
+                write_whole(root / page, [filled.encode()])
+                print(f"filled {root / page}")
+        for study in studies:
+            for name, figure in study.figures.items() if study.name in records else ():
+                write(figure(records[study.name]), root / "docs" / name)
 
 
 def main(config: Config, studies: Sequence[Study] = STUDIES, bases: dict[str, str] = BASES) -> None:
@@ -206,21 +209,23 @@ def main(config: Config, studies: Sequence[Study] = STUDIES, bases: dict[str, st
     chosen = [study for study in select(config.only, studies) if study.base and not config.fill]
     place = Place(config.out, config.seeds, config.jobs, bases)
     for study in chosen:
-        for sweep in study.sweeps:
-            ablate.parse(sweep.rewards, None)  # a mistake in a later study is better met before the first one
+        making.check(study, place)
     failed = []
     for study in chosen:
         print(f"\n{study.name}", file=sys.stderr)
-        complete = False
+        complete, stopped = True, None
         with holding(config.out):
             try:
                 making.make(study, place)
-                complete = True
             except RunsFailed as error:
                 failed.append(f"{study.name}: {error}")
-            finally:  # also of a study that was stopped
-                keep(study, place, complete, config.root)
-                fill(config.root, studies)
+                complete = False
+            except Stopped as error:
+                complete, stopped = False, error
+            keep(study, place, complete, config.root)
+        fill(config.root, studies)
+        if stopped:
+            raise stopped
     fill(config.root, studies)
     if failed:
         raise RunsFailed("; ".join(failed))

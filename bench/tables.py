@@ -15,9 +15,10 @@ from upt.compare import sweep
 from upt.errors import DataError, suggest
 from upt.groups.stats import average, markdown, t_interval
 
-PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
+PLACE = re.compile(r"(<!-- table: (\S+) -->\n)(?:(?!<!-- table).)*?(<!-- end -->)", re.S)
 NAMES = ("mean", "greedy", "maj", "pass", "length", "entropy")
 GOLD = NAMES[:4]
+TITLES = {"maj": "maj@8", "pass": "pass@8"}
 
 
 # --------------------------------------------------------------------------------------------------- filling the pages
@@ -32,12 +33,16 @@ def rendered(studies: Sequence, records: dict[str, dict]) -> dict[str, str]:
             if study.name in parts or (parts and not study.base):
                 found[name] = f"{table(study, records)}\n\n{source(study, records, parts)}\n"
             else:
-                found[name] = f"*Not measured yet: `python -m bench.studies --only {study.name}`.*\n"
+                needed = study.name if study.base else ",".join(study.uses)
+                found[name] = f"*Not measured yet: `python -m bench.studies --only {needed}`.*\n"
     return found
 
 
 def fill(page: str, tables: dict[str, str]) -> str:
-    """A page with its tables in their places. Raises DataError for a place of a table that there is not."""
+    """A page with its tables in their places. Raises DataError for a place of a table that there is not, or without
+    end."""
+    if len(PLACE.findall(page)) != len(starts := re.findall("<!-- table.*", page)):
+        raise DataError(f"a table's place is not <!-- table: NAME --> … <!-- end -->, among {', '.join(starts)}")
 
     def filled(match: re.Match) -> str:
         head, name, end = match.groups()
@@ -50,19 +55,26 @@ def fill(page: str, tables: dict[str, str]) -> str:
 
 def source(study, records: dict[str, dict], parts: Sequence[str]) -> str:
     """Where a table's numbers come from, on a line."""
-    others = [f"`{name}`" for name in parts if name != study.name]
+    others = [f"`{name}`{so_far(records[name])}" for name in parts if name != study.name]
     if study.name not in records:
-        return f"From the runs of {', '.join(others)}."
+        missing = [f"`{name}`" for name in study.uses if name not in parts]
+        words = f"; {', '.join(missing)} not measured yet" if missing else ""
+        return f"From the records of {', '.join(others)}{words}."
     record = records[study.name]
     prints = [found.removeprefix("sha256:")[:8] for found in record["fingerprint"].values()]
     base = " ".join(f"python warmup.py {record['base']['flags']}".split())
-    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "transformers"))
+    versions = ", ".join(f"{name} {' and '.join(record['versions'][name])}" for name in ("torch", "transformers"))
     said = [f"`{record['command']}`" + (f" with the runs of {', '.join(others)}" if others else "")]
     if not record["complete"]:
-        said.append(f"{len(record['runs'])} of {record['planned']} runs so far")
+        said.append(so_far(record).strip(" ()"))
     said.append(f"bases {', '.join(prints)} by `{base} --seed S`")
     said += [f"{record['threads']} thread a run", record["date"], record["machine"], versions]
     return "; ".join(said) + "."
+
+
+def so_far(record: dict) -> str:
+    """How much of a study there is, of one that is not complete."""
+    return "" if record["complete"] else f" ({len(record['runs'])} of {record['planned']} runs so far)"
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
@@ -104,7 +116,7 @@ FRONT = {
 def front(study, records) -> str:
     """README's table: the base, the default reward, the upper bound, the control, and the gain of the second."""
     found = sweep.compare(grouped(records[study.name]["runs"]))
-    rows = [("", "mean", "greedy", "maj@8", "pass@8")]
+    rows = [("", *(TITLES.get(name, name) for name in GOLD))]
     for words, label in FRONT.items():
         if label in found:
             rows.append((words, *(sweep.cell(found[label]["after"].get(name), name) for name in GOLD)))
@@ -149,10 +161,16 @@ def by_kind(label: str) -> Callable:
 
 
 def beside(study_of: str, label: str) -> Callable:
-    """What training gains beside runs of another study, whose rows come first, and by how much less, paired by seed."""
+    """What training gains beside runs of another study, whose rows come first, and by how much less, paired by seed.
+
+    Pairs are of one and the same base.
+    """
 
     def table(study, records) -> str:
         others = [run for run in records.get(study_of, {"runs": []})["runs"] if run["label"] == label]
+        bases = (records.get(of, {"fingerprint": {}})["fingerprint"] for of in (study_of, study.name))
+        same = {int(seed) for seed, _ in set.intersection(*({*base.items()} for base in bases))}
+        others = [run for run in others if run["seed"] in same]
         means = {run["seed"]: alarms.series(run, "mean")[run["steps"]] for run in others}
         found = grouped([*others, *records[study.name]["runs"]])
         gains = sweep.compare(found)
@@ -173,9 +191,11 @@ def judged(study, records) -> str:
         found.setdefault(row["label"], []).append(row)
     rows = [("reward on the same groups", "seeds", "AUC", "AUC within groups", "label accuracy")]
     for label, of in found.items():
-        # "entropy" has the three digits that an AUC needs, and "mean" is a percentage.
-        cells = [sweep.cell(t_interval([row[name] for row in of]), "entropy") for name in ("AUC", "AUC in group")]
-        rows.append((label, str(len(of)), *cells, sweep.cell(t_interval([row["label acc"] for row in of]), "mean")))
+        cells = []
+        for name, digits, factor in (("AUC", 3, 1), ("AUC in group", 3, 1), ("label acc", 1, 100)):
+            there = [row[name] for row in of if name in row]
+            cells.append(sweep.interval(t_interval(there) if there else None, digits, factor))
+        rows.append((label, str(len(of)), *cells))
     return markdown(rows)
 
 
@@ -190,8 +210,9 @@ def filters(study, records) -> str:
 
 
 def health(study, records) -> str:
-    """bench/alarms.py on the runs of all studies that it uses."""
-    return alarms.table({name: records[name]["runs"] for name in study.uses if name in records})
+    """bench/alarms.py on the runs without labels of all studies that it uses."""
+    runs = {name: records[name]["runs"] for name in study.uses if name in records}
+    return alarms.table({name: [run for run in of if "supervised" not in run["label"]] for name, of in runs.items()})
 
 
 def picture(path: str, alt: str) -> Callable:

@@ -526,10 +526,11 @@ def test_curves_that_coincide_are_all_to_be_seen():
 
 
 def test_curves_are_means_and_ranges_over_seeds():
-    runs = [[{"step": 0, "length": 1.0}, {"step": 1, "length": 4.0}], [{"step": 0, "length": 3.0, "accuracy": None}]]
-    steps, values = sweep.over_seeds(runs, "length")
+    steps, values = sweep.over_seeds([{1: 1.0, 2: 4.0}, {1: 3.0}])
     assert steps == [1, 2] and values.tolist() == [[2, 4], [1, 4], [3, 4]]
-    assert sweep.over_seeds(runs, "accuracy")[1].shape == (3, 0)
+    assert sweep.over_seeds([{}])[1].shape == (3, 0)
+    runs = [[{"step": 0, "length": 1.0}, {"step": 1, "length": 4.0}], [{"step": 0, "length": 3.0, "accuracy": None}]]
     page = sweep.figure({"a": runs, "b": runs})
     assert [axis.lines[1].get_ydata().tolist() for axis in page.axes][2] == [2, 4]
+    assert page.axes[2].lines[1].get_xdata().tolist() == [1, 2]  # what a step has made is drawn behind it
     assert [text.get_text() for text in page.legends[0].texts] == ["a", "b"]

@@ -69,18 +69,31 @@ def test_a_place_of_no_table_is_refused_and_text_around_stays():
         tables.fill(page, {"one": "new\n", "twos": "other\n"})
 
 
+@pytest.mark.parametrize("broken", ["<!-- table: one -->\na\n", "<!-- table:one -->\na\n<!-- end -->\n"])
+def test_a_place_that_is_not_closed_swallows_nothing(broken):
+    page = f"{broken}text\n<!-- table: two -->\n<!-- end -->\n"
+    with pytest.raises(DataError, match="a table's place is not <!-- table: NAME --> … <!-- end -->, among <!-- tab"):
+        tables.fill(page, {"one": "new\n", "two": "other\n"})
+
+
 # --- tables by hand ---------------------------------------------------------------------------------------------------
 
 
 def a_run(label: str, seed: int, *means: float, alarms: tuple = (), chosen: int | None = None) -> dict:
-    """A run whose held-out mean is `means` after 0, 10, 20 … steps, and its other scores the same."""
+    """A run whose held-out mean is `means` after 0, 10, 20 … steps.
+
+    The other scores are above it: greedy by .01, maj by .02, pass by .03, length by .04, entropy by .05.
+    """
+
+    def each(value: float) -> dict:
+        return {name: value + i / 100 for i, name in enumerate(tables.NAMES)}
 
     def scores(value: float) -> dict:
-        found = {name: {"value": value} for name in ("greedy", "mean", "maj", "pass", "length", "entropy")}
+        found = {name: {"value": x} for name, x in each(value).items()}
         return found | {"kinds": {"sum": {"mean": value, "greedy": 1.0}}}
 
     last = 10 * (len(means) - 1)
-    between = {str(10 * i): {name: value for name in tables.NAMES} for i, value in enumerate(means[1:-1], 1)}
+    between = {str(10 * i): each(value) for i, value in enumerate(means[1:-1], 1)}
     run = {"label": label, "seed": seed, "steps": last, "before": scores(means[0]), "after": scores(means[-1])}
     return run | {"by_step": between, "alarms": dict.fromkeys(alarms, ["hollow"]), "chosen": chosen or last}
 
@@ -90,7 +103,8 @@ def a_record(*runs: dict, **more) -> dict:
         "command": "python -m bench.studies --only x --seeds 2", "base": {"name": "plain", "flags": "--guess-steps 0"},
         "fingerprint": {"0": "sha256:0123456789", "1": "sha256:abcdefabcd"}, "complete": True, "planned": 4,
         "threads": 1, "date": "2026-01-02", "machine": "Abacus, 2 cores",
-        "versions": {"torch": "2.13.0", "transformers": "5.23.0"}, "runs": [*runs],
+        "versions": {"torch": ["2.12.0", "2.13.0"], "transformers": ["5.23.0"]},
+        "runs": [*runs],
     } | more  # fmt: skip
 
 
@@ -108,7 +122,7 @@ def test_scores_and_paired_gains_by_hand():
     found = {"x": a_record(*TWO)}
     after = tables.after(X, found).splitlines()
     assert after[2].startswith("| base | 2 | 72.0 ± 25.4 |")  # 6.353 * 4
-    assert after[3].startswith("| `majority` | 2 | 79.0 ± 12.7 | 79.0 ± 12.7 |")
+    assert after[3].startswith("| `majority` | 2 | 79.0 ± 12.7 | 80.0 ± 12.7 | 81.0 ±")
     assert after[4].startswith("| `random` | 2 | 71.5 ± 19.1 |")
     gain = tables.gain(X, found).splitlines()
     assert len(gain) == 4 and gain[2].startswith("| `majority` | 2 | +7.0 ± 12.7 |")  # 8 and 6
@@ -116,10 +130,13 @@ def test_scores_and_paired_gains_by_hand():
 
 
 def test_the_front_table_by_hand():
-    assert tables.front(X, {"x": a_record(*TWO)}).splitlines()[2:] == [
-        "| before training | " + " | ".join(["72.0 ± 25.4"] * 4) + " |",
-        "| **label-free** (`majority`) | " + " | ".join(["79.0 ± 12.7"] * 4) + " |",
-        "| control (`random` rewards) | " + " | ".join(["71.5 ± 19.1"] * 4) + " |",  # no run with labels yet
+    head, _, *lines = tables.front(X, {"x": a_record(*TWO)}).splitlines()
+    assert head == "|  | mean | greedy | maj@8 | pass@8 |"
+    assert lines == [
+        "| before training | 72.0 ± 25.4 | 73.0 ± 25.4 | 74.0 ± 25.4 | 75.0 ± 25.4 |",
+        "| **label-free** (`majority`) | 79.0 ± 12.7 | 80.0 ± 12.7 | 81.0 ± 12.7 | 82.0 ± 12.7 |",
+        # Of runs with labels there is none yet.
+        "| control (`random` rewards) | 71.5 ± 19.1 | 72.5 ± 19.1 | 73.5 ± 19.1 | 74.5 ± 19.1 |",
         "| gain, label-free | " + " | ".join(["+7.0 ± 12.7"] * 4) + " |",
     ]
 
@@ -143,6 +160,9 @@ def test_other_tables_by_hand():
     assert rows.splitlines()[3].startswith("| own | 2 | +5.5 ± 19.1") and rows.splitlines()[3].endswith(
         "| -1.5 ± 6.4 |"
     )
+    other = {"y": a_record(*own, fingerprint={"0": "sha256:0123456789", "1": "sha256:another"})}
+    rows = tables.beside("x", "`majority`")(replace(X, name="y"), {"x": a_record(*TWO)} | other)
+    assert rows.splitlines()[3].endswith("| -1.0 |")  # seed 1 had another base there: no pair
     judged = [
         {"label": "judge", "seed": s, "AUC": a, "AUC in group": 0.5, "label acc": 0.25} for s, a in ((0, 0.6), (1, 0.7))
     ]
@@ -158,23 +178,30 @@ def test_other_tables_by_hand():
 
 
 def test_a_tables_line_says_where_it_comes_from():
-    found = tables.rendered([replace(X, tables={"t": tables.after}, uses=["z"])], {"x": a_record(), "z": {}})["t"]
+    found = tables.rendered([replace(X, tables={"t": tables.after}, uses=["z"])], {"x": a_record(), "z": a_record()})[
+        "t"
+    ]
     assert found.splitlines()[-1] == (
         "`python -m bench.studies --only x --seeds 2` with the runs of `z`; bases 01234567, abcdefab by `python "
-        "warmup.py --guess-steps 0 --seed S`; 1 thread a run; 2026-01-02; Abacus, 2 cores; torch 2.13.0, transformers "
-        "5.23.0."
+        "warmup.py --guess-steps 0 --seed S`; 1 thread a run; 2026-01-02; Abacus, 2 cores; torch 2.12.0 and 2.13.0, "
+        "transformers 5.23.0."
     )
     part = tables.rendered([replace(X, tables={"t": tables.after})], {"x": a_record(*TWO[:3], complete=False)})["t"]
     assert "; 3 of 4 runs so far; " in part
     none = tables.rendered([replace(X, tables={"t": tables.after})], {})["t"]
     assert none == "*Not measured yet: `python -m bench.studies --only x`.*\n"
+    over = Study("over", uses=["x", "z"], tables={"t": lambda study, records: "T"})
+    assert tables.rendered([over], {})["t"] == "*Not measured yet: `python -m bench.studies --only x,z`.*\n"
+    found = tables.rendered([over], {"x": a_record(*TWO[:3], complete=False)})["t"]
+    assert found == "T\n\nFrom the records of `x` (3 of 4 runs so far); `z` not measured yet.\n"
 
 
 def test_the_figure_shows_the_scores():
     axes = curves.by_step(["`majority`", "`random`"])(a_record(*TWO)).axes
     assert [axis.lines[0].get_xdata().tolist() for axis in axes] == [[0, 10, 20]] * 3
     assert axes[0].lines[0].get_ydata().tolist() == pytest.approx([72, 79, 79])
-    assert axes[2].lines[1].get_ydata().tolist() == pytest.approx([0.72, 0.715, 0.715])
+    assert axes[1].lines[0].get_ydata().tolist() == pytest.approx([75, 82, 82])  # pass
+    assert axes[2].lines[1].get_ydata().tolist() == pytest.approx([0.77, 0.765, 0.765])  # entropy
     axes = curves.by_step(["`judged`", "`random`"])(a_record(*TWO)).axes  # of one of them no run yet
     assert [line.get_label() for line in axes[0].lines] == ["random"]
     assert not curves.by_step(["`judged`"])(a_record()).axes[0].lines
@@ -191,9 +218,11 @@ def test_what_alarms_and_choices_were_worth_by_hand():
         a_run("b", 1, 0.50, 0.505, chosen=10),  # neither; not scored between
     ]
     lines = alarms.table({"one": runs[:2], "two": runs[2:]}).splitlines()
-    assert lines[2] == "| `one` | 2 | 1 of 2 | 0 of 0 | 7.5 | 15.0 | +7.5 |"
-    assert lines[3] == "| `two` | 2 | 0 of 0 | 1 of 1 | 3.0 | 3.0 | -3.0 |"
-    assert lines[4] == "| all | 4 | 1 of 2 | 1 of 1 | 6.0 | 15.0 | +4.0 |"
+    assert lines[2] == "| `one` | 2 | 1 of 2 | 0 of 0 | 7.5 | 15.0 | +7.5 | 1 of 2 |"
+    assert lines[3] == "| `two` | 2 | 0 of 0 | 1 of 1 | 3.0 | 3.0 | -3.0 | 0 of 2 |"
+    assert lines[4] == "| all | 4 | 1 of 2 | 1 of 1 | 6.0 | 15.0 | +4.0 | 1 of 4 |"
+    gold = [a_run("`supervised`", 0, 0.50, 0.60), a_run("`majority`", 0, 0.50, 0.60)]
+    assert "| `x` | 1 | 0 of 0 | 0 of 1 |" in tables.health(Study("health", uses=["x", "y"]), {"x": a_record(*gold)})
 
 
 def test_another_rule_can_be_tried_on_rows():
@@ -220,6 +249,11 @@ names = ("greedy", "mean", "maj", "pass", "length", "entropy")
 before = {name: {"value": 0.5} for name in names}
 after = {name: {"value": 0.6 + 0.1 * seed} for name in names}
 (out / "before.json").write_text(json.dumps(before))
+versions = {"torch": "2", "transformers": "5"}
+manifest = {"seed": seed, "model": {"fingerprint": f"sha256:{seed}"}, "versions": versions}
+manifest |= {"git_commit": "abc", "dirty": reward == "random"}
+(out / "rollouts").mkdir()
+(out / "rollouts" / "manifest.json").write_text(json.dumps(manifest))
 row = {"groups": 1, "majority_share": 0.5, "entropy": 0.5, "answer_entropy": 1, "information": 0.5}
 row |= {"abstention_share": 0, "length": 3}
 rows = [row | {"step": step} for step in range(3)]
@@ -260,8 +294,8 @@ def pretended(tiny, tmp_path, monkeypatch):
         tables={"after": tables.after, "note": lambda study, records: str(records["toy"]["counted"])},
     )
     config = studies.Config(seeds=2, jobs=2, out=tmp_path / "out", root=tmp_path)
-    return lambda sweeps=study.sweeps, **more: studies.main(
-        replace(config, **more), [replace(study, sweeps=sweeps)], {"plain": ""}
+    return lambda sweeps=study.sweeps, pictures="", **more: studies.main(
+        replace(config, **more), [replace(study, sweeps=sweeps, pictures=pictures)], {"plain": ""}
     )
 
 
@@ -285,7 +319,9 @@ def test_a_study_is_made_recorded_and_filled_in_and_goes_on(pretended, tmp_path,
     run = record["runs"][1]
     assert run["by_step"]["2"]["mean"] == 0.65 and run["after"]["mean"]["value"] == 0.7 and run["seconds"] == 3.5
     assert alarms.series(run, "mean") == {0: 0.5, 2: 0.65, 3: 0.7} and run["chosen"] == 3 and run["alarms"] == {}
-    assert record["complete"] and record["planned"] == 6 and {*record["fingerprint"]} == {"0", "1"}
+    assert record["complete"] and record["planned"] == 6 and all("folder" not in run for run in record["runs"])
+    assert record["fingerprint"] == {"0": "sha256:0", "1": "sha256:1"}  # as the runs' manifests say
+    assert record["commits"] == ["abc", "abc and changes"] and record["versions"]["transformers"] == ["5"]
     assert record["counted"] == ["x", "x"]  # once for each seed, in both commands together
     for name in studies.PAGES:
         page = (tmp_path / name).read_text()
@@ -320,11 +356,11 @@ def test_base_and_runs_are_scored_alike_on_another_data_set(pretended, tmp_path)
     study = Study("toy", base="plain", sweeps=[Sweep("majority")], also="elsewhere")
     place, out = Place(tmp_path / "out", 1, 1, {"plain": ""}), tmp_path / "out"
     run = f"{out}/toy/runs/majority/seed-0"
-    assert making.scoring(study, place) == [
-        f"-m eval.heldout --model {out}/base-plain-0 --seed 0 --data elsewhere --eval-questions 4 --eval-samples 2 "
-        f"--out {out}/toy/also-0.json",
-        f"-m eval.heldout --run {run} --data elsewhere --out {run}/also.json",
-    ]
+    assert making.scoring(study, place, {0: "mark"}) == {
+        f"-m eval.heldout --data elsewhere --model {out}/base-plain-0 --seed 0 --eval-questions 4 --eval-samples 2 "
+        f"--out {out}/toy/also-0.json": "mark",
+        f"-m eval.heldout --data elsewhere --run {run} --out {run}/also.json": "mark",
+    }
     assert making.record(study, place, True)["runs"][0]["also"] == {}  # not scored yet
     scores = json.loads(Path(f"{run}/before.json").read_text())
     for path in (f"{out}/toy/also-0.json", f"{run}/also.json"):
@@ -333,18 +369,65 @@ def test_base_and_runs_are_scored_alike_on_another_data_set(pretended, tmp_path)
 
 
 def test_a_command_that_fails_is_shown_and_done_again(tmp_path, capsys):
-    script = tmp_path / "script.py"
+    script, made = tmp_path / "script.py", tmp_path / "a b" / "made"
+    made.parent.mkdir()
     script.write_text("print('some words'); raise SystemExit(3)")
-    commands = [f"{script} --out {tmp_path}/made"]
-    with pytest.raises(RunsFailed, match=rf"python {script} --out {tmp_path}/made: its output is in .*\.part"):
+    commands = {f"{script} --out '{made}'": "a mark"}
+    with pytest.raises(RunsFailed, match=rf"python {script} --out '{made}': its output is in .*\.part"):
         making.run(commands, tmp_path / "logs", 1)
     assert "    some words" in capsys.readouterr().err
-    script.write_text(f"import os; os.mkdir('{tmp_path}/made')")
+    script.write_text("import os, sys; os.mkdir(sys.argv[2])")
     making.run(commands, tmp_path / "logs", 1)
     making.run(commands, tmp_path / "logs", 1)  # done, or mkdir would fail
-    (tmp_path / "made").rmdir()
+    made.rmdir()
     making.run(commands, tmp_path / "logs", 1)
-    assert (tmp_path / "made").is_dir()
+    assert made.is_dir()
+    with pytest.raises(RunsFailed):  # of another base it is done again, and mkdir fails
+        making.run(dict.fromkeys(commands, "another mark"), tmp_path / "logs", 1)
+
+
+def test_a_study_that_is_refused_leaves_record_and_pages(pretended, tmp_path):
+    pretended()
+    before = {path: path.read_bytes() for path in (tmp_path / "README.md", tmp_path / "bench/results/toy.json")}
+    base = tmp_path / "out/base-plain-0/warmup.json"
+    base.write_text(base.read_text().replace('"seed": 0', '"seed": 3'))
+    with pytest.raises(SettingError, match="seed 3 there, 0 now"):
+        pretended()
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_fewer_seeds_do_not_replace_a_complete_record(pretended, tmp_path, capsys):
+    pretended()
+    path = tmp_path / "bench/results/toy.json"
+    before = path.read_bytes()
+    pretended(seeds=1)
+    assert path.read_bytes() == before and "of 2 seeds or more" in capsys.readouterr().err
+
+
+def test_pictures_of_a_study_come_into_the_docs(pretended, tmp_path):
+    (tmp_path / "draw.py").write_text(
+        "import sys; from pathlib import Path; out = Path(sys.argv[2]); out.mkdir();(out / 'p.png').write_text('drawn')"
+    )
+    pretended(pictures=f"{tmp_path}/draw.py --out {{out}}/pictures")
+    assert (tmp_path / "docs/p.png").read_text() == "drawn"
+
+
+def test_what_a_judge_told_and_which_questions_were_kept_is_read(tmp_path):
+    head = "variant,AUC,AUC in group,label acc"
+    for mode, rows in (
+        ("logit", ["frequency,.7,.6,.5", "judge-only,.8,,.25"]),
+        ("text", ["frequency,.7,.6,.5", "judged,1,1,1"]),
+    ):
+        (tmp_path / f"compared-{mode}-1").mkdir()
+        (tmp_path / f"compared-{mode}-1" / "variants.csv").write_text("\n".join([head, *rows]))
+    assert making.judged(tmp_path, [0, 1])["judged"] == [
+        {"label": "`frequency`", "seed": 1, "AUC": 0.7, "AUC in group": 0.6, "label acc": 0.5},
+        {"label": "`judge-only`, logit mode", "seed": 1, "AUC": 0.8, "label acc": 0.25},
+        {"label": "`judged`, text mode", "seed": 1, "AUC": 1, "AUC in group": 1, "label acc": 1},
+    ]
+    (tmp_path / "in-context-0").mkdir()
+    (tmp_path / "in-context-0" / "summary.json").write_text('{"kept": 3}')
+    assert making.written(tmp_path, [0, 1]) == {"written": [{"kept": 3}]}
 
 
 def test_a_base_of_other_settings_is_not_taken(pretended, tmp_path):

@@ -231,12 +231,16 @@ def compare(summaries: dict[str, dict[int, dict]]) -> dict[str, dict]:
 
 
 def cell(score: tuple[float, float | None] | None, name: str, sign: str = "") -> str:
-    """A mean over seeds ± half of its interval, to the digits that the score needs."""
-    if score is None:
+    """A score's mean over seeds ± half of its interval, to the digits that it needs."""
+    return interval(score, 3 if name == "entropy" else 1, SCORES[name], sign)
+
+
+def interval(found: tuple[float, float | None] | None, digits: int, factor: float, sign: str = "") -> str:
+    """A mean ± half of its interval, both times `factor`."""
+    if found is None:
         return "–"
-    digits = 3 if name == "entropy" else 1
     # Rounded first, and + 0.0 makes -0.0 plain zero.
-    mean, half = (None if x is None else round(SCORES[name] * x, digits) + 0.0 for x in score)
+    mean, half = (None if x is None else round(factor * x, digits) + 0.0 for x in found)
     return f"{mean:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
@@ -272,13 +276,12 @@ def csv_rows(table: dict[str, dict]) -> list[list]:
     return rows
 
 
-def over_seeds(runs: list[list[dict]], name: str) -> tuple[list[int], np.ndarray]:
-    """Steps, and mean, least and greatest of a metric over the runs that have it at the step: (3, steps)."""
+def over_seeds(curves: list[dict[int, float]]) -> tuple[list[int], np.ndarray]:
+    """Steps, and mean, least and greatest value of the curves that have one at the step: (3, steps)."""
     at: dict[int, list[float]] = {}
-    for run in runs:
-        for row in run:
-            if row.get(name) is not None:
-                at.setdefault(row["step"] + 1, []).append(row[name])
+    for curve in curves:
+        for step, value in curve.items():
+            at.setdefault(step, []).append(value)
     steps = sorted(at)
     return steps, np.array([[np.mean(at[s]), min(at[s]), max(at[s])] for s in steps]).reshape(-1, 3).T
 
@@ -301,7 +304,8 @@ def figure(metrics: dict[str, list[list[dict]]]) -> "Figure":
     for i, (label, runs) in enumerate(metrics.items()):
         colour = f"C{i % 10}"
         for axis, name in zip(axes, CURVES, strict=True):
-            steps, (mean, low, high) = over_seeds(runs, name)
+            curves = [{row["step"] + 1: row[name] for row in run if row.get(name) is not None} for run in runs]
+            steps, (mean, low, high) = over_seeds(curves)
             axis.plot(steps, mean, label=label if axis is axes[0] else None, color=colour, **look(i, len(metrics)))
             axis.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
     for axis, title in zip(axes, CURVES.values(), strict=True):
