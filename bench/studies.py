@@ -67,10 +67,10 @@ STUDIES = [
         "long",
         base="plain",
         steps=240,
-        flags="--eval-every 24",
+        flags="--eval-every 24 --questions-per-step 32",
         sweeps=[
             Sweep(f"{LONG} majority(max_share=.95) confident-majority"),
-            Sweep("majority", "--kl-coef 0.01", name="KL .01"),
+            Sweep("majority", "--kl-coef 0", name="no KL"),
         ],
         tables={
             "long-curves": tables.picture("long.png", ALT),
@@ -82,7 +82,7 @@ STUDIES = [
         "weak",
         base="weak",
         steps=24,
-        flags="--eval-every 12",
+        flags="--eval-every 12 --questions-per-step 32",
         sweeps=[Sweep(" ".join(LABEL_FREE))],
         tables={"weak": tables.after, "weak-gain": tables.gain},
     ),

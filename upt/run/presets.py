@@ -37,6 +37,7 @@ TINY = COMMON | {
     "max_prompt_tokens": 512,
     "max_new_tokens": 32,
     "learning_rate": 2e-4,
+    "kl_coef": 0.1,
     "warmup_steps": 3,
     "lora_rank": 32,
     "lora_alpha": 64,
