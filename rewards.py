@@ -400,7 +400,9 @@ def main(config: Config) -> dict[str, float]:
     reward_of, _ = bind_reward(config.reward, **band(config)), bind_advantage(config.advantage)
     reader = shards.ShardReader(config.rollouts)
     paths = reader.paths
-    reward_of(next(iter(reader)))  # so does one that the shards cannot serve, without a judge's scores or gold
+    # So does one that the shards cannot serve, without a judge's scores, gold, or two views of a picture.
+    shown = (group for group in reader if group.get("image") or not needs_view(config.reward))
+    reward_of(next(shown, next(iter(reader))))
     source = manifests.read(config.rollouts) if (config.rollouts / "manifest.json").exists() else {}
     seed = config.seed if config.seed is not None else source.get("seed")
     if seed is None:

@@ -7,7 +7,7 @@ For each step:
     advantage    from the rewards of one group
     update       PPO-clip on the LoRA adapter, in minibatches, each gradient summed over micro-batches
     log, save    metrics.jsonl, the shard with rewards and advantages, a checkpoint every few steps
-and before and after all steps, or every few, an evaluation on held-out questions (eval/heldout.py).
+and before and after all steps, and every few with --eval-every, an evaluation on held-out questions (eval/heldout.py).
 
 The recipe is MM-UPT's (arXiv 2505.22453), with these departures: LoRA in place of full weights; old log-probabilities
 come from the trainer's own forward pass, since the sampler's are of a cut distribution; responses whose advantage is 0
@@ -248,7 +248,6 @@ def train(
         print(f"going on after step {start} of {config.steps}")
     metrics = Metrics(config.out / "metrics.jsonl", start, own=config.from_shards is None)
     paths = shards.list_shards(config.from_shards) if config.from_shards else None
-    looked = {}
 
     def save(step: int) -> None:
         with writing(folder / f"step-{step:06d}"):
@@ -269,8 +268,8 @@ def train(
             before = dict(clock.seconds)
             try:
                 check()
-                if config.eval_every and step % config.eval_every == 0:
-                    looked = followed.at(step, policy, config, clock, check)
+                due = config.eval_every and step % config.eval_every == 0
+                looked = followed.at(step, policy, config, clock, check) if due else {}
                 if paths:
                     encoded, groups, left_out = stored(policy, paths[step], config, clock)
                 else:
@@ -288,7 +287,6 @@ def train(
                 )
                 model.update.advance(schedule, config.minibatches)
                 metrics.leave_out(step, {"left_out": len(left_out)} | looked)
-                looked = {}
                 if config.saves(step + 1):
                     save(step + 1)
                 continue
@@ -302,7 +300,6 @@ def train(
                 bad = metrics.nonfinite_in_a_row
                 stats = model.update.update(policy, optimizer, schedule, encoded, groups, config, measure_kl, bad)
             extra = {"learning_rate": rate, "left_out": len(left_out), **looked}
-            looked = {}
             progress.say(
                 f"step {step + 1}/{config.steps}: {metrics.write(step, groups, stats, clock.since(before), extra)}"
             )

@@ -19,11 +19,8 @@ made on the validation split.
 """
 
 import json
-import random
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,7 +34,7 @@ from upt.run import cli, presets
 from upt.run.locking import alone
 from upt.run.settings import Rollout
 from upt.run.typed import Typed
-from upt.warmup.demonstrations import MODES, STYLES, demonstrate, demonstrate_mixed
+from upt.warmup.demonstrations import MODES, STYLES, demonstrate
 
 SAMPLING = ("temperature", "top_p", "max_new_tokens", "prompt", "max_prompt_tokens")
 END = 0.25  # of the peak of the learning rate: where the first phase ends, and what the second one keeps
@@ -102,50 +99,13 @@ def main(config: Config) -> dict:
     if sum(phases) == 0:
         raise SettingError("--answer-steps, --judge-steps and --guess-steps 0 teach nothing: give one some updates")
     lessons, muon = warmup.lessons, warmup.muon
+    taught = warmup.curriculum.Curriculum(config)
     started = time.perf_counter()
     updates = " + ".join(str(steps) for steps in phases if steps)
     print(f"making the tiny model in {config.out}, with labels: {updates} updates, some minutes", flush=True)
-    sizes = (config.questions, config.judged, config.asking * config.judge_steps)
-    every = shapes.questions("warmup", config.seed, sum(sizes))
-    items, judged, pictures = (every[start:end] for start, end in pairwise(accumulate(sizes, initial=0)))
     validation = data.load("shapes", "validation", config.seed, limit=config.eval_questions)
     sampling = Rollout(model=presets.TINY_MODEL, seed=config.seed, **{k: presets.TINY[k] for k in SAMPLING})
-    rng, rng_asking = random.Random(f"warmup/{config.seed}"), random.Random(f"warmup/asking/{config.seed}")
-    policy = untrained(items, config.seed)
-
-    def epochs() -> Iterator[tuple[shapes.Item, str]]:
-        """Questions with the prompt style that each is to be answered in."""
-        while True:
-            for item in rng.sample(items, len(items)):
-                yield item, STYLES[rng.random() < 0.25]
-
-    stream = epochs()
-
-    def answering() -> list:
-        made = []
-        for item, style in islice(stream, config.batch):
-            made.append(lessons.lesson(policy, item, style, demonstrate(item, style)))
-            made[-1] = lessons.with_question(policy, made[-1], item)
-        return made
-
-    def asking(n: int):
-        item = pictures[n]
-        # A picture that has one question only is to get it again: upt/groups/filters.py knows a repetition.
-        other, second = (shapes.ask_else(item, rng_asking) or item.question for _ in range(2))
-        mode, first = ("in-context", other) if n % 2 else ("direct", item.question)
-        return lessons.asking_lesson(policy, item, mode, [first, second])
-
-    def judging() -> Iterator[list]:
-        own = lessons.own_answers(policy, judged, replace(sampling, group_size=2))
-        for step in range(config.judge_steps):
-            places = [n % len(own) for n in range(step * config.judging, (step + 1) * config.judging)]
-            verdicts = [lessons.verdicts(policy, judged[n], own[n]) for n in places]
-            yield answering() + verdicts + [asking(step * config.asking + n) for n in range(config.asking)]
-
-    def guessing() -> list:
-        made = islice(stream, config.batch)
-        return [lessons.lesson(policy, i, style, demonstrate_mixed(i, style, rng, config)) for i, style in made]
-
+    policy = untrained(taught.items, config.seed)
     network, scores = policy.model.requires_grad_(True), {}
 
     def phase(name: str, batches, steps: int, optimizers: list, end: float) -> None:
@@ -154,13 +114,13 @@ def main(config: Config) -> dict:
             scores[name] = heldout.evaluate(policy, validation, sampling, len(validation), config.eval_samples)
 
     optimizers = muon.muon_and_adamw(network, config.learning_rate)
-    phase("answering", (answering() for _ in range(config.answer_steps)), config.answer_steps, optimizers, END)
+    phase("answering", taught.answering(policy), config.answer_steps, optimizers, END)
     policy.base.model.visual.requires_grad_(False)
     optimizers = muon.muon_and_adamw(network, END * config.learning_rate)
-    phase("judging", judging(), config.judge_steps, optimizers, 1.0)
+    phase("judging", taught.judging(policy, sampling), config.judge_steps, optimizers, 1.0)
     network.requires_grad_(True)
     optimizers = [muon.adamw([{"params": list(network.parameters()), "lr": config.guess_learning_rate}])]
-    phase("guessing", (guessing() for _ in range(config.guess_steps)), config.guess_steps, optimizers, 0.0)
+    phase("guessing", taught.guessing(policy), config.guess_steps, optimizers, 0.0)
 
     network.requires_grad_(False)
     (config.out / "warmup.json").unlink(missing_ok=True)  # until the new one is whole, there is no warmed-up model

@@ -11,6 +11,7 @@ import warmup
 from upt import prompts
 from upt.answers import is_well_formed, vote_key
 from upt.data import shapes
+from upt.errors import SettingError
 from upt.model.packing import Row
 from upt.model.policy import Policy
 from upt.prompts import judge_turns
@@ -28,12 +29,12 @@ def test_clean_demonstrations_are_right_and_in_the_format_asked_for():
             assert is_well_formed(text) == (style == "think-boxed")
 
 
-def test_mixed_demonstrations_are_as_mixed_as_they_say():
-    config, rng = warmup.Config(guess_share=0.5, guess_wrong=0.6), random.Random(0)
+def test_guesses_are_as_many_and_as_wrong_as_they_say():
+    rng = random.Random(0)
     items = shapes.questions("warmup", 0, 3000)
     right = {"guess": [], "steps": []}
     for item in items:
-        text = demonstrations.demonstrate_mixed(item, "think-boxed", rng, config)
+        text = demonstrations.guess_or_demonstrate(item, "think-boxed", rng, 0.5, 0.6)
         assert is_well_formed(text)
         right["guess" if "by eye" in text else "steps"].append(vote_key(text) == item.gold)
     assert abs(len(right["guess"]) / len(items) - 0.5) < 0.04
@@ -133,14 +134,47 @@ def test_a_verdict_stands_where_the_judge_reads_it(tiny):
 
 def test_answers_to_be_judged_are_the_models_own_and_whole(tiny):
     policy = Policy.load(tiny, dtype="fp32", device="cpu")
-    items = shapes.questions("warmup", 0, 6)
-    settings = dict(group_size=3, max_new_tokens=6, max_prompt_tokens=512, prompt="think-boxed", seed=1)
+    items = shapes.questions("warmup", 0, 8)
+    settings = dict(group_size=8, max_new_tokens=40, max_prompt_tokens=512, prompt="think-boxed", seed=1)
     sampling = Rollout(model=tiny, temperature=1.0, top_p=1.0, **settings)
-    one, two = lessons.own_answers(policy, items, sampling), lessons.own_answers(policy, items[:2], sampling)
-    assert len(one) == 6 and one[:2] == two  # a question's answers do not depend on what else is asked
+    one, two = lessons.own_answers(policy, items, sampling), lessons.own_answers(policy, items[:3], sampling)
+    assert len(one) == 8 and one[:3] == two  # a question's answers do not depend on what else is asked
     end = policy.tokenizer.eos_token_id
-    assert all(ids[-1] == end and len(ids) <= 6 for answers in one for ids in answers)
-    assert sum(map(len, one)) < 18  # of a model that has learnt nothing most are cut off, and left out
+    assert all(ids[-1] == end and len(ids) <= 40 for answers in one for ids in answers)
+    # A model that has learnt nothing stops by chance, at one token in 400 or so: 1 - .9975 ** 40 is a tenth of 64.
+    assert 0 < sum(map(len, one)) < 20
+
+
+def test_each_phase_teaches_what_it_says(tmp_path, monkeypatch):
+    batches, tower, real = {}, {}, lessons.train
+
+    def record(policy, made, steps, optimizers, end, name):
+        made, vision = [*made], policy.base.model.visual.state_dict()
+        before = {key: value.clone() for key, value in vision.items()}
+        real(policy, made, steps, optimizers, end, name)
+        batches[name] = made
+        tower[name] = any(not torch.equal(vision[key], before[key]) for key in before)
+
+    judged = []
+    monkeypatch.setattr(lessons, "train", record)
+    monkeypatch.setattr(lessons, "own_answers", lambda policy, items, sampling: [[[5, 6]]] * len(items))
+    real_verdicts = lessons.verdicts
+    monkeypatch.setattr(lessons, "verdicts", lambda p, item, ids: judged.append(item) or real_verdicts(p, item, ids))
+    settings = dict(answer_steps=2, judge_steps=3, guess_steps=2, batch=4, judging=3, asking=2, judged=5)
+    warmup.main(warmup.Config(out=tmp_path, questions=20, eval_questions=2, eval_samples=1, **settings))
+    assert {name: [len(batch) for batch in of] for name, of in batches.items()} == {
+        "answering": [4, 4], "judging": [4 + 3 + 2] * 3, "guessing": [4, 4]
+    }  # fmt: skip
+    assert tower == {"answering": True, "judging": False, "guessing": True}  # whether it has moved
+    assert all(set(batch[4].weights[0]) == {0.0, lessons.VERDICT_WEIGHT} for batch in batches["judging"])
+    uids = [item.uid for item in shapes.questions("warmup", 0, 20 + 5 + 6)]
+    assert [item.uid for item in judged] == [uids[20 + n % 5] for n in range(9)]  # none that answering has taught
+
+
+def test_more_questions_than_there_are_pictures_are_refused(tmp_path):
+    with pytest.raises(SettingError, match="--questions 39999, --judged 1000 .* 240 are more than the 40000 pictures"):
+        warmup.main(warmup.Config(out=tmp_path / "x", questions=39999))
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_question_to_be_foreseen_leaves_prompt_and_answer_as_they_are(tiny):

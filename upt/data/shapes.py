@@ -17,10 +17,10 @@ pictures that no label was given for.
 `shapes-hard` asks the same of pictures that `shapes` never draws, and has no warm-up split: what a model gains on it,
 no label has taught.
 
-    grid         six to nine of the cells hold a shape, each of them off the middle of its cell
+    grid         six to nine of the cells hold a shape, each of them off the middle, so that neighbours may touch
     bars         each bar is further off the middle of its third
-    triangle     the two numbers are in the first or second row instead of the third, below them a flat triangle
-    segment      the two numbers are in the first or third row instead of the second, the segment is elsewhere too
+    triangle     the two numbers are in the first or second row instead of the third, and below them a flat triangle
+    segment      the two numbers are in the first or third row instead of the second, where the segment is
 
     python -c "from upt.data import shapes; shapes.questions('test', seed=0, size=8)[0].image.save('x.png')"
 """
@@ -61,16 +61,16 @@ SPLIT_OF_BUCKET = ("warmup",) * 7 + ("train", "validation", "test")
 class Level:
     """What the pictures of a set may look like."""
 
-    filled: float  # share of a grid's cells that hold a shape
+    filled: float  # probability that a cell of a grid holds a shape
     bar_shifts: Sequence[int]  # pixels by which a bar stands off the middle of its third
     grid_shifts: Sequence[int] = ()  # pixels by which a shape stands off the middle of its cell, each way; (): none
-    least: int = 0  # shapes in a grid
-    moved: bool = False  # the two numbers of a triangle or a segment are in another row than theirs
+    min_shapes: int = 0  # of a grid: one with fewer is thrown away
+    moved: bool = False  # the two numbers of a triangle or a segment are in another row than ROWS
 
 
 LEVELS = {
     "shapes": Level(filled=0.6, bar_shifts=range(-2, 3)),
-    "shapes-hard": Level(filled=0.8, bar_shifts=(-4, -3, 3, 4), grid_shifts=(-2, 2), least=6, moved=True),
+    "shapes-hard": Level(filled=0.8, bar_shifts=(-4, -3, 3, 4), grid_shifts=(-2, 2), min_shapes=6, moved=True),
 }
 ROWS = {"triangle": 2, "segment": 1}  # where their two numbers are, counted from 0
 
@@ -153,7 +153,7 @@ def _scene(kind: str, rng: random.Random, level: Level) -> tuple:
     palette = rng.sample(sorted(COLOURS), 3)
     while True:
         cells = [_cell(rng, level, palette) if rng.random() < level.filled else None for _ in range(9)]
-        if sum(cell is not None for cell in cells) >= level.least:
+        if sum(cell is not None for cell in cells) >= level.min_shapes:
             return "grid", *cells
 
 
@@ -252,12 +252,12 @@ def draw(scene: tuple) -> Image.Image:
             pen.rectangle((x - 9, 80 - 18 * height, x + 9, 80), fill=COLOURS[colour])
     elif what == "triangle":
         a, b, apex, shift, *row = parts
-        base, top = (_free(*row) + 10, _free(*row) - 8) if row else (52, 8)
+        base, top = (_beside(*row) + 10, _beside(*row) - 8) if row else (52, 8)
         pen.line((2, base, apex, top + shift, 82, base, 2, base), fill=WHITE, width=2)
         _numbered(pen, (a, b), *row or [ROWS[what]])
     else:
         a, b, middle, shift, *row = parts
-        y = (_free(*row) if row else 66) + shift
+        y = (_beside(*row) if row else 66) + shift
         pen.line((2, y, 82, y), fill=WHITE, width=2)
         for x in (2, middle, 81):
             pen.line((x, y - 6, x, y + 6), fill=WHITE, width=2)
@@ -270,9 +270,9 @@ def _middle(cell: int, right: int = 0, down: int = 0) -> tuple[int, int]:
     return 28 * (cell % 3) + 14 + right, 28 * (cell // 3) + 14 + down
 
 
-def _free(row: int) -> int:
-    """The height of the middle of the last row that is free beside `row`."""
-    return 28 * (1 if row == 2 else 2) + 14
+def _beside(row: int) -> int:
+    """The y of the middle of a row beside `row`: the middle one, or the last beside the middle one."""
+    return 28 * (2 if row == 1 else 1) + 14
 
 
 def _shape(pen: ImageDraw.ImageDraw, form: str, colour: str, x: int, y: int) -> None:

@@ -202,7 +202,8 @@ def adopt(config) -> None:
             "after training are not held-out ones; sample another split, or give another --eval-split",
             file=sys.stderr,
         )
-    if config.view not in (None, view := sampling.get("view")):
+    view = sampling.get("view")
+    if config.view not in (None, view):
         seen = f"with --view {view}" if view else "without a view"
         raise SettingError(
             f"--view {config.view}: the responses in {config.from_shards} were sampled {seen}; leave it out"

@@ -26,8 +26,11 @@ def wrong_guess(item: shapes.Item, rng: random.Random):
     return rng.choice(PLAUSIBLE.get(item.kind, range(10)))
 
 
-def demonstrate_mixed(item: shapes.Item, prompt: str, rng: random.Random, config) -> str:
-    """A response as of a hasty pupil: a guess without reasoning, or the steps. `config` is a warmup.Config."""
-    if rng.random() >= config.guess_share:
+def guess_or_demonstrate(item: shapes.Item, prompt: str, rng: random.Random, share: float, wrong: float) -> str:
+    """A response as of a hasty pupil: in a `share` of cases a guess without reasoning, else the steps.
+
+    A share `wrong` of the guesses is any plausible number.
+    """
+    if rng.random() >= share:
         return demonstrate(item, prompt)
-    return guess(item, prompt, wrong_guess(item, rng) if rng.random() < config.guess_wrong else item.gold)
+    return guess(item, prompt, wrong_guess(item, rng) if rng.random() < wrong else item.gold)
