@@ -38,7 +38,9 @@ def row(step: int, **changed) -> dict:
         ("majority", {"majority_share": 0.985, "information": 1.8}),
         ("entropy", {"entropy": 0.029}),
         ("answers", {"answer_entropy": 1.9}),
-        ("information", {"information": 1.1}),
+        ("information", {"information": 1.35}),  # .85 of 1.6 is 1.36
+        ("agreement", {"majority_share": 0.54}),
+        ("split", {"majority_share": 0.57, "entropy": 0.25}),  # .85 of .3 is .255
         ("hollow", {"majority_share": 0.76, "information": 1.63}),  # up by .16 and .03: a fifth of .16 is .032
         ("abstentions", {"abstention_share": 0.21}),
         ("length", {"length": 9.0}),
