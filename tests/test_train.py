@@ -36,6 +36,7 @@ SMALL = {
     "lora_alpha": 4,
     "eval_questions": 0,
     "learning_rate": 1e-2,
+    "kl_coef": 0.0,  # what has no signal trains nothing
     "reward": "random",  # a random model hardly ever agrees with itself; this gives every step a signal
 }
 
@@ -648,6 +649,7 @@ def test_updates_that_stay_non_finite_end_the_run(tiny, tmp_path, monkeypatch, c
 
 
 def test_presets_carry_their_recipe(tiny):
+    assert (Config(model=tiny).resolve().kl_coef, Config(data="geoqa").resolve().kl_coef) == (0.1, 0.0)
     preset = Config(model=tiny, preset="mm-upt").resolve()
     assert (preset.reward, preset.advantage, preset.clip_low, preset.clip_high) == ("majority", "group-norm", 0.2, 0.3)
     assert (preset.dual_clip, preset.kl_coef, preset.weight_decay, preset.max_grad_norm) == (3.0, 0.01, 0.01, 1.0)
