@@ -114,15 +114,16 @@ FRONT = {
 
 
 def front(study, records) -> str:
-    """README's table: the base, the default reward, the upper bound, the control, and the gain of the second."""
+    """README's table: the base, the default reward, the upper bound, the control; and what each of these gains."""
     found = sweep.compare(grouped(records[study.name]["runs"]))
     rows = [("", *(TITLES.get(name, name) for name in GOLD))]
     for words, label in FRONT.items():
         if label in found:
             rows.append((words, *(sweep.cell(found[label]["after"].get(name), name) for name in GOLD)))
-    if "`majority`" in found:
-        gains = found["`majority`"]["gain"]
-        rows.append(("gain, label-free", *(sweep.cell(gains.get(name), name, "+") for name in GOLD)))
+    for words, label in FRONT.items():
+        if label != "base" and label in found:
+            gains = found[label]["gain"]
+            rows.append((f"gain, {words}", *(sweep.cell(gains.get(name), name, "+") for name in GOLD)))
     return markdown(rows)
 
 
