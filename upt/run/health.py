@@ -23,7 +23,7 @@ The rule looks at means over the last WINDOW steps, once there are two windows, 
     length        under half or over twice the first window's
     kl            mean KL to the starting model over 0.5 nats a token (where it is measured)
 Each is an alarm, and none is proof: a wrong majority that stays varied takes labels to see. The numbers were chosen on
-102 runs of the embedded model without a KL term; how often they were right on others is in docs/results.md.
+102 runs of the embedded model, most of them without a KL term; how often they were right on others: docs/results.md.
 
 Two alarms do not wait for windows:
     nonfinite     loss or gradient of an update were not finite, so that it was not made
