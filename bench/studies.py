@@ -74,6 +74,7 @@ STUDIES = [
         ],
         tables={
             "long-curves": tables.picture("long.png", ALT),
+            "long-gain": tables.gain,
             **{f"long-{name}": tables.by_step(name, LONG_STEPS) for name in tables.NAMES},
         },
         figures={"long.png": curves.by_step([f"`{label}`" for label in LONG.split()])},
@@ -109,7 +110,12 @@ STUDIES = [
         flags="--eval-every 24",
         sweeps=[Sweep("majority frequency supervised random", data="shapes-hard")],
         also="shapes",
-        tables={"hard": tables.after, "hard-gain": tables.gain, "hard-easy": tables.elsewhere},
+        tables={
+            "front-hard": tables.front,
+            "hard": tables.after,
+            "hard-gain": tables.gain,
+            "hard-easy": tables.elsewhere,
+        },
     ),
     Study(
         "judge",
