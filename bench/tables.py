@@ -107,23 +107,20 @@ def elsewhere(study, records) -> str:
 
 FRONT = {
     "before training": "base",
-    "**label-free** (`majority`)": "`majority`",
-    "with labels (`supervised`)": "`supervised`",
-    "control (`random` rewards)": "`random`",
+    "gain, **label-free** (`majority`)": "`majority`",
+    "gain, with labels (`supervised`)": "`supervised`",
+    "gain, control (`random` rewards)": "`random`",
 }
 
 
 def front(study, records) -> str:
-    """README's table: the base, the default reward, the upper bound, the control; and what each of these gains."""
+    """README's table: the base, and what the default reward, the upper bound and the control gain."""
     found = sweep.compare(grouped(records[study.name]["runs"]))
     rows = [("", *(TITLES.get(name, name) for name in GOLD))]
     for words, label in FRONT.items():
         if label in found:
-            rows.append((words, *(sweep.cell(found[label]["after"].get(name), name) for name in GOLD)))
-    for words, label in FRONT.items():
-        if label != "base" and label in found:
-            gains = found[label]["gain"]
-            rows.append((f"gain, {words}", *(sweep.cell(gains.get(name), name, "+") for name in GOLD)))
+            what, sign = ("after", "") if label == "base" else ("gain", "+")
+            rows.append((words, *(sweep.cell(found[label][what].get(name), name, sign) for name in GOLD)))
     return markdown(rows)
 
 
