@@ -59,7 +59,7 @@ STUDIES = [
         tables={
             "front": tables.front,
             "rewards": tables.after,
-            "rewards-gain": tables.gain,
+            "rewards-gain": tables.gain("`majority`"),
             "kinds": tables.by_kind("`majority`"),
         },
     ),
@@ -74,7 +74,7 @@ STUDIES = [
         ],
         tables={
             "long-curves": tables.picture("long.png", ALT),
-            "long-gain": tables.gain,
+            "long-gain": tables.gain("`majority`"),
             **{f"long-{name}": tables.by_step(name, LONG_STEPS) for name in tables.NAMES},
         },
         figures={"long.png": curves.by_step([f"`{label}`" for label in LONG.split()])},
@@ -84,8 +84,8 @@ STUDIES = [
         base="weak",
         steps=24,
         flags="--eval-every 12 --questions-per-step 32",
-        sweeps=[Sweep(" ".join(LABEL_FREE))],
-        tables={"weak": tables.after, "weak-gain": tables.gain},
+        sweeps=[Sweep(" ".join([*LABEL_FREE, "random", "supervised"]))],
+        tables={"weak": tables.after, "weak-gain": tables.gain("`majority`")},
     ),
     Study(
         "advantages",
@@ -95,14 +95,15 @@ STUDIES = [
             Sweep("frequency@energy frequency@energy-centred frequency@rloo frequency@mean"),
             Sweep("majority", "--algorithm sft", name="sft"),
         ],
-        tables={"advantages": tables.after, "advantages-gain": tables.gain},
+        uses=["rewards"],
+        tables={"advantages": tables.after, "advantages-gain": tables.gain("`frequency`", "rewards")},
     ),
     Study(
         "manners",
         base="manners",
         flags="--eval-every 24",
         sweeps=[Sweep("majority random supervised")],
-        tables={"manners": tables.after, "manners-gain": tables.gain},
+        tables={"manners": tables.after, "manners-gain": tables.gain("`majority`")},
     ),
     Study(
         "hard",
@@ -113,7 +114,8 @@ STUDIES = [
         tables={
             "front-hard": tables.front,
             "hard": tables.after,
-            "hard-gain": tables.gain,
+            "hard-gain": tables.gain("`majority`"),
+            "hard-kinds": tables.by_kind("`majority`"),
             "hard-easy": tables.elsewhere,
         },
     ),
@@ -141,7 +143,7 @@ STUDIES = [
         ],
         found=making.written,
         uses=["rewards"],
-        tables={"questions": tables.beside("rewards", "`majority`"), "questions-filters": tables.filters},
+        tables={"questions": tables.gain("`majority`", "rewards"), "questions-filters": tables.filters},
     ),
     Study(
         "health",
@@ -195,6 +197,7 @@ def keep(study: Study, place: Place, complete: bool, root: Path) -> None:
 
 def fill(root: Path, studies: Sequence[Study] = STUDIES) -> None:
     """Put the tables and figures of all records into the pages. Raises FolderInUse while another process does."""
+    changed = False
     with holding(root / "bench/results"):
         paths = {study.name: root / "bench/results" / f"{study.name}.json" for study in studies}
         records = {name: read_json(path) for name, path in paths.items() if path.is_file()}
@@ -204,14 +207,19 @@ def fill(root: Path, studies: Sequence[Study] = STUDIES) -> None:
             if (filled := tables.fill(text, found)) != text:
                 write_whole(root / page, [filled.encode()])
                 print(f"filled {root / page}")
+                changed = True
         for study in studies:
             for name, figure in study.figures.items() if study.name in records else ():
                 write(figure(records[study.name]), root / "docs" / name)
+    if not changed:
+        print(f"{' and '.join(str(root / page) for page in PAGES)} have these tables already")
 
 
 def main(config: Config, studies: Sequence[Study] = STUDIES, bases: dict[str, str] = BASES) -> None:
     """Make what is missing and fill the pages. Raises RunsFailed, after all studies, for what could not be made."""
     check_folder(config.out)
+    if config.only and config.fill:
+        raise SettingError("--only with --fill: --fill fills every table; leave one of them out")
     chosen = [study for study in select(config.only, studies) if study.base and not config.fill]
     place = Place(config.out, config.seeds, config.jobs, bases)
     for study in chosen:

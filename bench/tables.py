@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from bench import alarms
 from upt.compare import sweep
 from upt.errors import DataError, suggest
-from upt.groups.stats import average, markdown, t_interval
+from upt.groups.stats import markdown, t_interval
 
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n)(?:(?!<!-- table).)*?(<!-- end -->)", re.S)
 NAMES = ("mean", "greedy", "maj", "pass", "length", "entropy")
 GOLD = NAMES[:4]
+LESS = ("mean", "pass")  # in which runs are told apart
 TITLES = {"maj": "maj@8", "pass": "pass@8"}
 
 
@@ -93,9 +94,35 @@ def after(study, records) -> str:
     return sweep.score_table(sweep.compare(grouped(records[study.name]["runs"])), "after", NAMES)
 
 
-def gain(study, records) -> str:
-    """What training gains, paired by seed."""
-    return sweep.score_table(sweep.compare(grouped(records[study.name]["runs"])), "gain", NAMES)
+def gain(than: str, study_of: str | None = None) -> Callable:
+    """What training gains, paired by seed; and, of mean and pass, by how much less than the runs `than`.
+
+    Those are the study's own, or another's, whose row then comes first. Pairs are of one and the same base.
+    """
+
+    def table(study, records) -> str:
+        others, own = records.get(study_of or study.name, {"runs": []}), records[study.name]
+        bases = (of.get("fingerprint", {}).items() for of in (others, own))
+        same = {int(seed) for seed, _ in set.intersection(*map(set, bases))}
+        reference = {run["seed"]: run for run in others["runs"] if run["label"] == than and run["seed"] in same}
+        runs = grouped(own["runs"]) if study_of is None else {than: reference} | grouped(own["runs"])
+        gains = sweep.compare({label: of for label, of in runs.items() if of})
+        names = [name for name in NAMES if name != "length"]
+        rows = [("reward", "seeds", *names, *(f"{name}, less {than}'s" for name in LESS))]
+        for label, of in runs.items():
+            pairs = [(run, reference[seed]) for seed, run in of.items() if seed in reference and label != than]
+            less = [[last(run, name) - last(other, name) for run, other in pairs] for name in LESS]
+            cells = [sweep.cell(gains[label]["gain"].get(name), name, "+") for name in names] if of else []
+            cells += [sweep.cell(t_interval(values), name, "+") if values else "" for name, values in zip(LESS, less)]
+            rows += [(label, str(len(of)), *cells)] if of else []
+        return markdown(rows)
+
+    return table
+
+
+def last(run: dict, name: str) -> float:
+    """A held-out score after all steps."""
+    return alarms.series(run, name)[run["steps"]]
 
 
 def elsewhere(study, records) -> str:
@@ -142,41 +169,18 @@ def by_step(name: str, steps: Sequence[int]) -> Callable:
 
 
 def by_kind(label: str) -> Callable:
-    """Mean / greedy accuracy by kind of question before and after training with a reward, means over seeds."""
+    """Mean and greedy accuracy by kind of question before training with a reward, and what is gained."""
 
     def table(study, records) -> str:
         runs = [run for run in records[study.name]["runs"] if run["label"] == label]
-        rows = [("kind", "before", "after")]
+        rows = [("kind", *(f"{name}, {when}" for name in ("mean", "greedy") for when in ("before", "gain")))]
         for kind in runs[0]["after"]["kinds"] if runs else ():
-            means = [
-                [100 * average([run[when]["kinds"][kind][name] for run in runs]) for name in ("mean", "greedy")]
-                for when in ("before", "after")
-            ]
-            rows.append((kind, *(f"{mean:.1f} / {greedy:.1f}" for mean, greedy in means)))
-        return markdown(rows)
-
-    return table
-
-
-def beside(study_of: str, label: str) -> Callable:
-    """What training gains beside runs of another study, whose rows come first, and by how much less, paired by seed.
-
-    Pairs are of one and the same base.
-    """
-
-    def table(study, records) -> str:
-        others = [run for run in records.get(study_of, {"runs": []})["runs"] if run["label"] == label]
-        bases = (records.get(of, {"fingerprint": {}})["fingerprint"] for of in (study_of, study.name))
-        same = {int(seed) for seed, _ in set.intersection(*({*base.items()} for base in bases))}
-        others = [run for run in others if run["seed"] in same]
-        means = {run["seed"]: alarms.series(run, "mean")[run["steps"]] for run in others}
-        found = grouped([*others, *records[study.name]["runs"]])
-        gains = sweep.compare(found)
-        rows = [("trained with", "seeds", *GOLD, f"mean, less that of {label}")]
-        for name, runs in found.items():
-            less = [alarms.series(r, "mean")[r["steps"]] - means[seed] for seed, r in runs.items() if seed in means]
-            cells = (sweep.cell(gains[name]["gain"].get(score), score, "+") for score in GOLD)
-            rows.append((name, str(len(runs)), *cells, sweep.cell(t_interval(less) if less else None, "mean", "+")))
+            cells = []
+            for name in ("mean", "greedy"):
+                old, new = ([run[when]["kinds"][kind][name] for run in runs] for when in ("before", "after"))
+                moved = [after - before for before, after in zip(old, new, strict=True)]
+                cells += [sweep.cell(t_interval(old), name), sweep.cell(t_interval(moved), name, "+")]
+            rows.append((kind, *cells))
         return markdown(rows)
 
     return table
