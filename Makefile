@@ -30,11 +30,12 @@ DRAWN  := shapes shapes-hard
 NEEDS_TINY = $(if $(MODEL),$(filter $(TINY),$(patsubst %/,%,$(MODEL))),$(filter $(DRAWN) $(DRAWN:%=%:%),$(subst $(comma), ,$(DATA))))
 MODEL_READY = $(if $(NEEDS_TINY),$(TINY)/warmup.json)
 SAMPLING = --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,seed,$(SEED))
+PROCESSES = $(call flag,gpus,$(filter-out 1,$(GPUS)))
 # A run brings its own model, seed and held-out data; what is given here goes before them.
 OF_RUN = --run "$(RUN)" $(if $(filter file,$(origin DATA)),,--data "$(DATA)") $(call flag,model,$(MODEL)) $(call flag,seed,$(SEED))
 
-SCRIPTS := train_upt.py rollout.py judge.py rewards.py synthesize.py warmup.py ablate.py
-CODE    := $(SCRIPTS) upt kernels eval bench tests
+SCRIPTS := train_upt.py rollout.py judge.py rewards.py synthesize.py warmup.py ablate.py export.py
+CODE    := $(SCRIPTS) upt kernels eval bench examples tests
 
 # The variables that each target uses. Another one on the command line is a mistake, which make itself would pass over.
 USES_train   := DATA MODEL REWARD ADVANTAGE STEPS SEED OUT GPUS ARGS
@@ -44,9 +45,11 @@ USES_score   := REWARD ADVANTAGE SEED OUT ARGS
 USES_eval    := DATA MODEL SEED OUT RUN BENCH GPUS ARGS
 USES_synth   := DATA MODEL SEED OUT GPUS ARGS
 USES_ablate  := DATA MODEL REWARDS ADVANTAGE STEPS SEEDS OUT GPUS ARGS
+USES_export  := RUN OUT ARGS
 USES_results := ARGS
 USES_warmup  := SEED ARGS
 USES_test    := ARGS
+USES_test-trl := ARGS
 USES_bench   := ARGS
 GOALS  := $(or $(MAKECMDGOALS),help)
 TAKES  := $(sort $(foreach goal,$(GOALS),$(USES_$(goal))))
@@ -63,7 +66,7 @@ Makefile: ;
 .DEFAULT:
 	@echo "error: there is no target $@; make lists them" >&2; exit 2
 
-.PHONY: help setup warmup train rollout judge score eval synth ablate results test lint bench bench-gpu clean one-gpu
+.PHONY: help setup warmup train rollout judge score eval synth ablate export results test test-trl lint bench bench-gpu clean
 
 help:  ## this list
 	@echo "make TARGET [DATA=shapes] [MODEL=] [REWARD=] [ADVANTAGE=] [STEPS=] [SEED=] [REWARDS=] [SEEDS=] [OUT=] [RUN=] [BENCH=] [GPUS=1] [ARGS=...]"
@@ -87,45 +90,49 @@ $(TINY)/warmup.json: warmup.py $(wildcard upt/warmup/*.py) upt/data/shapes.py $(
 warmup: $(READY)  ## (re)make the embedded default model in models/tiny
 	$(PY) warmup.py --out $(TINY) $(call flag,seed,$(SEED)) $(ARGS)
 
-one-gpu:
-	@test '$(GPUS)' = 1 || { echo "GPUS=$(GPUS): a run uses one process so far; leave GPUS out"; exit 2; }
-
-train: one-gpu $(READY) $(MODEL_READY)  ## label-free training with a before/after table
+train: $(READY) $(MODEL_READY)  ## label-free training with a before/after table
 	$(PY) train_upt.py $(SAMPLING) $(call flag,reward,$(REWARD)) $(call flag,advantage,$(ADVANTAGE)) \
-	  $(call flag,steps,$(STEPS)) --out "$(or $(OUT),runs/train)" $(ARGS)
+	  $(call flag,steps,$(STEPS)) --out "$(or $(OUT),runs/train)" $(PROCESSES) $(ARGS)
 
-rollout: one-gpu $(READY) $(MODEL_READY)  ## sample responses into shards
-	$(PY) rollout.py $(SAMPLING) $(call flag,steps,$(STEPS)) --out "$(or $(OUT),runs/rollouts)" $(ARGS)
+rollout: $(READY) $(MODEL_READY)  ## sample responses into shards
+	$(PY) rollout.py $(SAMPLING) $(call flag,steps,$(STEPS)) --out "$(or $(OUT),runs/rollouts)" $(PROCESSES) $(ARGS)
 
-judge: one-gpu $(READY)  ## a frozen judge's scores for the shards in runs/rollouts (ARGS="--rollouts DIR" for others)
-	$(PY) judge.py --rollouts runs/rollouts $(call flag,model,$(MODEL)) --out "$(or $(OUT),runs/judged)" $(ARGS)
+judge: $(READY)  ## a frozen judge's scores for the shards in runs/rollouts (ARGS="--rollouts DIR" for others)
+	$(PY) judge.py --rollouts runs/rollouts $(call flag,model,$(MODEL)) --out "$(or $(OUT),runs/judged)" $(PROCESSES) $(ARGS)
 
 score: $(READY)  ## rewards and advantages for the shards in runs/rollouts (ARGS="--rollouts DIR" for others)
 	$(PY) rewards.py --rollouts runs/rollouts --reward "$(or $(REWARD),majority)" \
 	  --advantage "$(or $(ADVANTAGE),group-norm)" $(call flag,seed,$(SEED)) --out "$(or $(OUT),runs/scored)" $(ARGS)
 
-eval: one-gpu $(READY) $(if $(RUN),,$(MODEL_READY))  ## held-out accuracy of a model; with BENCH=mathvision (or all) DATA=DIR [RUN=runs/train], a benchmark's
+eval: $(READY) $(if $(RUN),,$(MODEL_READY))  ## held-out accuracy of a model; with BENCH=mathvision (or all) DATA=DIR [RUN=runs/train], a benchmark's
 ifneq ($(BENCH),)
 	@test -z '$(filter $(DRAWN),$(DATA))' || { echo "BENCH=$(BENCH): give its folder, DATA=..."; exit 2; }
 	$(PY) -m eval.run --benchmark "$(BENCH)" $(SAMPLING) $(call flag,run,$(RUN)) \
-	  --out "$(or $(OUT),$(or $(RUN),runs)/benchmarks$(if $(filter all,$(BENCH)),,/$(BENCH)))" $(ARGS)
+	  --out "$(or $(OUT),$(or $(RUN),runs)/benchmarks$(if $(filter all,$(BENCH)),,/$(BENCH)))" $(PROCESSES) $(ARGS)
 else
-	$(PY) -m eval.heldout $(if $(RUN),$(OF_RUN),$(SAMPLING)) $(call flag,out,$(OUT)) $(ARGS)
+	$(PY) -m eval.heldout $(if $(RUN),$(OF_RUN),$(SAMPLING)) $(call flag,out,$(OUT)) $(PROCESSES) $(ARGS)
 endif
 
-synth: one-gpu $(READY) $(MODEL_READY)  ## the model writes questions of its own to the pictures of DATA
-	$(PY) synthesize.py $(SAMPLING) --out "$(or $(OUT),runs/questions)" $(ARGS)
+synth: $(READY) $(MODEL_READY)  ## the model writes questions of its own to the pictures of DATA
+	$(PY) synthesize.py $(SAMPLING) --out "$(or $(OUT),runs/questions)" $(PROCESSES) $(ARGS)
 
-ablate: one-gpu $(READY) $(if $(findstring --rollouts,$(ARGS)),,$(MODEL_READY))  ## compare REWARDS="majority frequency ..." over SEEDS=3, or on shards (ARGS="--rollouts DIR")
+ablate: $(READY) $(if $(findstring --rollouts,$(ARGS)),,$(MODEL_READY))  ## compare REWARDS="majority frequency ..." over SEEDS=3, or on shards (ARGS="--rollouts DIR")
 	$(PY) ablate.py --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,rewards,$(REWARDS)) \
 	  $(call flag,advantage,$(ADVANTAGE)) $(call flag,steps,$(STEPS)) $(call flag,seeds,$(SEEDS)) \
-	  --out "$(or $(OUT),runs/ablate)" $(ARGS)
+	  --out "$(or $(OUT),runs/ablate)" $(PROCESSES) $(ARGS)
+
+export: $(READY)  ## the model of RUN=runs/train merged, with a model card, to serve (ARGS=--adapter-only)
+	$(PY) export.py --run "$(or $(RUN),runs/train)" --out "$(or $(OUT),exports/model)" $(ARGS)
 
 results: $(READY)  ## all that docs/results.md and README show, again: hours (ARGS="--only rewards,long" for some)
 	$(PY) -m bench.studies $(ARGS)
 
-test: $(READY)  ## all tests
+test: $(READY)  ## the tests; ARGS="-m slow" for those that take minutes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+test-trl: $(READY)  ## our rewards in TRL, and the example; installs TRL
+	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep ^trl requirements-bench.txt)"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_trl.py $(ARGS)
 
 lint: $(READY)  ## ruff, check and format
 	$(PY) -m ruff check $(CODE)

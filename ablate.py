@@ -137,7 +137,9 @@ def online(config: Config) -> dict:
     import train_upt
 
     def settings(flags: list[str]) -> train_upt.Config:
-        found = train_upt.prepare(cli.parse(train_upt.Config, flags))
+        asked = cli.parse(train_upt.Config, flags)
+        found = train_upt.prepare(replace(asked, gpus=1))  # which has no other processes
+        found.gpus = asked.gpus
         model.model_config(found.model)  # raises PolicyError for what is no model, before any run begins
         return found
 

@@ -20,6 +20,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import rollout
@@ -31,9 +32,17 @@ from upt.run import cli, presets, progress
 from upt.run.locking import alone
 from upt.run.settings import Judge, Model
 from upt.run.stopping import stop_on_signal
+from upt.run.team import assemble
 from upt.run.typed import Typed
 
-FREE = ("rollouts", "out", "device", "judge_tokens", "any_base")  # settings that may change when judging goes on
+FREE = (
+    "rollouts",
+    "out",
+    "device",
+    "gpus",
+    "judge_tokens",
+    "any_base",
+)  # settings that may change when judging goes on
 
 
 @dataclass
@@ -64,7 +73,7 @@ def resolve(config: Config) -> tuple[Config, dict]:
     manifest = manifests.read(config.rollouts)
     rollouts = manifests.sampled_by(manifest)
     sampling = rollouts.get("config") or {}
-    names = ("model", "adapter", "seed", "prompt", "min_pixels", "max_pixels")
+    names = ("model", "adapter", "seed", "prompt", "min_pixels", "max_pixels", "quantize")
     for name in names if config.model is None else names[2:]:
         if getattr(config, name) is None:
             setattr(config, name, sampling.get(name))
@@ -89,6 +98,7 @@ def sampled_with(rollouts: Path) -> dict[str, int]:
 def main(config: Config) -> dict[str, float]:
     """Judge a folder of shards into another; returns the summary that it prints."""
     config, origin = resolve(config)
+    team = assemble(config.device)
     paths = shards.ShardReader(config.rollouts).paths
     settings = json.loads(json.dumps(asdict(config), default=str))
     settings |= {"judge_prompt_file": prompts.judge_digest(config.judge_prompt), "rollouts_manifest": origin}
@@ -98,21 +108,30 @@ def main(config: Config) -> dict[str, float]:
         f"judging {len(paths)} shards of {config.rollouts} by {config.model}: {how}, into {config.out}", file=sys.stderr
     )
     model.check_room(config, ["judging"], **sampled_with(config.rollouts))
-    policy = model.Policy.load(config.model, **config.loading())
-    if fresh:
-        identity = {"model": config.model, "adapter": config.adapter}
-        manifests.write(config.out, stage="judge", config=settings, seed=config.seed, **identity)
-    shards.link_images(config.rollouts, config.out)
+    policy = team.here(partial(model.Policy.load, config.model, **config.loading()))
+
+    def claim() -> None:
+        if fresh:
+            identity = {"model": config.model, "adapter": config.adapter}
+            manifests.write(config.out, stage="judge", config=settings, seed=config.seed, **identity)
+        shards.link_images(config.rollouts, config.out)
+
+    team.once(claim)
     scores, unparsed, pictures = [], 0, []
     with stop_on_signal(config.out) as check:
+
+        def judge(groups: list[dict]) -> list[dict]:
+            seen = stages.judging.pictured(policy, groups, config.rollouts)
+            return stages.judging.judge(policy, seen, groups, config, config.prompt, config.seed, check)
+
         for path in progress.bar(paths, desc="judging", unit="shard"):
-            check()
+            team.together(check)
             target = config.out / path.name
-            if not shards.is_complete(target, source=path):
+            if not team.once(shards.is_complete, target, path):
                 groups = shards.read_shard(path)
-                seen = stages.judging.pictured(policy, groups, config.rollouts)
-                judged = stages.judging.judge(policy, seen, groups, config, config.prompt, config.seed, check)
-                shards.write_shard(target, judged)
+                costs, homes = map(model.update.tokens_of, groups), [i % team.size for i in range(len(groups))]
+                judged = team.spread(judge, groups, team.even([*costs], homes))
+                team.once(shards.write_shard, target, judged)
             done = shards.read_shard(target)
             pictures += [group["image"] is not None for group in done]
             verdicts = [response["judge"] for group in done for response in group["responses"]]

@@ -280,6 +280,7 @@ def random(group: dict, *, seed: Seed = 0) -> list[float]:
 
 
 judged.needs_judge = judge_only.needs_judge = supervised.needs_gold = two_view.needs_view = True
+scrl.needs_sampler = self_certainty.needs_sampler = negative_entropy.needs_sampler = True
 
 REWARDS: dict[str, Callable[..., list[float] | None]] = {
     "majority": majority,
@@ -317,6 +318,11 @@ def needs_gold(variant: str) -> bool:
 def needs_view(variant: str) -> bool:
     """Whether a variant compares two views of a picture. A function of your own says so: `mine.needs_view = True`."""
     return bool(getattr(variants.find("reward", REWARDS, variant), "needs_view", False))
+
+
+def needs_sampler(variant: str) -> bool:
+    """Whether a variant reads the sampling distribution. One of your own says so: `mine.needs_sampler = True`."""
+    return bool(getattr(variants.find("reward", REWARDS, variant), "needs_sampler", False))
 
 
 def bind_reward(variant: str, **settings) -> Callable[[dict], list[float] | None]:

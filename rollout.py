@@ -17,6 +17,7 @@ Where a step's shard exists already, it is kept: the same command again goes on.
 
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from upt import data, model, stages
 from upt.data import views
@@ -26,8 +27,9 @@ from upt.run.locking import alone
 from upt.run.resuming import check_data, keep_data
 from upt.run.settings import Rollout
 from upt.run.stopping import stop_on_signal
+from upt.run.team import Team, assemble
 
-FREE = ("out", "steps", "device", "any_base")  # settings that may change when sampling goes on
+FREE = ("out", "steps", "device", "gpus", "any_base")  # settings that may change when sampling goes on
 
 
 @dataclass
@@ -39,11 +41,12 @@ class Config(Rollout):
 def main(config: Config) -> None:
     """Sample the steps whose shards are not there yet."""
     config = replace(config).resolve()
-    questions = data.load(config.data, config.split, config.seed, limit=config.limit)
+    team = assemble(config.device)
+    questions = team.in_turn(data.load, config.data, config.split, config.seed, config.limit)
     folder = config.out
     model.model_config(config.model)  # raises PolicyError for a model that is not there
     manifests.check(folder, "rollout", asdict(config), ignore=FREE)
-    taken = {"data": data.fingerprint.of_questions(questions)}
+    taken = {"data": team.once(data.fingerprint.of_questions, questions)}
     check_data(folder, taken)
     much = f"{config.steps} steps of {min(config.questions_per_step, len(questions))} x {config.group_size} responses"
     print(f"sampling {config.model} on {questions.describe()}: {much}, into {folder}", file=sys.stderr)
@@ -52,33 +55,39 @@ def main(config: Config) -> None:
     if config.view and (without := views.without_view(questions, config.view)):
         print(without, file=sys.stderr)
     model.check_room(config, ["rollout"])
-    policy = model.Policy.load(config.model, **config.loading())
+    policy = team.here(partial(model.Policy.load, config.model, **config.loading()))
     identity = {"seed": config.seed, "model": config.model, "adapter": config.adapter}
-    manifests.write(folder, stage="rollout", config=asdict(config), data=keep_data(folder, taken), **identity)
+
+    def claim() -> None:
+        manifests.write(folder, stage="rollout", config=asdict(config), data=keep_data(folder, taken), **identity)
+
+    team.once(claim)
+    paths = [shards.shard_path(folder, step) for step in range(config.steps)]
+    there = team.once(lambda: [shards.is_complete(path) for path in paths])
     with stop_on_signal(folder) as check:
-        for step in range(config.steps):
-            if not shards.is_complete(shards.shard_path(folder, step)):
-                check()
-                sample(policy, questions, step, config, check)
+        for step, complete in enumerate(there):
+            if not complete:
+                team.together(check)
+                sample(policy, questions, step, config, check, team)
     print(f"{len(shards.ShardReader(folder).paths)} shards of groups in {folder}")
 
 
-def sample(policy, questions, step: int, config: Config, check) -> None:
+def sample(policy, questions, step: int, config: Config, check, team: Team) -> None:
     """Write the shard of one step. `check` may raise, to stop."""
-    batch = stages.sampling.step_batch(policy, questions, step, config)
-    for uid, reason in batch.left_out.items():
-        print(f"left out {uid}: {reason}", file=sys.stderr)
-    if not batch.prompts:
-        print(f"step {step} is left out: none of its questions can be used", file=sys.stderr)
-        return
-    with progress.bar(total=len(batch.prompts) * config.group_size, desc=f"step {step}", unit="response") as bar:
+    count = min(config.questions_per_step, len(questions))
+    with progress.bar(total=count * config.group_size, desc=f"step {step}", unit="response") as bar:
 
         def tick(responses: int) -> None:
-            bar.update(responses)
+            progress.advance(bar, responses, team)
             check()
 
-        groups = stages.sampling.rollout(policy, batch, step, config, config.out, tick)
-        shards.write_shard(shards.shard_path(config.out, step), groups)
+        found = stages.sampling.sample_step(policy, questions, step, config, config.out, team, tick=tick)
+    for uid, reason in found.left_out.items():
+        print(f"left out {uid}: {reason}", file=sys.stderr)
+    if found.groups:
+        team.once(shards.write_shard, shards.shard_path(config.out, step), found.groups)
+    else:
+        print(f"step {step} is left out: none of its questions can be used", file=sys.stderr)
 
 
 if __name__ == "__main__":

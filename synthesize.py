@@ -21,6 +21,7 @@ last whole one, and ends with the same bytes.
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,8 +35,9 @@ from upt.run.locking import alone
 from upt.run.resuming import check_data, keep_data
 from upt.run.settings import Asking, Rollout, hidden
 from upt.run.stopping import stop_on_signal
+from upt.run.team import assemble
 
-FREE = ("out", "device", "slots", "steps", "any_base")
+FREE = ("out", "device", "gpus", "slots", "steps", "any_base")
 
 
 @dataclass
@@ -56,11 +58,19 @@ class Config(Asking, Rollout):
         return self
 
 
+def checked(questions: data.Questions, config: Config) -> dict[str, dict]:
+    """The data's fingerprint. Raises DataError if it is not that of the questions in the folder."""
+    taken = {"data": data.fingerprint.of_questions(questions)}
+    check_data(config.out, taken)
+    return taken
+
+
 @alone
 def main(config: Config) -> dict:
     """Ask, filter, answer, write; returns the counts."""
     config, asking = replace(config).resolve(), stages.asking
-    questions = data.load(config.data, config.split, config.seed, config.limit)
+    team = assemble(config.device)
+    questions = team.in_turn(data.load, config.data, config.split, config.seed, config.limit)
     how = f"{config.mode}, {config.per_image} each, filters {config.filters}"
     print(f"asking {config.model} about {questions.describe()}: {how}, into {config.out}", file=sys.stderr)
     questions = questions.without_gold()
@@ -70,23 +80,26 @@ def main(config: Config) -> dict:
     if config.ask_prompt:
         settings["ask_prompt_file"] = prompts.asking_digest(config.mode, config.ask_prompt)
     manifests.check(config.out, "synthesize", settings, ignore=FREE)
-    taken = {"data": data.fingerprint.of_questions(questions)}
-    check_data(config.out, taken)
+    taken = team.once(checked, questions, config)
     model.check_room(config, ["rollout"], group_size=max(config.group_size, config.per_image))
-    policy = model.Policy.load(config.model, **config.loading())
+    policy = team.here(partial(model.Policy.load, config.model, **config.loading()))
     identity = {"seed": config.seed, "model": config.model, "adapter": config.adapter}
-    kept = keep_data(config.out, taken)
-    manifests.write(config.out, stage="synthesize", config=settings, data=kept, **identity)
+
+    def claim() -> None:
+        kept = keep_data(config.out, taken)
+        manifests.write(config.out, stage="synthesize", config=settings, data=kept, **identity)
+
+    team.once(claim)
     with stop_on_signal(config.out) as check:
-        candidates = asking.candidates_of(asking.ask(policy, questions, config, check), config)
+        candidates = asking.candidates_of(asking.ask(policy, questions, config, check, team), config)
         if set(config.chosen()) & set(filters.ANSWERS):
             left = [candidate for candidate in candidates if asking.is_kept(candidate)]
-            asking.judge_answers(left, asking.answer(policy, left, config, check), config)
+            asking.judge_answers(left, asking.answer(policy, left, config, check, team), config)
     for candidate in candidates:
         candidate["kept"] = asking.is_kept(candidate)
     summary = asking.counts(candidates, len(questions), config)
-    asking.write(candidates, summary, config)
-    write_whole(config.out / "summary.json", [json.dumps(summary, indent=1).encode()])
+    team.once(asking.write, candidates, summary, config)
+    team.once(write_whole, config.out / "summary.json", [json.dumps(summary, indent=1).encode()])
     print(asking.table(summary))
     print(f"{summary['kept']} of {summary['candidates']} questions kept in {config.out}")
     if missing := summary["sources"] - summary["asked"]:

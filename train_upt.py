@@ -29,6 +29,7 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -39,20 +40,22 @@ from eval.follow import Followed
 from upt import answers, data, model, prompts, run, stages
 from upt.data import names, views
 from upt.errors import SettingError, Stopped
-from upt.files import read_json, write_whole, writing
+from upt.files import known_json, read_json, write_whole, writing
 from upt.groups import manifests, scoring, shards, variants
 from upt.model.folders import check_adapter
 from upt.model.origin import check_base, origin_of
 from upt.ranges import Count, Name
 from upt.run import cli, health, progress
 from upt.run.locking import alone
-from upt.run.metrics import Clock, Metrics
+from upt.run.metrics import Clock, Metrics, peak_memory_gib
 from upt.run.resuming import STORED, claim, fingerprints, jsonable, prepare
 from upt.run.settings import Evaluation, Judge, Reward, Rollout, Rounds, Update
 from upt.run.stopping import stop_on_signal
+from upt.run.team import Team, assemble
 
 if TYPE_CHECKING:
     from upt.model import Policy
+    from upt.stages.sampling import Step
 
 
 @dataclass
@@ -67,8 +70,6 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
     """train on these scored (or sampled) shards, one step each, instead of sampling"""
     init_adapter: Name | None = None
     """PEFT adapter to go on training, with its rank, alpha and layers; judge and reference are the model without it"""
-    gpus: Count = 1
-    """processes; more than one is not supported yet"""
     feature_cache_gib: Annotated[float, "at least 0", "at most 1000000"] = 0.0
     """keep image features from step to step, up to this much of the CPU's memory"""
     save_every: Count = 10
@@ -87,8 +88,6 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
             check_adapter(self.init_adapter, "--init-adapter ")
             self.keep_lora(self.init_adapter)
         super().resolve()
-        if self.gpus != 1:
-            raise SettingError(f"--gpus {self.gpus}: a run uses one process so far; leave it at 1")
         if self.reward == STORED and not self.from_shards:
             raise SettingError("the reward 'stored' is that of scored shards: give them as --from-shards")
         if self.reward != STORED:
@@ -154,6 +153,13 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
         return step % self.save_every == 0 or step == self.steps
 
 
+def load_questions(config: Config) -> tuple["data.Questions | None", "data.Questions | None"]:
+    """Those to train on, None with --from-shards, and the held-out ones, None where nothing is evaluated."""
+    questions = None if config.from_shards else data.load(config.data, config.split, config.seed, config.limit)
+    where = config.eval_data or config.data
+    return questions, data.load(where, config.eval_split, config.seed) if config.eval_questions else None
+
+
 def check_questions(questions, held_out, config: Config) -> None:
     """Say what the data cannot give, and refuse what cannot work without gold."""
     if questions is not None:
@@ -172,51 +178,22 @@ def check_questions(questions, held_out, config: Config) -> None:
         print(f"held out: {held_out.describe()}")
 
 
-def sampled(
-    policy, questions, step: int, config: Config, clock: Clock, check
-) -> tuple[list, list[dict], dict[str, str]]:
-    """Prompts and groups of a step, and what was left out. A shard that a stopped run left is used as it is."""
-    folder = config.out / "rollouts"
-    path = shards.shard_path(folder, step)
-    with clock("data"):
-        batch = stages.sampling.step_batch(policy, questions, step, config)
-        if not batch.prompts:
-            return [], [], batch.left_out
-        if shards.is_complete(path):
-            groups = shards.read_shard(path)
-            if [group["uid"] for group in groups] == [prompt.uid for prompt in batch.prompts]:
-                return batch.prompts, groups, batch.left_out
-    with clock("rollout"):
-        groups = stages.sampling.rollout(policy, batch, step, config, folder, check)
-        shards.write_shard(path, groups)
-    return batch.prompts, groups, batch.left_out
-
-
-def stored(policy, path: Path, config: Config, clock: Clock) -> tuple[list, list[dict], dict[str, str]]:
-    """Prompts and groups of a shard that the stages wrote."""
-    with clock("data"):
-        groups = shards.read_shard(path)
-        questions = [
-            data.Question(
-                uid=group["uid"],
-                question=group["question"],
-                choices=group["choices"],
-                image=None if group["image"] is None else shards.open_image(config.from_shards, group["image"]),
-                gold=group["gold"],
-                view=shards.view_of(group),
-            )
-            for group in groups
-        ]
-        encoded, _ = policy.encode(questions, prompts.template(config.prompt))
-    return encoded, groups, {}
-
-
-def rewarded(policy: "Policy", encoded: list, groups: list[dict], config: Config, clock: Clock, check) -> list[dict]:
+def rewarded(policy: "Policy", found: "Step", config: Config, clock: Clock, check, team: Team) -> list[dict]:
     """The groups with rewards and advantages, judged first where the reward asks for it."""
+
+    def judge(groups: list[dict]) -> list[dict]:
+        prompts = [found.prompts[group["uid"]] for group in groups]
+        return stages.judging.judge(policy, prompts, groups, config, config.prompt, config.seed, check)
+
+    groups = found.groups
     if rewards.needs_judge(config.reward) and not all("judge" in r for g in groups for r in g["responses"]):
         with clock("judge"):
-            groups = stages.judging.judge(policy, encoded, groups, config, config.prompt, config.seed, check)
-    return rewards.score(groups, config.reward, config.advantage, config.seed, **variants.band(config))
+            # Where they were sampled, and not evenly by tokens: there lie the features of their pictures.
+            groups = team.spread(judge, groups, found.homes)
+    # By one process: what draws or hashes may come out otherwise in another.
+    score = partial(rewards.score, **variants.band(config))
+    with clock("reward"):
+        return team.once(score, groups, config.reward, config.advantage, config.seed)
 
 
 def targets(groups: list[dict], style: str) -> list[dict]:
@@ -229,14 +206,20 @@ def targets(groups: list[dict], style: str) -> list[dict]:
 
 
 def train(
-    policy: "Policy", questions: "data.Questions | None", followed: Followed, config: Config, clock: Clock, check
+    policy: "Policy",
+    questions: "data.Questions | None",
+    followed: Followed,
+    config: Config,
+    clock: Clock,
+    check,
+    team: Team,
 ) -> dict:
     """All steps of the loop, from the latest checkpoint if there is one; how it ended (see upt/run/ending.py).
 
     Raises `Stopped` after saving its state.
     """
     folder = config.out / "checkpoints"
-    latest = run.checkpoints.checkpoints(folder)[-1:]
+    latest = team.once(run.checkpoints.checkpoints, folder)[-1:]
     if latest:
         policy.load_adapter(latest[0] / "adapter")
     elif not config.init_adapter:
@@ -246,10 +229,10 @@ def train(
     if latest:
         start, clock.seconds = run.checkpoints.load_checkpoint(latest[0], optimizer, schedule)
         print(f"going on after step {start} of {config.steps}")
-    metrics = Metrics(config.out / "metrics.jsonl", start, own=config.from_shards is None)
+    metrics = team.in_turn(Metrics, config.out / "metrics.jsonl", start, config.from_shards is None, team.first)
     paths = shards.list_shards(config.from_shards) if config.from_shards else None
 
-    def save(step: int) -> None:
+    def write(step: int) -> None:
         with writing(folder / f"step-{step:06d}"):
             run.checkpoints.save_checkpoint(folder, step, policy, optimizer, schedule, clock.seconds)
         # Checkpoint s is the policy that samples step s, so the latest one is known to be healthy a step later.
@@ -257,9 +240,20 @@ def train(
         keep = config.keep if config.select == "last" else config.steps
         run.checkpoints.prune_checkpoints(folder, keep, config.saves, healthy)
 
+    def save(step: int) -> None:
+        model.update.check_same(policy, step, team)
+        team.once(write, step)
+
+    def leave_out(step: int, left_out: int, looked: dict) -> None:
+        progress.say(f"step {step + 1}/{config.steps}: left out, none of its questions can be used", file=sys.stderr)
+        model.update.advance(schedule, config.minibatches)
+        metrics.leave_out(step, {"left_out": left_out} | looked)
+        if config.saves(step + 1):
+            save(step + 1)
+
     run.ending.check_finite(policy, config, metrics.rows)
     left = range(start, config.steps)
-    if sampled_before := [step + 1 for step in left if shards.shard_path(config.out / "rollouts", step).exists()]:
+    if sampled_before := team.once(stages.steps.sampled_before, config.out, left):
         first, last = sampled_before[0], sampled_before[-1]
         which = f"step {first}" if first == last else f"steps {first} to {last}"
         print(f"{which} had been sampled: the shards are used as they are")
@@ -267,39 +261,37 @@ def train(
         for step in bar:
             before = dict(clock.seconds)
             try:
-                check()
+                team.together(check)
                 due = config.eval_every and step % config.eval_every == 0
                 looked = followed.at(step, policy, config, clock, check) if due else {}
                 if paths:
-                    encoded, groups, left_out = stored(policy, paths[step], config, clock)
+                    found = team.here(stages.steps.stored, policy, paths[step], config, clock, team)
                 else:
-                    encoded, groups, left_out = sampled(policy, questions, step, config, clock, check)
+                    found = stages.steps.sampled(policy, questions, step, config, clock, check, team)
+                groups, left_out = found.groups, found.left_out
                 if config.reward != STORED and groups:
-                    groups = rewarded(policy, encoded, groups, config, clock, check)
+                    groups = rewarded(policy, found, config, clock, check, team)
             except Stopped:
                 save(step)  # nothing of this step has touched the adapter yet
                 raise
             for uid, reason in left_out.items():
                 progress.say(f"left out {uid}: {reason}", file=sys.stderr)
             if not groups:
-                progress.say(
-                    f"step {step + 1}/{config.steps}: left out, none of its questions can be used", file=sys.stderr
-                )
-                model.update.advance(schedule, config.minibatches)
-                metrics.leave_out(step, {"left_out": len(left_out)} | looked)
-                if config.saves(step + 1):
-                    save(step + 1)
+                leave_out(step, len(left_out), looked)
                 continue
             if config.algorithm == "sft":
                 groups = targets(groups, config.prompt)
             if not paths:
-                shards.write_shard(shards.shard_path(config.out / "rollouts", step), groups)
+                team.once(shards.write_shard, shards.shard_path(config.out / "rollouts", step), groups)
             measure_kl = config.kl_coef == 0 and config.kl_every > 0 and step % config.kl_every == 0
             rate = schedule.get_last_lr()[0]
             with clock("update"):
                 bad = metrics.nonfinite_in_a_row
-                stats = model.update.update(policy, optimizer, schedule, encoded, groups, config, measure_kl, bad)
+                pictures = config.from_shards or config.out / "rollouts"
+                own = team.here(stages.steps.placed, policy, found, groups, pictures, config, team)
+                stats = model.update.update(policy, optimizer, schedule, own, groups, config, measure_kl, bad, team)
             extra = {"learning_rate": rate, "left_out": len(left_out), **looked}
+            extra["peak_memory_gib"] = max(team.together(peak_memory_gib))
             progress.say(
                 f"step {step + 1}/{config.steps}: {metrics.write(step, groups, stats, clock.since(before), extra)}"
             )
@@ -309,14 +301,16 @@ def train(
             if config.saves(step + 1) or metrics.nonfinite_in_a_row >= health.NONFINITE:
                 save(step + 1)
             run.ending.check_finite(policy, config, metrics.rows)
-    return run.ending.finish(policy, config, metrics.rows)
+    return run.ending.finish(policy, config, metrics.rows, team)
 
 
-def scored(policy: "Policy", questions: "data.Questions", name: str, config: Config, clock: Clock, check) -> dict:
+def scored(
+    policy: "Policy", questions: "data.Questions", name: str, config: Config, clock: Clock, check, team: Team
+) -> dict:
     """Held-out scores before or after training, measured once for a run and kept in OUT/<name>.json."""
     path = config.out / f"{name}.json"
-    if path.exists():
-        return read_json(path)
+    if known := team.once(known_json, path):
+        return known
     count = min(config.eval_questions, len(questions))
     with (
         clock(f"eval_{name}"),
@@ -324,34 +318,42 @@ def scored(policy: "Policy", questions: "data.Questions", name: str, config: Con
     ):
 
         def tick(responses: int) -> None:
-            bar.update(responses)
+            progress.advance(bar, responses, team)
             check()
 
-        scores = heldout.evaluate(policy, questions, config, count, config.eval_samples, tick)
+        scores = heldout.evaluate(policy, questions, config, count, config.eval_samples, tick, team)
     print(f"held out, {name} training: {heldout.headline(scores)}")
-    write_whole(path, [json.dumps(scores).encode()])
+    team.once(write_whole, path, [json.dumps(scores).encode()])
     return scores
 
 
-def starting_policy(config: Config) -> "Policy":
+def starting_policy(config: Config, team: Team) -> "Policy":
     """The model that the run starts from: --adapter is merged into it, in OUT/start, --init-adapter put on it."""
     samples = config.from_shards is None or config.eval_questions or config.eval
     judges = config.reward != STORED and rewards.needs_judge(config.reward)
     model.check_room(config, ["update", *["rollout"] * bool(samples), *["judging"] * judges])
     options, name, start = config.loading("adapter"), config.model, config.out / "start"
     if config.adapter:
-        if not (config.out / "manifest.json").exists():  # left by a command that never came to be a run
-            shutil.rmtree(start, ignore_errors=True)
-        if not start.exists():
-            draft = config.out / ".start.partial"
-            model.Policy.load(name, adapter=config.adapter, **options).export(draft)
-            draft.rename(start)
+        team.once(make_start, config, start)
         name = str(start)
     options |= {"feature_cache_gib": config.feature_cache_gib}
-    policy = model.Policy.load(name, gradient_checkpointing=config.gradient_checkpointing, **options)
+    options |= {"gradient_checkpointing": config.gradient_checkpointing}
+    policy = team.here(partial(model.Policy.load, name, **options))
     if config.init_adapter:
         policy.load_adapter(config.init_adapter, config.any_base)
     return policy
+
+
+def make_start(config: Config, start: Path) -> None:
+    """Write the model with --adapter merged into it, unless it is there."""
+    if not (config.out / "manifest.json").exists():  # left by a command that never came to be a run
+        shutil.rmtree(start, ignore_errors=True)
+    if not start.exists():
+        draft, options = config.out / ".start.partial", config.loading()
+        if config.quantize:  # rounded once, to 4 bits; the full weights need not fit on the device
+            options |= {"quantize": None, "dtype": "fp32", "device": "cpu"}
+        model.Policy.load(config.model, **options).export(draft)
+        draft.rename(start)
 
 
 def plan(config: Config, questions) -> str:
@@ -379,28 +381,27 @@ def write_questions(**settings) -> dict:
 def main(config: Config) -> dict:
     """Run the loop and return its summary. Stopped by a signal, it saves its state and raises `Stopped`."""
     config = prepare(config)
+    team = assemble(config.device)
     if (config.out / "summary.json").is_file() and not config.rounds:  # of which more may follow
         print(f"the run in {config.out} is finished: nothing more is trained")
     clock = Clock()
     with clock("setup"):
-        questions = None if config.from_shards else data.load(config.data, config.split, config.seed, config.limit)
-        where = config.eval_data or config.data
-        held_out = data.load(where, config.eval_split, config.seed) if config.eval_questions else None
+        questions, held_out = team.in_turn(load_questions, config)
         check_questions(questions, held_out, config)
         supervised = questions is not None and rewards.needs_gold(config.reward)
-        taken = fingerprints(questions, held_out, config, supervised)
+        taken = team.once(fingerprints, questions, held_out, config, supervised)
         if supervised:
             questions = questions.with_gold()
-        followed = Followed(config.eval, config.eval_limit, held_out)
+        followed = Followed(config.eval, config.eval_limit, held_out, team)
         if config.rounds:
-            return stages.rounds.evolve(config, main, write_questions, taken)
-        policy = starting_policy(config)
-        claim(config, taken)
+            return stages.rounds.evolve(config, main, write_questions, taken, team)
+        policy = starting_policy(config, team)
+        team.once(claim, config, taken)
     with stop_on_signal(config.out) as check:
-        summary = {"before": scored(policy, held_out, "before", config, clock, check)} if held_out else {}
-        summary["end"] = train(policy, questions, followed, config, clock, check)
+        summary = {"before": scored(policy, held_out, "before", config, clock, check, team)} if held_out else {}
+        summary["end"] = train(policy, questions, followed, config, clock, check, team)
         if held_out:
-            summary["after"] = scored(policy, held_out, "after", config, clock, check)
+            summary["after"] = scored(policy, held_out, "after", config, clock, check, team)
         if config.eval:
             summary["benchmarks"] = followed.curves(policy, config, clock, check)
     measured = {name: summary[name] for name in ("before", "after") if name in summary}
@@ -409,7 +410,7 @@ def main(config: Config) -> dict:
     if warmup.is_file():
         summary["warmup"] = read_json(warmup, "make the model again")
     summary |= {"config": jsonable(config), "seconds": clock.seconds}
-    write_whole(config.out / "summary.json", [json.dumps(summary, indent=1).encode()])
+    team.once(write_whole, config.out / "summary.json", [json.dumps(summary, indent=1).encode()])
     for source in filter(None, (questions, held_out)):
         if bad := source.report_bad():
             print(bad, file=sys.stderr)

@@ -4,8 +4,9 @@
     python -m bench.estimate --model path/to/snapshot --card 48 --max-new-tokens 1024
     python -m bench.estimate --tables        # those of docs/scale.md
 
-The formulas are those of upt/reckoning, which train_upt.py asks before it loads a model. Weights are in bf16. How long
-prompts and responses are on average only data and model can tell: --prompt-tokens, --image-tokens, --response-tokens.
+The formulas are those of upt/reckoning, which train_upt.py asks before it loads a model. Weights are in bf16, or
+in 4 bits with --quantize nf4. How long prompts and responses are on average only data and model can tell:
+--prompt-tokens, --image-tokens, --response-tokens.
 """
 
 import json
@@ -24,6 +25,7 @@ from upt.reckoning.sizes import Sizes, feature_bytes, sizes_of
 from upt.run import cli, presets
 from upt.run.typed import Typed, flag
 
+SMALL = 24  # GiB of a card on which 4 bits are looked at
 SHORT = dict(zip(("3b", "7b", "qwen3-8b"), CONFIGS, strict=True))
 
 
@@ -63,6 +65,8 @@ class Config(Typed):
     """text mode: longest judgement"""
     update_tokens: Count = MOST_TOKENS
     """token budget of one micro-batch; fewer are taken where they don't fit"""
+    quantize: Literal["nf4"] | None = None
+    """nf4: 4-bit weights in the language model's linear layers"""
     gradient_checkpointing: bool | None = True
     """recompute activations in the backward pass"""
     tables: bool = False
@@ -71,7 +75,7 @@ class Config(Typed):
     def resolve(self) -> "Config":
         """A copy with the preset's values. Raises SettingError for lengths that contradict each other."""
         values = presets.REAL | presets.PRESETS[self.preset]
-        filled = {f.name: values[f.name] for f in fields(self) if getattr(self, f.name) is None}
+        filled = {f.name: values[f.name] for f in fields(self) if f.name in values and getattr(self, f.name) is None}
         found = replace(self, **filled)
         for name, limit in (
             ("image_tokens", "prompt_tokens"),
@@ -117,7 +121,8 @@ def card_of(name: str) -> tuple[str, Card]:
     return f"{memory} GiB at the rates of {near}", replace(CARDS[near], memory=memory)
 
 
-def work_of(config: Config) -> Work:
+def work_of(config: Config, found: Reckoned) -> Work:
+    """The step that was reckoned, in the micro-batches that fit."""
     return Work(
         questions=config.questions_per_step,
         group_size=config.group_size,
@@ -129,6 +134,8 @@ def work_of(config: Config) -> Work:
         reference=config.kl_coef > 0,
         checkpointing=config.gradient_checkpointing,
         lora_rank=config.lora_rank,
+        quantize=config.quantize,
+        update_tokens=found.tokens,
     )
 
 
@@ -155,13 +162,14 @@ def limits(found: Reckoned, parts: dict, step: dict, work: Work) -> str:
 def report(config: Config) -> str:
     """Memory, slots, token budget and seconds of one model on one card. Raises SettingError where it does not fit."""
     (name, published), (card_name, card) = model_of(config.model), card_of(config.card)
-    sizes, work = sizes_of(published), work_of(config)
+    sizes = sizes_of(published)
     phases = [*PHASES, "judging"] if rewards.needs_judge(presets.PRESETS[config.preset]["reward"]) else PHASES
     found = fits(published, replace(config, model=name), free_of(card), phases)
-    slots = found.slots["rollout"]
+    slots, work = found.slots["rollout"], work_of(config, found)
     parts, step = seconds(sizes, card, work, slots), decoding_step(sizes, card, work, slots)
     lines = [
-        f"{name}: {sizes.parameters / 1e9:.2f} billion parameters in bf16, rank {config.lora_rank}",
+        f"{name}: {sizes.parameters / 1e9:.2f} billion parameters in {config.quantize or 'bf16'}, "
+        f"rank {config.lora_rank}",
         f"{card_name}: {card.memory} GiB, {card.tflops:g} TFLOP/s in bf16, {card.bandwidth:g} TB/s",
         f"{config.preset}: {work.questions} questions x {work.group_size} responses",
         f"prompts of {work.prompt_tokens} tokens, at most {config.max_prompt_tokens}",
@@ -186,12 +194,13 @@ def report(config: Config) -> str:
 
 def row(name: str, sizes: Sizes, card_name: str, config: Config) -> str:
     """A line of the tables."""
-    card, work, demand = CARDS[card_name], work_of(config), Demand.of(config)
+    card, demand = CARDS[card_name], Demand.of(config)
     found = reckon(sizes, demand, free_of(card))
-    memory = f"| {card_name}, {card.memory} | {gib(found.needs)} |"
+    how = f", {config.quantize}" if config.quantize else ""
+    memory = f"| {card_name}, {card.memory}{how} | {gib(found.needs)} |"
     if not found.fits:
         return f"{memory} | | | | {refusal(name, config, card)} |"
-    slots = found.slots["rollout"]
+    slots, work = found.slots["rollout"], work_of(config, found)
     parts = seconds(sizes, card, work, slots)
     rollout, update = (sum(of.values()) for of in parts.values())
     limit = limits(found, parts, decoding_step(sizes, card, work, slots), work)
@@ -208,14 +217,16 @@ def refusal(name: str, config: Config, card: Card) -> str:
 
 
 def tables(config: Config) -> str:
-    """Markdown: a table a model, a line a card."""
-    found = []
+    """Markdown: a table a model, a line a card, and one in 4 bits for the smaller cards."""
+    found, packed = [], replace(config, quantize="nf4")
+    small = [card for card, of in CARDS.items() if of.memory <= SMALL]
     for name, published in CONFIGS.items():
         sizes = sizes_of(published)
         found += [f"### {name}", "", f"{sizes.parameters / 1e9:.2f} billion parameters.", ""]
         found += ["| card, GiB | needs GiB | slots | update tokens | rollout s | update s | step min | limit |"]
         found += ["|---|---|---|---|---|---|---|---|"]
-        found += [*(row(name, sizes, card, config) for card in CARDS), ""]
+        found += [row(name, sizes, card, config) for card in CARDS]
+        found += [*(row(name, sizes, card, packed) for card in small), ""]
     return "\n".join(found).rstrip()
 
 

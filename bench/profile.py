@@ -13,11 +13,11 @@ from unittest.mock import patch
 
 from torch.profiler import ProfilerActivity, profile
 
-import train_upt
 from bench import loop
 from bench.sides import Ours
 from upt.model import update
 from upt.run import cli
+from upt.stages import steps
 
 KINDS = {  # the first whose word is in an operation's name
     "attention": ("scaled_dot_product", "bmm"),
@@ -53,7 +53,7 @@ def main(config: loop.Config) -> dict[str, dict[str, float]]:
         for number in range(config.warmup):
             ours.step(number)
         with (
-            patch.object(train_upt, "sampled", profiled("rollout", train_upt.sampled)),
+            patch.object(steps, "sampled", profiled("rollout", steps.sampled)),
             patch.object(update, "update", profiled("update", update.update)),
         ):
             ours.step(config.warmup)

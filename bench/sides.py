@@ -26,7 +26,8 @@ from upt.model import update
 from upt.model.policy import Policy
 from upt.prompts import template
 from upt.run.metrics import Clock, Metrics
-from upt.stages import sampling
+from upt.run.team import ALONE
+from upt.stages import sampling, steps
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,13 @@ class Ours:
 
     def step(self, number: int) -> dict[str, float]:
         c, start, clock = self.config, perf_counter(), Clock()
-        prompts, groups, left_out = train_upt.sampled(self.policy, self.questions, number, c, clock, lambda *_: None)
-        groups = rewards.score(groups, c.reward, c.advantage, c.seed)
+        found = steps.sampled(self.policy, self.questions, number, c, clock, lambda *_: None, ALONE)
+        prompts = [*found.prompts.values()]
+        groups = rewards.score(found.groups, c.reward, c.advantage, c.seed)
         shards.write_shard(shards.shard_path(c.out / "rollouts", number), groups)
         middle = perf_counter()
         stats = update.update(self.policy, self.optimizer, self.schedule, prompts, groups, c, measure_kl=False)
-        self.metrics.write(number, groups, stats, clock.seconds, {"left_out": len(left_out)})
+        self.metrics.write(number, groups, stats, clock.seconds, {"left_out": len(found.left_out)})
         end, self.prompts = perf_counter(), [prompt.ids for prompt in prompts]
         responses = [response for group in groups for response in group["responses"]]
         trained = sum(response["advantage"] != 0 for response in responses)

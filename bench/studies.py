@@ -146,6 +146,14 @@ STUDIES = [
         tables={"questions": tables.gain("`majority`", "rewards"), "questions-filters": tables.filters},
     ),
     Study(
+        "four-bits",
+        base="plain",
+        flags="--eval-every 24",
+        sweeps=[Sweep("majority", "--quantize nf4", name="nf4")],
+        uses=["rewards"],
+        tables={"four-bits": tables.gain("`majority`", "rewards")},
+    ),
+    Study(
         "health",
         uses=["rewards", "long", "weak", "advantages", "manners", "hard", "questions"],
         tables={"health": tables.health},

@@ -14,8 +14,9 @@ from eval import heldout
 from eval.benchmark import NAMES, Benchmark, Question, benchmark, folder_of
 from eval.run import respond, select
 from upt.errors import SettingError, suggest
-from upt.files import write_whole
+from upt.files import known_json, write_whole
 from upt.run.settings import Rollout
+from upt.run.team import ALONE, Team
 
 if TYPE_CHECKING:
     from upt.data import Questions
@@ -28,8 +29,8 @@ class Followed:
     `specs` are NAME=FOLDER, or NAME=HUB_ID. Raises SettingError for what is not, or a benchmark that is not there.
     """
 
-    def __init__(self, specs: Sequence[str], limit: int, held_out: "Questions | None" = None):
-        self.held_out = held_out
+    def __init__(self, specs: Sequence[str], limit: int, held_out: "Questions | None" = None, team: Team = ALONE):
+        self.held_out, self.team = held_out, team
         self.parts: dict[str, tuple[Benchmark, Path, list[Question]]] = {}
         for spec in specs:
             name, _, source = spec.partition("=")
@@ -39,14 +40,14 @@ class Followed:
                 )
             if name in self.parts:
                 raise SettingError(f"--eval names {name} twice: give one folder for it")
-            bench, folder = benchmark(name), folder_of(source)
+            bench, folder = benchmark(name), team.in_turn(folder_of, source)
             self.parts[name] = bench, folder, select(bench, folder, limit=limit)[1]
 
     def __call__(self, policy: "Policy", config: Rollout, tick: Callable[[int], None]) -> dict[str, float]:
         """Accuracy by benchmark. Of `config`, the prompt style, lengths and the seed are used."""
         greedy, found = replace(config, temperature=0.0, group_size=1), {}
         for name, (bench, folder, questions) in self.parts.items():
-            rows, left_out = respond(policy, bench, folder, questions, greedy, tick)
+            rows, left_out = respond(policy, bench, folder, questions, greedy, tick, self.team)
             if not rows:
                 raise SettingError(f"--eval {name}: none of its {len(questions)} questions can be asked: {left_out}")
             asked = {question.id: question for question in questions}
@@ -66,18 +67,20 @@ class Followed:
         if self.held_out is not None and step > 0:
             with clock("held_out"):
                 count, samples = config.eval_questions, config.eval_samples
-                scores = heldout.evaluate(policy, self.held_out, config, count, samples, check)
+                scores = heldout.evaluate(policy, self.held_out, config, count, samples, check, self.team)
             found["held_out"] = {name: scores[name]["value"] for name in heldout.BY_STEP if name in scores}
         return found
 
     def curves(self, policy: "Policy", config, clock, check: Callable) -> dict[str, dict[str, float]]:
         """{benchmark: {steps: accuracy}} of a run: what its metrics.jsonl has, and the policy as it is now as `end`."""
         path, seen = config.out / "benchmarks.json", {}
-        if not path.exists():
+        end = self.team.once(known_json, path)
+        if end is None:
             with clock("benchmarks"):
-                write_whole(path, [json.dumps(self(policy, config, check)).encode()])
+                end = self(policy, config, check)
+            self.team.once(write_whole, path, [json.dumps(end).encode()])
         for row in map(json.loads, (config.out / "metrics.jsonl").read_text().splitlines()):
             if "benchmarks" in row:
                 seen[str(row["step"])] = row["benchmarks"]
-        seen["end"] = json.loads(path.read_text())
+        seen["end"] = end
         return {name: {step: found[name] for step, found in seen.items()} for name in self.parts}

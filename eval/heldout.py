@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ from upt.groups.stats import FEW, FEW_NOTE, counted
 from upt.ranges import Count, Few, Name
 from upt.run import cli, progress, trained
 from upt.run.settings import Rollout, hidden
+from upt.run.team import ALONE, Team, assemble
 
 if TYPE_CHECKING:
     from upt.model import Policy
@@ -41,7 +43,7 @@ GOLD_METRICS = ("greedy", "mean", "maj", "pass")
 NAMES = (*GOLD_METRICS, "length", "entropy", "majority_share", "abstentions")
 BY_STEP = (*GOLD_METRICS, "entropy", "length")  # what a run keeps of its evaluations between its first and its last
 FROM_RUN = "seed eval_samples temperature top_p top_k prompt max_new_tokens max_prompt_tokens slots".split()
-FROM_RUN += "min_pixels max_pixels dtype".split()
+FROM_RUN += "min_pixels max_pixels dtype quantize".split()
 
 
 @dataclass
@@ -100,6 +102,20 @@ def question_scores(question, greedy: list[str], samples: list[str]) -> dict[str
     } | ({"disagreement": float(np.mean(asked))} if asked else {})
 
 
+def row_of(question, greedy: list[str], samples: list[str], responses: list) -> dict:
+    """The scores of one question, from the texts of its responses and the samples as they were sampled."""
+    keys = [vote_key(text, question.choices) for text in samples]
+    row = {
+        "uid": question.uid,
+        "kind": question.kind,
+        "majority_share": max(Counter(key for key in keys if key is not None).values(), default=0) / len(samples),
+        "abstentions": keys.count(None) / len(samples),
+        "length": float(np.mean([len(r.ids) for r in responses])),
+        "entropy": float(np.mean([r.entropy for r in responses])),
+    }
+    return row if question.gold is None else row | question_scores(question, greedy, samples)
+
+
 def evaluate(
     policy: "Policy",
     questions: "data.Questions",
@@ -107,6 +123,7 @@ def evaluate(
     count: int,
     samples: int,
     tick: Callable[[int], None] = lambda n: None,
+    team: Team = ALONE,
 ) -> dict:
     """Scores on the usable ones of the first `count` questions, and how many those are.
 
@@ -115,29 +132,33 @@ def evaluate(
     """
     greedy_config = replace(config, temperature=0.0, group_size=1)
     sample_config = replace(config, group_size=samples)
-    rows, left_out = [], {}
-    for start in range(0, min(count, len(questions)), QUESTIONS_AT_ONCE):
-        found = questions.get(range(start, min(start + QUESTIONS_AT_ONCE, count, len(questions))))
-        template = prompts.template(config.prompt)
-        encoded, too_long = policy.encode(found, template, config.max_prompt_tokens)
-        left_out |= too_long
-        found = [question for question in found if question.uid not in too_long]
+
+    def answer(indices: list[int]) -> list[dict | int | str]:
+        """Of each question its row; the tokens of its prompt where these are too many; why it cannot be used."""
+        found = questions.get(indices)
+        encoded, too_long = policy.encode(found, prompts.template(config.prompt), config.max_prompt_tokens)
+        asked = [question for question in found if question.uid not in too_long]
         greedy = stages.sampling.sample_groups(policy, encoded, STEP, greedy_config, tick)
         sampled = stages.sampling.sample_groups(policy, encoded, STEP, sample_config, tick)
-        for question, *both in zip(found, greedy, sampled, strict=True):
-            texts = [policy.tokenizer.batch_decode([r.ids for r in part], skip_special_tokens=True) for part in both]
-            keys = [vote_key(text, question.choices) for text in texts[1]]
-            row = {
-                "uid": question.uid,
-                "kind": question.kind,
-                "majority_share": max(Counter(key for key in keys if key is not None).values(), default=0) / samples,
-                "abstentions": keys.count(None) / samples,
-                "length": float(np.mean([len(r.ids) for r in both[1]])),
-                "entropy": float(np.mean([r.entropy for r in both[1]])),
-            }
-            if question.gold is not None:
-                row |= question_scores(question, *texts)
-            rows.append(row)
+        texts = [
+            [policy.tokenizer.batch_decode([r.ids for r in part], skip_special_tokens=True) for part in both]
+            for both in zip(greedy, sampled, strict=True)
+        ]
+        rows = {q.uid: row_of(q, *said, part) for q, said, part in zip(asked, texts, sampled, strict=True)}
+        rows |= too_long | questions.bad
+        return [rows[questions.uids[i]] for i in indices]
+
+    rows, left_out, at_once = [], {}, QUESTIONS_AT_ONCE * team.size
+    for start in range(0, min(count, len(questions)), at_once):
+        indices = range(start, min(start + at_once, count, len(questions)))
+        for i, row in zip(indices, team.spread(answer, indices), strict=True):
+            uid = questions.uids[i]
+            if isinstance(row, dict):
+                rows.append(row)
+            elif isinstance(row, int):
+                left_out[uid] = row
+            else:
+                questions.bad[uid] = row  # met by another process
     if not rows:
         raise DataError(
             f"none of the first {count} questions of {questions.name} can be used: {len(left_out)} prompts are over "
@@ -222,18 +243,21 @@ def without_rows(scores: dict) -> dict:
 
 def main(config: Config) -> dict:
     config = replace(config).resolve()
-    questions = data.load(config.data, config.split, config.seed, limit=config.limit)
+    team = assemble(config.device)
+    questions = team.in_turn(data.load, config.data, config.split, config.seed, config.limit)
     count, much = min(config.eval_questions, len(questions)), f"greedy and {config.eval_samples} samples each"
     what = f"{config.model}{f' with {config.adapter}' if config.adapter else ''}"
     print(f"evaluating {what} on {count} of {questions.describe()}: {much}", file=sys.stderr)
-    policy = trained.load_policy(config, questions_per_step=QUESTIONS_AT_ONCE, group_size=config.eval_samples)
+    at_once = {"questions_per_step": QUESTIONS_AT_ONCE, "group_size": config.eval_samples}
+    policy = team.here(partial(trained.load_policy, config, **at_once))
     with progress.bar(total=count * (1 + config.eval_samples), desc="evaluating", unit="response") as bar:
-        scores = evaluate(policy, questions, config, count, config.eval_samples, bar.update)
+        tick = partial(progress.advance, bar, team=team)
+        scores = evaluate(policy, questions, config, count, config.eval_samples, tick, team)
     print(table({config.adapter or config.model: scores}))
     if bad := questions.report_bad():
         print(bad, file=sys.stderr)
     if config.out:
-        write_whole(config.out, [json.dumps(scores, indent=1).encode()])
+        team.once(write_whole, config.out, [json.dumps(scores, indent=1).encode()])
     return scores
 
 

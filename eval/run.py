@@ -18,7 +18,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -26,7 +28,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from eval import score
 from eval.benchmark import NAMES, Benchmark, Question, benchmark, folder_of, has_picture, picture_path
 from upt import data, prompts, stages
-from upt.errors import SettingError, ShardError
+from upt.errors import Lost, SettingError, ShardError
 from upt.files import write_whole, writing
 from upt.groups import manifests
 from upt.groups.stats import markdown
@@ -34,6 +36,7 @@ from upt.ranges import Count, Few, Name, Temperature
 from upt.run import cli, presets, progress, trained
 from upt.run.locking import alone, holding
 from upt.run.settings import Rollout, hidden
+from upt.run.team import ALONE, Team, assemble
 
 if TYPE_CHECKING:
     from upt.model import Policy
@@ -43,8 +46,8 @@ AT_ONCE = 128  # responses sampled between two writes
 TOO_LONG = "prompt too long"  # in place of how a response ended
 SHOWN = 5  # of the questions that are left out
 # What may change when a run goes on.
-FREE = ("out", "device", "slots", "protocol", "extractor", "pixels", "any_base")
-FROM_RUN = ("prompt", "max_new_tokens", "max_prompt_tokens", "min_pixels", "max_pixels", "dtype")
+FREE = ("out", "device", "gpus", "slots", "protocol", "extractor", "pixels", "any_base")
+FROM_RUN = ("prompt", "max_new_tokens", "max_prompt_tokens", "min_pixels", "max_pixels", "dtype", "quantize")
 
 
 @dataclass
@@ -169,38 +172,54 @@ def respond(
     questions: Sequence[Question],
     settings: Rollout,
     tick: Callable[[int], None] = lambda n: None,
+    team: Team = ALONE,
 ) -> tuple[list[dict], dict[str, str]]:
     """Rows of responses to some questions (see responses.jsonl in `main`), and what was left out by id and reason.
 
     `settings.group_size` responses each; `settings.prompt` may be "official". `tick(n)` is called for every n of them.
     """
-    asked, left_out = [], {}
-    for question in questions:
-        try:
-            asked.append(ask(bench, folder, question, settings.prompt))
-        except data.BadRow as bad:
-            left_out[question.id] = bad.reason
-    encoded, too_long = policy.encode(asked, template(settings.prompt), settings.max_prompt_tokens)
-    groups = {
-        prompt.uid: group
-        for prompt, group in zip(
-            encoded, stages.sampling.sample_groups(policy, encoded, STEP, settings, tick), strict=True
-        )
-    }
-    found = []
-    for question in asked:
-        for sample in range(settings.group_size):
-            row = {"id": question.uid, "sample": sample, "response": "", "finish": TOO_LONG, "tokens": 0}
-            if question.uid in groups:
-                r = groups[question.uid][sample]
-                text = policy.tokenizer.decode(r.ids, skip_special_tokens=True)
-                row |= {"response": text, "finish": r.finish, "tokens": len(r.ids)}
-            found.append(row)
-    tick((len(questions) - len(encoded)) * settings.group_size)
-    for uid, tokens in too_long.items():
-        limit = settings.max_prompt_tokens
-        print(f"{uid}: prompt of {tokens} tokens is over --max-prompt-tokens {limit}, counts as wrong", file=sys.stderr)
-    return found, left_out
+
+    def responses(part: list[Question]) -> list[tuple[list[dict], str | None, int]]:
+        """Of each question its rows; why it was left out; the tokens of its prompt where these are too many, else 0."""
+        asked, left_out = [], {}
+        for question in part:
+            try:
+                asked.append(ask(bench, folder, question, settings.prompt))
+            except data.BadRow as bad:
+                left_out[question.id] = bad.reason
+        encoded, too_long = policy.encode(asked, template(settings.prompt), settings.max_prompt_tokens)
+        sampled = stages.sampling.sample_groups(policy, encoded, STEP, settings, tick)
+        groups = {prompt.uid: group for prompt, group in zip(encoded, sampled, strict=True)}
+        tick((len(part) - len(encoded)) * settings.group_size)
+        return [
+            (
+                [] if q.id in left_out else rows_of(policy, q.id, groups.get(q.id), settings),
+                left_out.get(q.id),
+                too_long.get(q.id, 0),
+            )
+            for q in part
+        ]
+
+    found, missing = [], {}
+    for question, (rows, reason, tokens) in zip(questions, team.spread(responses, questions), strict=True):
+        found += rows
+        if reason is not None:
+            missing[question.id] = reason
+        if tokens:
+            what = f"prompt of {tokens} tokens is over --max-prompt-tokens {settings.max_prompt_tokens}"
+            print(f"{question.id}: {what}, counts as wrong", file=sys.stderr)
+    return found, missing
+
+
+def rows_of(policy: "Policy", uid: str, group: list | None, settings: Rollout) -> list[dict]:
+    """The rows of one question's responses; of one whose prompt is too long, which has no group, empty ones."""
+    rows = [
+        {"id": uid, "sample": i, "response": "", "finish": TOO_LONG, "tokens": 0} for i in range(settings.group_size)
+    ]
+    for row, r in zip(rows, group or ()):
+        text = policy.tokenizer.decode(r.ids, skip_special_tokens=True)
+        row |= {"response": text, "finish": r.finish, "tokens": len(r.ids)}
+    return rows
 
 
 def answered(path: Path, n: int) -> set[str]:
@@ -219,26 +238,31 @@ def answered(path: Path, n: int) -> set[str]:
 
 
 def answer(
-    policy: "Policy", bench: Benchmark, folder: Path, questions: list[Question], config: Config, out: Path
+    policy: "Policy", bench: Benchmark, folder: Path, questions: list[Question], config: Config, out: Path, team: Team
 ) -> dict[str, str]:
     """Append the responses that are still missing to out/responses.jsonl; what was left out, by id and reason."""
-    path, per_turn = out / "responses.jsonl", max(1, AT_ONCE // config.n)
-    done, missing = answered(path, config.n), {}
+    path, per_turn = out / "responses.jsonl", max(1, AT_ONCE // config.n) * team.size
+    done, missing = team.once(answered, path, config.n), {}
     todo = [question for question in questions if question.id not in done]
     total = len(questions) * config.n
     with progress.bar(total=total, initial=total - len(todo) * config.n, desc=bench.title, unit="response") as bar:
+        tick = partial(progress.advance, bar, team=team)
         for start in range(0, len(todo), per_turn):
-            rows, left_out = respond(policy, bench, folder, todo[start : start + per_turn], config, bar.update)
+            rows, left_out = respond(policy, bench, folder, todo[start : start + per_turn], config, tick, team)
             missing |= left_out
-            with writing(path), open(path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
-                file.flush()
-                os.fsync(file.fileno())
+            team.once(append, path, rows)
     for uid, reason in list(missing.items())[:SHOWN]:
         print(f"left out {uid}: {reason}", file=sys.stderr)
     if len(missing) > SHOWN:
         print(f"and {len(missing) - SHOWN} more of {len(questions)} questions", file=sys.stderr)
     return missing
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -275,19 +299,35 @@ def prepare(name: str, source: str, config: Config, out: Path) -> Job:
     return job
 
 
-def evaluate(policy: "Policy", job: Job, config: Config) -> dict:
+def job_of(name: str, source: str, config: Config, out: Path) -> Job | str:
+    """The same; of --benchmark all, why a benchmark is left out where it cannot be asked."""
+    try:
+        if config.benchmark == "all" and not Path(source).is_dir():
+            raise FileNotFoundError(f"there is no folder {source}")
+        return prepare(name, source, config, out)
+    except (FileNotFoundError, ValueError) as error:
+        if config.benchmark != "all" or isinstance(error, ShardError):
+            raise
+        return str(error)
+
+
+def evaluate(policy: "Policy", job: Job, config: Config, team: Team) -> dict:
     """Responses and scores of one benchmark; the summary of eval.score, with what was left out."""
     bench, out, own = benchmark(job.name), job.out, {"model": config.model, "adapter": config.adapter}
-    if not (out / "manifest.json").exists():
-        pixels = {"pixels": policy.family.area_limits()}
-        manifests.write(out, stage="eval", config=job.settings | pixels, seed=config.seed, **own)
-    left_out = answer(policy, bench, job.folder, job.questions, config, out)
+
+    def claim() -> None:
+        if not (out / "manifest.json").exists():
+            pixels = {"pixels": policy.family.area_limits()}
+            manifests.write(out, stage="eval", config=job.settings | pixels, seed=config.seed, **own)
+
+    team.once(claim)
+    left_out = answer(policy, bench, job.folder, job.questions, config, out, team)
     paths = out / "responses.jsonl", out / "scores.jsonl"
     settings = score.Config(job.name, str(job.folder), *paths, config.protocol, config.extractor, **own)
     rows = [json.loads(line) for line in paths[0].read_text(encoding="utf-8").splitlines()]
     too_long = len({row["id"] for row in rows if row["finish"] == TOO_LONG})
     asked = {"split": job.settings["split"], "asked": len(job.questions)}
-    return score.score(settings, policy, asked | {"left_out": len(left_out), "too_long": too_long})
+    return team.once(score.score, settings, policy, asked | {"left_out": len(left_out), "too_long": too_long})
 
 
 def table(summaries: dict[str, dict]) -> str:
@@ -313,21 +353,19 @@ def status(summary: dict) -> str:
 def main(config: Config) -> dict:
     """Run, score and print; returns the object of the last line: that of eval.score or, of all, one by name."""
     config = replace(config).resolve()
+    team = assemble(config.device)
     every = config.benchmark == "all"
     wanted, jobs, missing, summaries = {config.benchmark: (config.data, config.out)}, [], {}, {}
     if every:
         root = Path(config.data).expanduser()
         wanted = {name: (str(root / name), config.out / name) for name in NAMES}
     for name, (source, out) in wanted.items():
-        try:
-            if every and not Path(source).is_dir():
-                raise FileNotFoundError(f"there is no folder {source}")
-            jobs.append(prepare(name, source, config, out))
-        except (FileNotFoundError, ValueError) as error:
-            if not every or isinstance(error, ShardError):
-                raise
-            missing[name] = str(error)
-            print(f"{name} is left out: {error}", file=sys.stderr)
+        job = team.in_turn(job_of, name, source, config, out)
+        if isinstance(job, Job):
+            jobs.append(job)
+        else:
+            missing[name] = job
+            print(f"{name} is left out: {job}", file=sys.stderr)
     if not jobs:
         raise SettingError(f"no benchmark runs from {config.data}: it needs folders such as {', '.join(NAMES[:2])} …")
     many = ", ".join(f"{len(job.questions)} questions of {job.name}, {pictured(job)} with a picture" for job in jobs)
@@ -335,14 +373,17 @@ def main(config: Config) -> dict:
     print(
         f"asking {what} {many}: {config.n} responses each, prompt {config.prompt}, into {config.out}", file=sys.stderr
     )
-    policy = trained.load_policy(config, questions_per_step=max(1, AT_ONCE // config.n), group_size=config.n)
+    at_once = {"questions_per_step": max(1, AT_ONCE // config.n), "group_size": config.n}
+    policy = team.here(partial(trained.load_policy, config, **at_once))
     try:
         for job in jobs:
             try:
-                with holding(*[job.out] if every else []):  # of a single one it is --out itself
-                    summaries[job.name] = evaluate(policy, job, config)
-            except ValueError as error:  # such as that all pictures are broken
-                if not every:
+                with ExitStack() as stack:
+                    if every:  # of a single one it is --out itself, which is held
+                        team.once(stack.enter_context, holding(job.out))
+                    summaries[job.name] = evaluate(policy, job, config, team)
+            except ValueError as error:  # such as that all pictures are broken; one is in every process
+                if not every or isinstance(error, Lost):
                     raise
                 missing[job.name] = str(error)
     except KeyboardInterrupt:
@@ -354,7 +395,7 @@ def main(config: Config) -> dict:
         print(f"{score.report(summary)}\n{status(summary)}\n{json.dumps(result[config.benchmark])}")
         return result[config.benchmark]
     result = {"benchmarks": result, "missing": missing}
-    write_whole(config.out / "summary.json", [json.dumps(result, indent=1).encode()])
+    team.once(write_whole, config.out / "summary.json", [json.dumps(result, indent=1).encode()])
     print(f"{table(summaries)}\n")
     for name, summary in summaries.items():
         print(f"{name}: {status(summary)}")

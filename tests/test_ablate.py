@@ -22,6 +22,7 @@ from upt.compare.offline import Scores, Votes, statistics
 from upt.errors import RunsFailed, Stopped, UserError
 from upt.groups import shards, stats
 from upt.groups.stats import Groups
+from upt.run import processes
 
 ROOT = Path(__file__).parent.parent
 PNG = b"\x89PNG"
@@ -414,6 +415,7 @@ out, reward = Path(given["--out"]), given["--reward"]
 (out / "manifest.json").write_text("{}")
 print("threads", os.environ["OMP_NUM_THREADS"])
 print("given", given["--seed"], given["--model"], given["--data"], given.get("--learning-rate"))
+print("gpus", given.get("--gpus"))
 if reward == "random(seed=8)":
     signal.signal(signal.SIGTERM, lambda *_: ((out / "asked").touch(), sys.exit(143)))
     os.kill(os.getppid(), signal.SIGTERM)
@@ -469,6 +471,13 @@ def test_each_seed_may_have_a_base_and_data_of_its_own(stand_in, tmp_path, capsy
         assert f"given {seed} {tmp_path}/base-{seed} shapes,q-{seed} 1e-{seed}\n" in log and "threads 1\n" in log
     assert len(logs) == 4 and sum("evaluating the base" in log for log in logs.values()) == 2
     assert f"shapes,q-{{seed}}, {tmp_path}/base-{{seed}}, 2 steps" in (stand_in["out"] / "table.md").read_text()
+
+
+def test_gpus_are_those_of_each_run(stand_in, capsys):
+    main(Config(rewards="majority", seeds=1, jobs=1, train="--gpus 2", **stand_in))
+    (log,) = stand_in["out"].rglob("log.txt")
+    threads = max(1, processes.cores() // 2)  # of the one run, two processes share the cores
+    assert "gpus 2\n" in log.read_text() and f"threads {threads}\n" in log.read_text()
 
 
 def test_tables_stay_where_no_run_succeeds_and_the_reason_is_said(stand_in, capsys):

@@ -16,7 +16,7 @@ from upt.run import cli
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPT = re.compile(r"(?:^|\s)python (?:-m )?([\w./]+)((?: [^#`\n]*)?)")
-NAMES = "train_upt rollout judge rewards synthesize warmup ablate".split()
+NAMES = "train_upt rollout judge rewards synthesize warmup ablate export".split()
 NAMES += [f"eval.{name}" for name in ("run", "score", "compare", "heldout", "synthetic")]
 NAMES += [
     f"bench.{name}"
@@ -77,7 +77,8 @@ def test_commands_have_flags_that_exist(page):
 def test_settings_that_are_named_exist(page):
     known = {f"--{f.name.replace('_', '-')}" for config in CONFIGS.values() for f in fields(config)}
     named = {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text())}
-    assert named <= known | {"--debug", "--help", "--repo-type", "--local-dir"}, named - known
+    others = {"--debug", "--help", "--repo-type", "--local-dir", "--multi-gpu", "--num-processes"}
+    assert named <= known | others, named - known
 
 
 def test_readme_notebook_runs_as_written(tiny, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ def adapted(dtype=torch.float32, **settings):
                 if "lora_" in name:
                     parameter.copy_(torch.randn_like(parameter))
         if quick:
-            lora.quicken(model)
+            lora.fuse(model)
         found.append(model.eval())
     return found
 
@@ -132,7 +132,7 @@ def test_sampling_that_runs_out_of_memory_leaves_the_layers_as_they_were(monkeyp
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6))
     model = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, target_modules=["0", "1"]))
-    lora.quicken(model)
+    lora.fuse(model)
     real, made = lora.partial, []
 
     def second_fails(*args, **settings):

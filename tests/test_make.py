@@ -119,9 +119,9 @@ def test_lint_leaves_files_of_the_users_own_alone():
     assert all(path.split("/")[0] in words for path in tracked)
 
 
-def test_more_than_one_gpu_is_refused():
-    done = make("train", "GPUS=2", "-o", ".venv/.ready-torch--2.13.0")
-    assert done.returncode != 0 and "GPUS=2" in done.stdout + done.stderr
+@pytest.mark.parametrize("target", ["train", "rollout", "judge", "synth", "eval", "ablate"])
+def test_gpus_are_handed_on(target):
+    assert '--gpus "2"' in commands(target, "GPUS=2") and "--gpus" not in commands(target, "GPUS=1")
 
 
 def picture(n: int) -> bytes:

@@ -143,7 +143,7 @@ def measured(family: str, dtype: torch.dtype):
     pattern = rf".*language_model\.layers\..*({'|'.join(TARGETS)})"
     adapter = LoraConfig(r=8, lora_alpha=16, target_modules=pattern)
     model = get_peft_model(model.requires_grad_(False), adapter)
-    lora.quicken(model)
+    lora.fuse(model)
     attention.install(model.get_base_model())
     return model, sizes_of(config)
 
@@ -304,6 +304,20 @@ def test_memory_of_the_seven_by_hand():
     assert double.phases["rollout"]["weights"] == 2 * weights
 
 
+def test_four_bits_by_hand():
+    matrices = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18_944)
+    found = fits(CONFIGS[SEVEN], settings(quantize="nf4"), 22.5 * GIB)
+    packed = matrices // 2 + matrices // 64 + 4 * (matrices // 64 // 256)  # numbers, scales, and scales of scales
+    assert found.phases["rollout"]["weights"] == 2 * (8_292_166_656 - matrices) + packed
+    assert 6.3 < found.phases["rollout"]["weights"] / GIB < 6.5
+    assert found.phases["update"]["one layer in full"] == 2 * 3584 * 18_944
+    assert "one layer in full" not in found.phases["pictures"]  # the tower stays as it is
+    full = fits(CONFIGS[SEVEN], settings(), 22.5 * GIB)
+    assert found.slots["rollout"] > 4 * full.slots["rollout"] and found.tokens > full.tokens
+    with pytest.raises(SettingError, match="give .*--quantize nf4"):
+        fits(CONFIGS[SEVEN], settings(), 14 * GIB)
+
+
 def test_the_line_says_how_much_of_how_much():
     line = str(fits(CONFIGS[SEVEN], settings(), 78.5 * GIB))
     assert line.startswith("needs about 51.7 of 78.5 GiB free: pictures 19.5 (weights 15.4, adapter 2.1, tower 1.9); ")
@@ -313,7 +327,7 @@ def test_the_line_says_how_much_of_how_much():
     assert line.endswith("; pictures' features at most 7.0 GiB of the CPU's memory")
 
 
-@pytest.mark.parametrize("free", [9, 12, 18, 22.5])
+@pytest.mark.parametrize("free", [9, 11, 12, 18, 22.5])
 @pytest.mark.parametrize("model", CONFIGS)
 @pytest.mark.parametrize(
     "changed",
@@ -331,7 +345,7 @@ def test_what_is_advised_fits(free, model, changed):
     offers = re.sub(r" \(longer prompts are left out\)", "", fix.removeprefix("give ")).split(", or ")
     if fix == "no setting makes it fit: take a GPU with more memory":
         least = {"max_new_tokens": 256, "max_prompt_tokens": 512, "judge_tokens": 4096}
-        least |= {"dtype": "bf16", "gradient_checkpointing": True}
+        least |= {"dtype": "bf16", "gradient_checkpointing": True, "quantize": "nf4"}
         least |= {} if "init_adapter" in changed else {"lora_rank": 8}
         with pytest.raises(SettingError):
             fits(CONFIGS[model], SimpleNamespace(**vars(given) | least), free * GIB, phases)
@@ -339,16 +353,24 @@ def test_what_is_advised_fits(free, model, changed):
     for offer in offers:
         words = iter(offer.split())
         typed = {name.removeprefix("--").replace("-", "_"): value for name, value in zip(words, words, strict=True)}
-        assert typed.keys() <= {*vars(given), "dtype", "gradient_checkpointing"}
+        assert typed.keys() <= {*vars(given), "dtype", "gradient_checkpointing", "quantize"}
         assert not ("init_adapter" in changed and typed.keys() & {"lora_rank", "model"})
         typed |= {name: int(value) for name, value in typed.items() if value.isdigit()}
         typed |= {"gradient_checkpointing": True} if "gradient_checkpointing" in typed else {}
         fits(CONFIGS[typed.get("model", model)], SimpleNamespace(**vars(given) | typed), free * GIB, phases)
 
 
+def test_four_bits_are_advised_with_what_else_it_takes():
+    offers = r"; give --quantize nf4 --lora-rank 16, or --model Qwen/Qwen2.5-VL-3B-Instruct --quantize nf4$"
+    with pytest.raises(SettingError, match=offers):
+        fits(CONFIGS[SEVEN], settings(model=SEVEN), 11 * GIB)
+    with pytest.raises(SettingError, match="; no setting makes it fit"):
+        fits(CONFIGS[SEVEN], settings(model=SEVEN), 7 * GIB)
+
+
 def test_judging_by_itself_and_its_own_advice():
     given = SimpleNamespace(model=SEVEN, judge_mode="logit", judge_tokens=65_536, dtype="auto", adapter=None)
-    with pytest.raises(SettingError, match="give --judge-tokens 32768, or --model Qwen/Qwen2.5-VL-3B-Instruct$"):
+    with pytest.raises(SettingError, match="give --judge-tokens 32768, or --quantize nf4, or --model "):
         fits(CONFIGS[SEVEN], given, 22.5 * GIB, ["judging"])
     given.judge_tokens = 32_768
     assert {*fits(CONFIGS[SEVEN], given, 22.5 * GIB, ["judging"]).phases} == {"pictures", "judging"}
@@ -366,7 +388,7 @@ def test_written_judgements_take_slots_whose_prompts_hold_all_responses():
     assert once.slots["judging"] < twice.slots["judging"]  # as a prompt serves more of them
     few = asked | {"questions_per_step": 1, "group_size": 1, "max_new_tokens": 1, "max_prompt_tokens": 1}
     long = SimpleNamespace(**vars(given) | {"judge_max_new_tokens": 100_000})
-    with pytest.raises(SettingError, match=r"; give --judge-max-new-tokens \d+, or --model Qwen/Qwen2.5-VL-3B-Inst"):
+    with pytest.raises(SettingError, match=r"; give --judge-max-new-tokens \d+, or --quantize nf4, or --model "):
         fits(CONFIGS[SEVEN], long, 22.5 * GIB, ["judging"], **few)
 
 
@@ -523,6 +545,18 @@ def test_seconds_by_hand():
     assert sum(parts["rollout"].values()) == pytest.approx(216, rel=0.05)
 
 
+def test_seconds_of_four_bits_by_hand():
+    work, sizes, h100 = seconds.Work(), sizes_of(CONFIGS[SEVEN]), seconds.CARDS["h100"]
+    packed = replace(work, quantize="nf4")
+    # Each of 6.525 B numbers is read in 4.13 bits, written in 16 and read again, less 16 that bf16 reads anyway.
+    one = 6.525e9 * (4.127 / 8 + 2) / 2.68e12
+    assert seconds.dequantising(sizes, h100, packed, 1) == pytest.approx(one, rel=1e-3)
+    assert seconds.decoding_step(sizes, h100, packed, 250)["dequantising"] == pytest.approx(one, rel=1e-3)
+    update = seconds.seconds(sizes, h100, packed, 250)["update"]
+    assert update["dequantising"] == pytest.approx(512 * 7000 / 16_384 * 4.75 * one, rel=1e-3)
+    assert "dequantising" not in seconds.seconds(sizes, h100, work, 250)["update"]
+
+
 def test_more_of_a_card_is_never_slower():
     work, sizes = seconds.Work(), sizes_of(CONFIGS[SEVEN])
     totals = []
@@ -556,6 +590,11 @@ def test_the_report(capsys, tiny):
     for model in (tiny, f"{tiny}/config.json"):
         estimate.main(estimate.Config(model=model, card="4"))
         assert "4 GiB at the rates of rtx4090" in capsys.readouterr().out
+    estimate.main(estimate.Config(card="24", quantize="nf4"))
+    told = capsys.readouterr().out
+    assert "8.29 billion parameters in nf4, rank 64" in told and "80 slots, 16,384 tokens in a micro-batch" in told
+    assert re.search(r"^  weights +6\.4$", told, re.M) and re.search(r"^  one layer in full +0\.1$", told, re.M)
+    assert "dequantising" in told
     small = estimate.Config(model="qwen3-8b", card="48", max_new_tokens=4096, group_size=4)
     estimate.main(small)
     assert "as KV has room for" in capsys.readouterr().out

@@ -335,7 +335,7 @@ def test_resuming_with_other_settings_names_what_differs(tmp_path):
     with pytest.raises(ShardError) as error:
         manifests.check(tmp_path, "s", {"a": 2, "b": [1, 2], "c": None}, ignore=("out",))
     message = str(error.value)
-    assert "a: 1 there, 2 now" in message and "c: '(none)' there, None now" in message and "--out" in message
+    assert "a: 1 there, 2 now" in message and "c:" not in message and "--out" in message
     assert "b:" not in message and "out:" not in message
     with pytest.raises(ShardError) as error:  # of another stage no setting is named
         manifests.check(tmp_path, "judge", {"z": 1})

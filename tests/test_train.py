@@ -514,7 +514,7 @@ def test_without_gold_the_metrics_are_label_free(tiny, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gpus": 2}, "one process"),
+        ({"gpus": 2}, "--gpus 2 is for the command line"),
         ({"judge_prompt": "nosuch"}, "no judge prompt"),
         ({"reward": "judged(base='nonsense')"}, "base"),
         ({"min_share": 0.9, "max_share": 0.2}, "--min-share 0.9 is above --max-share 0.2"),
@@ -585,11 +585,13 @@ def test_a_step_without_a_usable_question_is_left_out(tiny, tmp_path, monkeypatc
     monkeypatch.setattr(
         sampling,
         "step_batch",
-        lambda p, q, step, c: sampling.Batch([], [], {"u": "bad"}) if step == 0 else real(p, q, step, c),
+        lambda p, q, step, c, rows: (
+            sampling.Batch([], [], {q.uids[row]: "bad" for row in rows}) if step == 0 else real(p, q, step, c, rows)
+        ),
     )
     out = run(tiny, tmp_path / "r", steps=2, save_every=1)
     first, second = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
-    assert first == {"step": 0, "groups": 0, "nonfinite_in_a_row": 0, "left_out": 1, "alarms": []}
+    assert first == {"step": 0, "groups": 0, "nonfinite_in_a_row": 0, "left_out": 4, "alarms": []}
     assert "left out" in capfd.readouterr().err
     # It has taken its part of the schedule, and its checkpoint is there: going on from it ends the same.
     assert (second["step"], second["learning_rate"]) == (1, pytest.approx(1e-2 * update.learning_rate_factor(1, 3, 2)))
@@ -607,7 +609,11 @@ def test_a_step_without_a_usable_question_is_left_out(tiny, tmp_path, monkeypatc
 def test_the_last_step_of_a_run_may_be_left_out(tiny, tmp_path, monkeypatch):
     real = sampling.step_batch
     monkeypatch.setattr(
-        sampling, "step_batch", lambda p, q, step, c: sampling.Batch([], []) if step == 1 else real(p, q, step, c)
+        sampling,
+        "step_batch",
+        lambda p, q, step, c, rows: (
+            sampling.Batch([], [], {q.uids[row]: "bad" for row in rows}) if step == 1 else real(p, q, step, c, rows)
+        ),
     )
     out = run(tiny, tmp_path / "r", steps=2, select="label-free")
     assert json.loads((out / "summary.json").read_text())["end"] == {"steps": 2, "adapter_step": 2, "alarms": {}}

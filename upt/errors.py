@@ -43,6 +43,29 @@ class Diverged(UserError):
     """Loss or gradient of a run are not finite any more, update after update; its state has been saved."""
 
 
+class Elsewhere(UserError):
+    """Another process of the run has failed, of what was a ValueError there.
+
+    `trace` is its traceback, `expected` whether that was an error which a user can mend.
+    """
+
+    def __init__(self, text: str, trace: str, expected: bool):
+        super().__init__(text)
+        self.trace, self.expected = trace, expected
+
+
+class Broken(RuntimeError):
+    """The same, of any other error."""
+
+    def __init__(self, text: str, trace: str, expected: bool):
+        super().__init__(text)
+        self.trace, self.expected = trace, expected
+
+
+class Lost(UserError):
+    """Another process of the run has ended without a word."""
+
+
 class RunsFailed(RuntimeError):
     """Some of the runs of a comparison failed; their logs have been shown."""
 

@@ -22,6 +22,11 @@ def read_json(path: Path | str, fix: str = "remove it, and the command that wrot
         raise ShardError(f"{path}: not JSON ({error}); {fix}") from error
 
 
+def known_json(path: Path):
+    """What a JSON file holds, None where there is none. Raises as `read_json` does."""
+    return read_json(path) if path.is_file() else None
+
+
 def check_folder(path: Path, setting: str = "--out") -> None:
     """Raise StorageError where `path` cannot be a folder that is written to. Nothing is made."""
     there = next(part for part in (path, *path.absolute().parents) if os.path.lexists(part))

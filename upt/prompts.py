@@ -6,6 +6,7 @@ They are read and checked here, before a model is loaded.
 import hashlib
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from upt.errors import PolicyError, suggest
@@ -79,3 +80,18 @@ def asking(mode: str, name: str | None = None) -> str:
 def asking_digest(mode: str, name: str | None) -> str:
     """Digest of the text that asks, so that a run notices when the file has changed."""
     return hashlib.sha256(asking(mode, name).encode()).hexdigest()[:16]
+
+
+def with_options(question: str, choices: Sequence[str] | None) -> str:
+    """A question's text with its options, a line each: `A. …`, `B. …`."""
+    return question + "".join(f"\n{chr(ord('A') + i)}. {text}" for i, text in enumerate(choices or ()))
+
+
+def without(text: str, tokens: Iterable[str]) -> str:
+    """A text without these tokens, even where one shows only when another is taken out."""
+    tokens, before = [*tokens], None
+    while before != text:
+        before = text
+        for token in tokens:
+            text = text.replace(token, "")
+    return text

@@ -31,7 +31,7 @@ import numpy as np
 from upt.errors import RunsFailed, SettingError
 from upt.files import write_whole
 from upt.groups.stats import FEW, FEW_NOTE, counted, markdown, t_interval, write_csv
-from upt.run import progress
+from upt.run import processes, progress
 from upt.run.stopping import stop_on_signal
 
 if TYPE_CHECKING:
@@ -349,8 +349,8 @@ def main(config, variants, settings_of: Callable) -> dict[str, dict]:
     settings = [settings_of(run.flags) for run in runs][0]
     import torch  # not before the settings are known to be right
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jobs = min(config.jobs or (1 if torch.cuda.is_available() else cores), len(runs))
+    cores = processes.cores() // settings.gpus  # for each process of a run
+    jobs = min(config.jobs or (1 if torch.cuda.is_available() else max(1, cores)), len(runs))
     threads = config.threads or max(1, cores // jobs)
     about = f"{config.data}, {config.model or settings.model}, {settings.steps} steps, {config.seeds} seeds"
     about += f"; settings besides: `{config.train}`" if config.train else ""

@@ -18,6 +18,7 @@ from pathlib import Path
 import datasets
 from huggingface_hub import snapshot_download
 
+from upt import hub
 from upt.data.columns import BROKEN, FOLDER, QUESTION, pick
 from upt.data.images import first_line
 from upt.data.names import ALIASES, EMBEDDED, NAMED
@@ -60,6 +61,8 @@ def find(name: str) -> tuple[str, Path | None, Tables]:
     fix = fetch + "that copy:  DATA=/path/to/DIR  (any folder of parquet, or of JSONL with image paths)"
     path_too = "" if name in NAMED else "there is no such folder, and "
     what = f"{path_too}{repo} is not in the cache and did not come from the hub{cached}"
+    if why := hub.why_unreachable(repo, "dataset"):
+        raise DataError(f"{what}: {why}. {fix}")
     return label, None, _load_dataset(what, fix, repo)
 
 

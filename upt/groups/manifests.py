@@ -169,9 +169,12 @@ def check_owner(folder: Path) -> None:
 
 
 def differences(old: dict, new: dict, ignore: Iterable[str] = ()) -> dict[str, tuple]:
-    """{setting: (old, new)} of those that differ between a manifest's config and another one."""
+    """{setting: (old, new)} of those that differ between a manifest's config and another one.
+
+    One that is not there, as an older version had none, is None.
+    """
     new = json.loads(json.dumps(new, default=str))  # as JSON: tuples are lists there
-    pairs = {name: (old.get(name, "(none)"), new.get(name, "(none)")) for name in sorted({*old, *new} - {*ignore})}
+    pairs = {name: (old.get(name), new.get(name)) for name in sorted({*old, *new} - {*ignore})}
     return {name: (there, now) for name, (there, now) in pairs.items() if there != now}
 
 

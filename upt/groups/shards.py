@@ -193,6 +193,11 @@ def list_shards(folder: Path | str) -> list[Path]:
     return [folder / match[0] for match in sorted(filter(None, matches), key=lambda match: int(match[1]))]
 
 
+def read_complete(path: Path) -> list[dict] | None:
+    """The groups of a shard; None where there is no complete one."""
+    return read_shard(path) if is_complete(path) else None
+
+
 def is_complete(path: Path | str, source: Path | str | None = None) -> bool:
     """Whether a resumed stage may keep this shard: it is there and each line is valid; if not, stderr says why.
 

@@ -9,10 +9,23 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules={"decoding", "families", "folders", "packing", "policy", "room", "targets", "update"},
+    submodules={
+        "decoding",
+        "devices",
+        "families",
+        "folders",
+        "opening",
+        "packing",
+        "policy",
+        "room",
+        "targets",
+        "update",
+    },
     submod_attrs={
         "packing": ["Prompt", "Row"],
-        "policy": ["Policy", "checked_device", "model_config"],
+        "devices": ["checked_device"],
+        "opening": ["model_config"],
+        "policy": ["Policy"],
         "room": ["check_room"],
         "targets": ["check_targets"],
     },

@@ -136,16 +136,17 @@ class Qwen(Family):
         # The families share this processor. Its PIL form is there with and without torchvision and gives the same
         # pixels in both cases; the automatic classes ask for torchvision in some versions.
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
-        limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        self.pixel_limits = {name: limit for name, limit in limits.items() if limit is not None}
+        limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}  # of areas, though the names speak of edges
+        size = dict(self.image_processor.size) | {name: limit for name, limit in limits.items() if limit is not None}
+        self.image_processor.size = type(self.image_processor.size)(**size)
 
     def install(self, model) -> None:
         super().install(model)
         attention.install_windows(model.model.visual)
 
     def area_limits(self) -> dict[str, int]:
-        size = self.image_processor.size  # of areas, though the names speak of edges
-        return {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]} | self.pixel_limits
+        size = self.image_processor.size
+        return {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
 
     def never_sampled(self, config) -> list[int]:
         names = ("image", "video", "vision_start", "vision_end")
@@ -153,7 +154,7 @@ class Qwen(Family):
         return [token for token in ids if token is not None]
 
     def look(self, image: Image.Image) -> tuple[Features, torch.Tensor]:
-        seen = self.image_processor(images=[image], return_tensors="pt", **self.pixel_limits)
+        seen = self.image_processor(images=[image], return_tensors="pt")
         grid = tuple(seen["image_grid_thw"][0].tolist())  # patches in time, height, width
         places = grid[0] * grid[1] * grid[2] // self.image_processor.merge_size**2
         return Features(places, grid), seen["pixel_values"]

@@ -26,11 +26,16 @@ HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 EDGES = (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))  # of areas: newer and older names
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is no folder here and reads as one of the hub, org/name."""
+    is_path = name.startswith((".", "/", "~", "models/")) or Path(name).expanduser().is_dir()
+    return not is_path and re.fullmatch(HUB_ID, name) is not None
+
+
 def check_model(name: str) -> None:
     """Raise PolicyError for a folder that is not there or holds no whole model; what reads org/name may be a hub id."""
     path = Path(name).expanduser()
-    is_path = name.startswith((".", "/", "~", "models/")) or not re.fullmatch(HUB_ID, name)
-    if is_path and not path.is_dir():
+    if not path.is_dir() and not is_hub_id(name):
         hint = "run `make warmup` to make it" if path.name == "tiny" else "check the path"
         raise PolicyError(f"there is no model folder {name}: {hint}, or give a hub id, org/name{suggest_path(name)}")
     if not path.is_dir():

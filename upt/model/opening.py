@@ -4,6 +4,7 @@ Transformers gives tensors that a snapshot lacks random values, and PEFT loads o
 score of another model would be printed as this one's. Here each is a PolicyError that names the tensors.
 """
 
+import json
 import re
 import sys
 import warnings
@@ -15,12 +16,17 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE as CHAT_TEMPLATE
+from transformers.utils import cached_file, logging
 
+from upt import hub
 from upt.errors import PolicyError
-from upt.model.folders import ADAPTER, MERGE, listed, tensors
+from upt.model.families import FAMILIES
+from upt.model.folders import ADAPTER, MERGE, check_model, check_pickles, listed, tensors
+from upt.model.origin import snapshot_folder
 
+BLOCKS = (64, 32)  # 4-bit numbers to a scale
 PREFIX = "base_model.model."  # of the names in an adapter's file
 
 
@@ -49,10 +55,44 @@ def calm() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def load_weights(name: str, config, dtype: torch.dtype):
-    """The transformers model of a snapshot folder or hub id; names tensors that it has no place for, on stderr.
+def model_config(name: str):
+    """The configuration of a snapshot or hub id.
 
-    Raises PolicyError for tensors that are missing or of other shapes. A head that is tied to the embeddings is not.
+    Raises PolicyError if it is not there, not of a known family, or has its weights as pickles.
+    """
+    check_model(name)
+    try:
+        if snapshot_folder(name) is None and (why := hub.why_unreachable(name, "model")):
+            raise OSError(why)
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise PolicyError(
+            f"cannot read the model {name!r}{'' if Path(name).is_dir() else ', which is no folder here'}: {error}\n"
+            f"Give a snapshot folder or a hub id of one of {', '.join(FAMILIES)}; without a network, "
+            f"fetch it elsewhere (`hf download {name} --local-dir DIR`) and give the folder."
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise PolicyError(f"{name} is a {config.model_type} model; supported are {', '.join(FAMILIES)}")
+    FAMILIES[config.model_type].check(config, name)
+    if packed := getattr(config, "quantization_config", None):
+        method = packed.get("quant_method") or "quantization_config in its config.json"
+        raise PolicyError(f"{name} is quantised already ({method}): give the full model, and --quantize nf4 for 4 bits")
+    if folder := snapshot_folder(name):
+        check_pickles(name, folder)
+    return config
+
+
+def processors_template(name: str) -> str | None:
+    """The chat template that some snapshots keep with their processor and not with their tokenizer."""
+    file = cached_file(name, CHAT_TEMPLATE, _raise_exceptions_for_missing_entries=False)
+    return file and json.loads(Path(file).read_text("utf-8"))["chat_template"]
+
+
+def load_weights(name: str, config, dtype: torch.dtype | str):
+    """The transformers model of a snapshot folder or hub id, on the CPU, in `dtype` or, with `auto`, that of its files.
+
+    Names tensors that it has no place for, on stderr. Raises PolicyError for tensors that are missing or of other
+    shapes. A head that is tied to the embeddings is not.
     """
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # its report says in a table what is said below
@@ -78,6 +118,45 @@ def load_weights(name: str, config, dtype: torch.dtype):
     if unused := sorted(found["unexpected_keys"]):
         print(f"the model {name} has tensors that its architecture does not use: {listed(unused)}", file=sys.stderr)
     return model
+
+
+def quantize(model, layers: str, dtype: torch.dtype, device: torch.device):
+    """The model on `device`, the linear layers below the modules that the pattern `layers` names in 4 bits, the rest
+    in `dtype`, in which all of it computes.
+
+    NF4 with double quantisation (QLoRA, arXiv 2305.14314). The layers go to the device one by one, as the whole model
+    need not fit there, and each is rounded once, from the type that it has here. Raises PolicyError for rows that
+    blocks of one scale do not fit in.
+    """
+    from bitsandbytes import nn
+
+    kind = {"compress_statistics": True, "quant_type": "nf4"}
+    for name, full in [*model.named_modules()]:
+        if not (isinstance(full, torch.nn.Linear) and re.match(rf"{layers}\.", name)):
+            continue
+        # On a CPU bitsandbytes 0.50 takes wrong scales for blocks that run from one row into the next.
+        block = next((size for size in BLOCKS if full.in_features % size == 0), None)
+        if block is None:
+            raise PolicyError(
+                f"{name} of {model.name_or_path} has rows of {full.in_features} numbers, and 4 bits need a multiple of "
+                f"{BLOCKS[-1]}: leave --quantize out"
+            )
+        packed = nn.Linear4bit(
+            full.in_features, full.out_features, full.bias is not None, compute_dtype=dtype, device="meta", **kind
+        )
+        weight = nn.Params4bit(full.weight.data, requires_grad=False, blocksize=block, module=packed, **kind)
+        packed.weight = weight.to(device)  # which rounds it
+        packed.weight.quant_state.dtype = dtype  # which it is dequantised to
+        packed.bias = full.bias
+        # Else a pass without gradients computes in bf16 on some CPUs, and packs the weights anew, in place, in an order
+        # that dequantising them (lora.py) does not expect.
+        packed.support_avx512bf16_for_cpu = False
+        model.set_submodule(name, packed)
+    for parameter in model.parameters():
+        if not isinstance(parameter, nn.Params4bit):
+            parameter.data = parameter.data.to(device, dtype)
+    model.is_loaded_in_4bit = True  # for PEFT
+    return model.to(device)
 
 
 def lora_config(folder: Path) -> LoraConfig:

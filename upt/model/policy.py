@@ -12,7 +12,6 @@ encoded once and its features are shared by sampling and by every later pass ove
 """
 
 import json
-import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,20 +22,19 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE as CHAT_TEMPLATE
-from transformers.utils import cached_file
+from transformers import AutoTokenizer
 
 from kernels import linear_logprob
 from upt.data.views import shown
 from upt.errors import PolicyError
 from upt.files import publish, write_whole, writing
-from upt.model import TARGETS
+from upt.model import TARGETS, opening
+from upt.model.devices import DTYPES, checked_device, checked_dtype
 from upt.model.families import FAMILIES, Family, Features
-from upt.model.folders import check_adapter, check_model, check_pickles
-from upt.model.lora import quicken
-from upt.model.opening import calm, check_fit, load_weights, loading, open_adapter
-from upt.model.origin import BASE, check_base, origin_of, snapshot_folder
+from upt.model.folders import check_adapter
+from upt.model.lora import fuse, merged
+from upt.model.opening import calm, check_fit, load_weights, loading, model_config, open_adapter
+from upt.model.origin import BASE, check_base, origin_of
 from upt.model.packing import Packed, Prompt, Row, layout
 from upt.reckoning.memory import PIXEL_VALUES_AT_ONCE
 
@@ -66,6 +64,7 @@ class Policy:
         max_pixels: int | None = None,
         feature_cache_gib: float = 0,
         any_base: bool = False,
+        quantize: str | None = None,
     ) -> "Policy":
         """Load a snapshot folder or hub id of one of FAMILIES (families.py): Qwen2-VL, Qwen2.5-VL, Qwen3-VL.
 
@@ -74,35 +73,40 @@ class Policy:
         GPU. min_pixels, max_pixels: image area after resizing, None keeps the snapshot's. feature_cache_gib: copies of
         image features kept, in the CPU's memory, beyond the call that made them, for small sets. It costs bit-exact
         resuming: an image's features depend in their last bits on the batch they were computed in. any_base: take an
-        adapter that was made for another model.
+        adapter that was made for another model. quantize: `nf4` for 4-bit weights (opening.py) in the language model's
+        linear layers, computing in `dtype`; an adapter is merged first, in float32 in the CPU's memory.
         Raises PolicyError for a folder or id that is not there or is not of these families, for a model that lacks a
         tensor, and for an adapter that does not fit it.
         """
         device = checked_device(device)
-        on_gpu = device.type == "cuda"
-        dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": torch.bfloat16 if on_gpu else torch.float32}
-        if dtype not in dtypes:
-            raise PolicyError(f"dtype must be one of {', '.join(dtypes)}, not {dtype!r}")
+        on_gpu, dtype = device.type == "cuda", checked_dtype(dtype, device)
+        if quantize not in (None, "nf4"):
+            raise PolicyError(f"quantize must be nf4 or None, not {quantize!r}")
         config = model_config(name)
+        family_class = FAMILIES[config.model_type]
         origin = origin_of(name)
         if adapter is not None:  # before the weights, which may take minutes
             check_adapter(adapter)
             check_base(adapter, origin, any_base, say=False)
             check_fit(config, adapter, name)
-        model = load_weights(name, config, dtypes[dtype]).to(device)
+        model = load_weights(name, config, "auto" if quantize else DTYPES[dtype])
+        if not quantize:
+            model = model.to(device)
         with calm(), loading(f"the model {name}"):
-            family = FAMILIES[config.model_type](name, min_pixels, max_pixels)
+            family = family_class(name, min_pixels, max_pixels)
         if origin["fingerprint"] is None:  # of a hub id, the weights are here only now
             origin = origin_of(name)
         if adapter is not None:
             check_base(adapter, origin, any_base)
-            model, origin = open_adapter(model, adapter).merge_and_unload(), origin_of(name, adapter)
+            (model, _), origin = merged(open_adapter(model, adapter), wide=bool(quantize)), origin_of(name, adapter)
+        if quantize:
+            model = opening.quantize(model, family_class.adapter_layers, DTYPES[dtype], device)
         if on_gpu if gradient_checkpointing is None else gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         with loading(f"the tokenizer of {name}"):
             tokenizer = AutoTokenizer.from_pretrained(name)
         if tokenizer.chat_template is None:
-            tokenizer.chat_template = _processors_template(name)
+            tokenizer.chat_template = opening.processors_template(name)
         if tokenizer.chat_template is None:
             raise PolicyError(f"{name} has no chat template: use an instruction-tuned model")
         policy = cls(model, tokenizer, family, int(feature_cache_gib * 2**30), origin)
@@ -121,6 +125,11 @@ class Policy:
     def device(self) -> torch.device:
         return self.base.device
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the language model has 4-bit weights."""
+        return getattr(self.base, "is_loaded_in_4bit", False)
+
     def add_lora(self, rank: int = 16, alpha: int = 32, targets: Sequence[str] = TARGETS, seed: int = 0) -> None:
         """Put a fresh, trainable LoRA adapter on the language model's linear layers named in `targets`."""
         pattern = self.family.targeted(targets)
@@ -128,7 +137,7 @@ class Policy:
         with torch.random.fork_rng(), calm():
             torch.manual_seed(seed)
             self.model = get_peft_model(self.model, config)
-        quicken(self.model)
+        fuse(self.model)
 
     def load_adapter(self, folder: str | Path, any_base: bool = False) -> None:
         """Open a saved adapter, trainable and not merged, with the weights exactly as they were saved.
@@ -142,7 +151,7 @@ class Policy:
             check_base(folder, self.origin, any_base)
         bare = self.model.unload() if isinstance(self.model, PeftModel) else self.model
         self.model = open_adapter(bare, folder, trainable=True)
-        quicken(self.model)
+        fuse(self.model)
 
     def trainable(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -170,22 +179,32 @@ class Policy:
         if self.origin and self.origin["fingerprint"]:
             write_whole(Path(folder) / BASE, [json.dumps(self.origin, indent=1).encode()])
 
-    def export(self, folder: str | Path) -> None:
-        """Merge the adapter into the weights, for good, and write a full snapshot with its processor."""
-        trained = isinstance(self.model, PeftModel)
-        if trained:
-            self.model = self.model.merge_and_unload()
-        with writing(folder):
+    def export(self, folder: str | Path) -> float | None:
+        """Merge the adapter into the weights, for good, and write a full snapshot with its processor.
+
+        Returns how far rounding has put the weights off, as a share of the adapter's change (lora.py), None where there
+        is no adapter. Raises PolicyError for 4-bit weights, which a merge would round once more.
+        """
+        if self.quantized:
+            raise PolicyError(
+                "an adapter is not merged into 4-bit weights, which would round it away: save the adapter and merge it "
+                "into the full model, Policy.load(MODEL, adapter=ADAPTER).export(DIR)"
+            )
+        error = None
+        if isinstance(self.model, PeftModel):
+            self.model, error = merged(self.model)
+        with writing(folder), calm():
             for part in (self.model, self.tokenizer, self.family.image_processor):
                 part.save_pretrained(folder)
             publish(folder)
         weights = origin_of(str(folder))
         merged_before = self.origin and self.origin["adapter"] and self.origin["fingerprint"]
-        if not trained and merged_before:  # an adapter made for the one fits the other
-            merged = self.origin | {"weights": weights["fingerprint"]}
-            write_whole(Path(folder) / BASE, [json.dumps(merged, indent=1).encode()])
+        if error is None and merged_before:  # an adapter made for the one fits the other
+            record = self.origin | {"weights": weights["fingerprint"]}
+            write_whole(Path(folder) / BASE, [json.dumps(record, indent=1).encode()])
         else:
             self.origin = weights
+        return error
 
     # ------------------------------------------------------------------------------------------------- the prompts
 
@@ -326,47 +345,3 @@ class Policy:
         """
         found, hidden = self.packed(batch)
         return linear_logprob(found.predicting(hidden), self.base.lm_head.weight, found.targets, temperature)
-
-
-def model_config(name: str):
-    """The configuration of a snapshot or hub id.
-
-    Raises PolicyError if it is not there, not of a known family, or has its weights as pickles.
-    """
-    check_model(name)
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise PolicyError(
-            f"cannot read the model {name!r}{'' if Path(name).is_dir() else ', which is no folder here'}: {error}\n"
-            f"Give a snapshot folder or a hub id of one of {', '.join(FAMILIES)}; without a network, "
-            f"fetch it elsewhere (`hf download {name} --local-dir DIR`) and give the folder."
-        ) from error
-    if config.model_type not in FAMILIES:
-        raise PolicyError(f"{name} is a {config.model_type} model; supported are {', '.join(FAMILIES)}")
-    FAMILIES[config.model_type].check(config, name)
-    if folder := snapshot_folder(name):
-        check_pickles(name, folder)
-    return config
-
-
-def _processors_template(name: str) -> str | None:
-    """The chat template that some snapshots keep with their processor and not with their tokenizer."""
-    file = cached_file(name, CHAT_TEMPLATE, _raise_exceptions_for_missing_entries=False)
-    return file and json.loads(Path(file).read_text("utf-8"))["chat_template"]
-
-
-def checked_device(name: str) -> torch.device:
-    """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`. Raises PolicyError for one that is not there."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda" if count else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise PolicyError(f"--device {name}: no such kind of device; give auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and not count:
-        build = "" if torch.version.cuda else f"; torch {torch.__version__} is a build without CUDA"
-        raise PolicyError(f"--device {name}: torch sees no CUDA device{build}; give --device cpu, or leave it out")
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise PolicyError(f"--device {name}: there are {count} CUDA devices, from cuda:0 to cuda:{count - 1}")
-    return device

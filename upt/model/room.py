@@ -11,7 +11,9 @@ from dataclasses import replace
 import torch
 
 from upt.model.attention import SHARES_HEADS
-from upt.model.policy import Policy, checked_device, model_config
+from upt.model.devices import checked_device
+from upt.model.opening import model_config
+from upt.model.policy import Policy
 from upt.reckoning.memory import PHASES, USABLE, Demand, adapter_bytes, fits, tokens_that_fit, update_bytes
 from upt.reckoning.sizes import VISIONS, sizes_of
 from upt.run import presets

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 from upt.errors import SettingError, suggest
 from upt.model.families import FAMILIES
-from upt.model.policy import model_config
+from upt.model.opening import model_config
 
 
 def check_targets(name: str, targets: Sequence[str]) -> None:

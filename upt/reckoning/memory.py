@@ -11,9 +11,10 @@ Phases follow one another, so the largest is what a run needs:
     update     weights + adapter with gradients + activations of one micro-batch
 
 A prompt's keys and values lie there once, however many slots continue it; a slot has room for the longest response.
-Features of pictures wait in the CPU's memory. b stands for the bytes of a number: 2 in bf16, 4 in float32. The formulas
-of activations were checked on a CPU with the allocator's own counts (tests/test_reckoning.py). The engine asks the same
-functions for its slots and budgets, with what is free by then.
+Of 4-bit weights one matrix at a time is there in full. Features of pictures wait in the CPU's memory. b stands for the
+bytes of a number: 2 in bf16, 4 in float32. The formulas of activations were checked on a CPU with the allocator's own
+counts (tests/test_reckoning.py). The engine asks the same functions for its slots and budgets, with what is free by
+then.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from math import ceil
 from upt.errors import SettingError
 from upt.model import TARGETS
 from upt.reckoning.published import CONFIGS
-from upt.reckoning.sizes import Sizes, adapted, feature_bytes, kv_bytes, lora_parameters, sizes_of
+from upt.reckoning.sizes import Sizes, adapted, feature_bytes, kv_bytes, lora_parameters, sizes_of, weight_bytes
 from upt.run.typed import flag
 
 GIB = 2**30
@@ -62,6 +63,7 @@ class Demand:
     judge_max_new_tokens: int = 1024
     judge_repeats: int = 1
     dtype: str = "bf16"
+    quantize: str | None = None
     shares_heads: bool = True  # flash attention reads a key for several heads; else they are repeated (torch 2.11)
 
     @classmethod
@@ -259,10 +261,12 @@ def reckon(sizes: Sizes, demand: Demand, free_bytes: float, phases: Sequence[str
     b, P, R, G = demand.bytes_each, demand.max_prompt_tokens, demand.max_new_tokens, demand.group_size
     prompts = demand.views * demand.questions_per_step
     lora = lora_parameters(sizes, demand.lora_rank, demand.lora_targets) if demand.lora_rank else 0
-    weights, trained = {"weights": b * sizes.parameters}, "update" in phases
+    weights, trained = {"weights": weight_bytes(sizes, b, demand.quantize)}, "update" in phases
     held = weights | ({"adapter": adapter_bytes(lora, b, moments=trained)} if lora else {})
-    left = USABLE * free_bytes - sum(held.values())
     found, slots, tokens = {"pictures": held | {"tower": tower_bytes(sizes, P, b)}}, {}, 0
+    unpacked = {"one layer in full": b * max(i * o for i, o in sizes.layer.values())} if demand.quantize else {}
+    held, weights = held | unpacked, weights | unpacked
+    left = USABLE * free_bytes - sum(held.values())
     if "rollout" in phases:
         asked = replace(demand, questions_per_step=prompts)
         slots["rollout"], parts = sampled(sizes, asked, left, P, R, G // demand.views, demand.slots)
@@ -321,15 +325,20 @@ def advice(
     `lowered` are names in LEAST, each of which is halved until it does; `others` are models by name.
     """
     lean = replace(demand, dtype="bf16", gradient_checkpointing=True)
+    packed = replace(lean, quantize="nf4")
     ways = [[replace(demand, dtype="bf16")], [replace(demand, gradient_checkpointing=True)]]
-    ways += [halved(demand, [name]) for name in lowered]
-    leaner = [[lean], *([*halved(lean, [name])] for name in lowered)]
-    together = [halved(lean, lowered)]
-    for several in (ways, leaner, together):
+    ways += [*(halved(demand, [name]) for name in lowered), [replace(demand, quantize="nf4")]]
+    leaner, more = ([[start], *(halved(start, [name]) for name in lowered)] for start in (lean, packed))
+    together, most = ([halved(start, lowered)] for start in (lean, packed))
+    for several in (ways, leaner, together, more, most):
         if found := [other for way in several for other in _first(way, sizes, fitting)]:
             break
-    smaller = [name for name, of in others.items() if of.parameters < sizes.parameters and fitting(of, demand)]
-    return [typed(demand, other) for other in found] + [f"--model {name}" for name in smaller]
+    offers = [typed(demand, other) for other in found]
+    for name, of in others.items():
+        if of.parameters < sizes.parameters:
+            fits_with = _first([demand, replace(demand, quantize="nf4")], of, fitting)
+            offers += [f"--model {name} {typed(demand, other)}".rstrip() for other in fits_with]
+    return offers
 
 
 def _first(way: Sequence[Demand], sizes: Sizes, fitting: Callable[[Sizes, Demand], bool]) -> list[Demand]:
@@ -346,7 +355,7 @@ def halved(demand: Demand, names: Sequence[str]) -> list[Demand]:
 
 def typed(demand: Demand, other: Demand) -> str:
     """What is to be typed for `other` in place of `demand`."""
-    names = ("dtype", "gradient_checkpointing", *LEAST)
+    names = ("dtype", "gradient_checkpointing", "quantize", *LEAST)
     changed = {name: getattr(other, name) for name in names if getattr(other, name) != getattr(demand, name)}
     dropped = " (longer prompts are left out)" if "max_prompt_tokens" in changed else ""
     return " ".join(f"{flag(name)} {value}" for name, value in changed.items()) + dropped

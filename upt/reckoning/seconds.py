@@ -2,15 +2,15 @@
 
     seconds(sizes, CARDS["h100"], Work(questions=512, group_size=10, ...), slots=256)
 
-Weights are in bf16. Rates are shares of a card's data sheet, the same for every card, so figures are good to perhaps a
-third. Parts add up: within a CUDA graph one kernel runs after the other.
+Weights are in bf16, or in 4 bits and made bf16 for every pass. Rates are shares of a card's data sheet, the same for
+every card, so figures are good to perhaps a third. Parts add up: within a CUDA graph one kernel runs after the other.
 """
 
 from dataclasses import dataclass
 
 from upt.model import TARGETS
-from upt.reckoning.memory import resident_prompts
-from upt.reckoning.sizes import Sizes, adapted, kv_bytes, lora_parameters
+from upt.reckoning.memory import MOST_TOKENS, PREFILL_TOKENS, resident_prompts
+from upt.reckoning.sizes import Sizes, adapted, kv_bytes, lora_parameters, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ PRODUCTS, ATTENTION, COPIES = 550 / 989, 0.30, 0.80
 # Kernels of a decoding step, counted on Slots.eager_step of Qwen2.5-VL: of a layer 39 and its attention's four; of an
 # adapter two products and the copy that torch.addmm begins with.
 LAUNCHES, LAUNCHES_PER_LAYER, LAUNCHES_PER_ADAPTER = 63, 43, 3
+LAUNCHES_PER_DEQUANTISED = 3  # of a 4-bit matrix: its scales, their offset, the weights
 GAP = 2.5e-6  # seconds between two kernels of a CUDA graph, from the end of one to the full speed of the next; assumed
 BYTES = 2  # of a bf16 number
 SAMPLING_PASSES = 20  # over a row of logits: the search for the nucleus, the statistics, the draw
@@ -59,6 +60,8 @@ class Work:
     checkpointing: bool = True
     lora_rank: int = 64
     lora_targets: tuple[str, ...] = TARGETS
+    quantize: str | None = None
+    update_tokens: int = MOST_TOKENS  # of a micro-batch
 
     @property
     def responses(self) -> int:
@@ -90,6 +93,13 @@ def pairs(queries: float, keys: float) -> float:
     return queries * (keys + queries / 2)
 
 
+def dequantising(sizes: Sizes, card: Card, work: Work, passes: float) -> float:
+    """Seconds in which `passes` through the layers read 4-bit weights and write them in bf16, from where they are used
+    as others are; 0 where the weights are in bf16."""
+    moved = weight_bytes(sizes, BYTES, work.quantize) - weight_bytes(sizes, BYTES) + 2 * BYTES * sizes.matrices
+    return passes * moved / (card.bandwidth * 1e12 * COPIES) if work.quantize else 0.0
+
+
 # ------------------------------------------------------------------------------------------------ rollout
 
 
@@ -107,7 +117,8 @@ def prefill_seconds(sizes: Sizes, card: Card, work: Work) -> float:
     """Each prompt once: 2 FLOP a parameter and token, and 4 H d a pair of tokens in each layer."""
     products = 2 * sizes.matrices * work.prompt_tokens / PRODUCTS
     attention = 4 * sizes.layers * sizes.heads * sizes.head_dim * pairs(work.prompt_tokens, 0) / ATTENTION
-    return work.questions * (products + attention) / (card.tflops * 1e12)
+    passes = work.questions * work.prompt_tokens / PREFILL_TOKENS
+    return work.questions * (products + attention) / (card.tflops * 1e12) + dequantising(sizes, card, work, passes)
 
 
 def decoding_steps(work: Work, slots: int) -> float:
@@ -126,11 +137,13 @@ def decoding_step(sizes: Sizes, card: Card, work: Work, slots: int) -> dict[str,
     lora = lora_parameters(sizes, work.lora_rank, work.lora_targets) if work.lora_rank else 0
     layers = len(adapted(sizes, work.lora_targets)) if lora else 0
     kernels = LAUNCHES + LAUNCHES_PER_LAYER * sizes.layers + LAUNCHES_PER_ADAPTER * layers
+    kernels += LAUNCHES_PER_DEQUANTISED * sizes.layers * len(sizes.layer) if work.quantize else 0
     read = sizes.matrices + lora + sizes.head
     prompts = min(resident_prompts(slots, work.questions, work.group_size), slots) * work.prompt_tokens
     kv = kv_bytes(sizes, BYTES) * (prompts + slots * work.response_tokens / 2)
     return {
         "gaps between kernels": kernels * GAP,
+        **({"dequantising": dequantising(sizes, card, work, 1)} if work.quantize else {}),
         "reading weights": BYTES * read / copies,
         "products": 2 * read * slots / rate,
         "reading KV": kv / copies,
@@ -202,6 +215,7 @@ def head_seconds(sizes: Sizes, card: Card, work: Work) -> float:
 
 def seconds(sizes: Sizes, card: Card, work: Work, slots: int) -> dict[str, dict[str, float]]:
     """{"rollout": {part: seconds}, "update": {part: seconds}} of one step."""
+    passes = work.trained_tokens / work.update_tokens * work.equivalents
     return {
         "rollout": {
             "vision tower": tower_seconds(sizes, card, work),
@@ -210,6 +224,7 @@ def seconds(sizes: Sizes, card: Card, work: Work, slots: int) -> dict[str, dict[
         },
         "update": {
             "frozen layers": products_seconds(sizes, card, work),
+            **({"dequantising": dequantising(sizes, card, work, passes)} if work.quantize else {}),
             "attention": attention_seconds(sizes, card, work),
             "LoRA": adapter_seconds(sizes, card, work),
             "norms and sums": elementwise_seconds(sizes, card, work),

@@ -1,7 +1,7 @@
 """The sizes of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, from its config.json as a dict: no weight is read or made.
 
     sizes = sizes_of(json.loads(Path("config.json").read_text()))
-    sizes.parameters * 2                                # bytes of its weights in bf16
+    weight_bytes(sizes), weight_bytes(sizes, quantize="nf4")       # of bf16, of 4 bits
     kv_bytes(sizes), lora_parameters(sizes, 64)
 
 Symbols: D hidden size, H and K query and KV heads of d, I the MLP's width, V the vocabulary, r the adapter's rank.
@@ -150,6 +150,13 @@ def _vision(family: str, c: dict) -> Vision:
         patch_values=values,
         deepstack=deepstack,
     )
+
+
+def weight_bytes(sizes: Sizes, bytes_each: int = 2, quantize: str | None = None) -> int:
+    """Bytes of all weights. With `nf4` a number of the layers' matrices takes half a byte, each 64 of them a byte of
+    scale, and 256 such scales a float32 of their own (double quantisation)."""
+    packed = sizes.matrices if quantize else 0
+    return bytes_each * (sizes.parameters - packed) + packed // 2 + packed // 64 + packed // 64 // 256 * 4
 
 
 def adapted(sizes: Sizes, targets: Sequence[str] = TARGETS) -> list[tuple[int, int]]:

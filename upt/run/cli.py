@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
@@ -23,8 +24,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
-from upt.errors import RunsFailed, Stopped, UserError, suggest, trouble
-from upt.run import presets
+from upt.errors import Broken, Elsewhere, Lost, RunsFailed, Stopped, UserError, suggest, trouble
+from upt.run import presets, processes
+from upt.run.team import leave
 from upt.run.typed import flag, meant
 
 DEBUG = "--debug"
@@ -35,10 +37,16 @@ def launch(
 ) -> None:
     """Run `main` on the Config that the command line gives; `sort` may rewrite its words first."""
     arguments = [*(sys.argv[1:] if arguments is None else arguments)]
-    debug = DEBUG in arguments
+    debug, voice, ours = DEBUG in arguments, sys.stderr, processes.is_ours()
     quiet()
+    if processes.rank():  # the first one speaks
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    processes.end_with_parent()
     try:
-        main(parse(config_class, sort([word for word in arguments if word != DEBUG])))
+        config = parse(config_class, sort([word for word in arguments if word != DEBUG]))
+        if getattr(config, "gpus", 1) > 1 and not processes.is_started():
+            raise SystemExit(processes.run(config.gpus, [sys.executable, *sys.orig_argv[1:]]))
+        main(config)
     except Stopped as stopped:
         raise SystemExit(128 + stopped.signal) from None
     except KeyboardInterrupt:
@@ -47,11 +55,28 @@ def launch(
     except BrokenPipeError:  # whoever read the output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+    except (Elsewhere, Broken) as error:
+        if debug or not error.expected:
+            print(error.trace, end="", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(processes.TOLD if ours else 2 if error.expected else 1) from None
+    except Lost as error:
+        if debug:
+            traceback.print_exc(file=voice)
+        if not ours:  # else who started it says which one has ended
+            print(f"error: {one_line(error)}", file=voice)
+        raise SystemExit(processes.LOST if ours else 2) from None
     except (UserError, OSError, RunsFailed) as error:
         if debug:
+            sys.stderr = voice
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=voice)
         raise SystemExit(1 if isinstance(error, RunsFailed) else 2) from None
+    except Exception:
+        sys.stderr = voice  # what nobody expected is told by whomever it happens to
+        raise
+    finally:
+        leave()
 
 
 def one_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from upt.errors import Diverged
 from upt.run import checkpoints, health
 from upt.run.health import NONFINITE
+from upt.run.team import ALONE, Team
 
 if TYPE_CHECKING:
     from upt.model import Policy
@@ -30,10 +31,11 @@ def check_finite(policy: "Policy", config, rows: list[dict]) -> None:
     )
 
 
-def finish(policy: "Policy", config, rows: list[dict]) -> dict:
+def finish(policy: "Policy", config, rows: list[dict], team: Team = ALONE) -> dict:
     """Write the adapter that the run ends with and put it on the policy; which one it is and the run's alarms."""
     alarms = {row["step"]: row["alarms"] for row in rows if row["alarms"]}
-    folders = {checkpoints.step_of(path): path for path in checkpoints.checkpoints(config.out / "checkpoints")}
+    found = team.once(checkpoints.checkpoints, config.out / "checkpoints")
+    folders = {checkpoints.step_of(path): path for path in found}
     folders = {step: path for step, path in folders.items() if config.saves(step)}
     chosen = made = rows[-1]["step"] + 1 if rows else 0
     if config.select == "label-free" and folders:
@@ -50,5 +52,5 @@ def finish(policy: "Policy", config, rows: list[dict]) -> dict:
         print(f"ends with the adapter after {chosen} of {made} steps")
     if rows and not any(row["groups"] and row.get("grad_norm") != 0 for row in rows):
         print("no step made an update: the adapter is as it was at the start", file=sys.stderr)
-    policy.save(config.out / "adapter")
+    team.once(policy.save, config.out / "adapter")
     return {"steps": made, "adapter_step": chosen, "alarms": alarms}

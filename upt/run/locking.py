@@ -18,16 +18,22 @@ from pathlib import Path
 
 from upt.errors import FolderInUse
 from upt.files import check_folder, writing
+from upt.run import processes
 
 LOCK = ".lock"
 TRIES, PAUSE = 50, 0.01  # to enter a folder that others let go; seconds between two tries
 
 
 def alone(main: Callable) -> Callable:
-    """`main(config)` with the folder config.out held until it returns or raises. Raises as `holding` does."""
+    """`main(config)` with the folder config.out held until it returns or raises. Raises as `holding` does.
+
+    Of several processes of a run the first one holds it for all.
+    """
 
     @wraps(main)
     def held(config):
+        if processes.rank():
+            return main(config)
         with holding(config.out):
             return main(config)
 

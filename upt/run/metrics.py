@@ -19,18 +19,19 @@ from upt.run import health
 
 
 class Clock:
-    """Seconds spent in each stage: `with clock("rollout"): …`."""
+    """Seconds spent in each stage: `with clock("rollout"): …`. Those of a stage inside another count there alone."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            inside = sum(self.seconds.values()) - before
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start - inside
 
     def since(self, earlier: dict[str, float]) -> dict[str, float]:
         return {stage: s - earlier.get(stage, 0.0) for stage, s in self.seconds.items() if s > earlier.get(stage, 0.0)}
@@ -49,11 +50,11 @@ def peak_memory_gib() -> float:
 class Metrics:
     """metrics.jsonl, one line a step. Lines of steps that a resumed run does again are dropped first.
 
-    `own`: the run samples its responses itself, so that sampler and trainer have to agree.
+    `own`: the run samples its responses itself, so that sampler and trainer have to agree. `writes`: this process does.
     """
 
-    def __init__(self, path: Path, start: int, own: bool = True):
-        self.path = path
+    def __init__(self, path: Path, start: int, own: bool = True, writes: bool = True):
+        self.path, self.writes = path, writes
         # What follows the last line break was cut off when a run was killed; its step is done again.
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         try:
@@ -61,7 +62,8 @@ class Metrics:
         except (ValueError, TypeError, KeyError) as error:
             fix = "mend the line, or move the file away: the log then begins where the run goes on"
             raise ShardError(f"{path}: a line is no record of a step ({in_words(error)}); {fix}") from error
-        write_whole(path, [f"{json.dumps(row)}\n".encode() for row in self.rows])
+        if writes:
+            write_whole(path, [f"{json.dumps(row)}\n".encode() for row in self.rows])
         self.watch = health.Watch([row for row in self.rows if row.get("groups")], own)
 
     @property
@@ -89,10 +91,10 @@ class Metrics:
             **health.signals(groups),
             **judged(responses),
             **update,
-            **extra,
             "tokens_per_second": tokens / seconds["rollout"] if "rollout" in seconds else None,
             "seconds": seconds,
             "peak_memory_gib": peak_memory_gib(),
+            **extra,
         }
         if all(group["gold"] is not None for group in groups):  # a diagnostic, never trained on
             row |= graded(groups)
@@ -103,6 +105,8 @@ class Metrics:
 
     def _append(self, row: dict) -> None:
         self.rows.append(row)
+        if not self.writes:
+            return
         with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
 

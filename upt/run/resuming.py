@@ -19,7 +19,7 @@ from upt.run.settings import Rollout
 STORED = "stored"  # the rewards and advantages that the shards carry
 # Settings that may change when a run goes on. The token budgets change the last bits of what follows.
 FREE = ("out", "device", "resume", "keep", "save_every", "gradient_checkpointing", "feature_cache_gib")
-FREE += ("slots", "judge_tokens", "update_tokens", "rounds", "any_base")
+FREE += ("gpus", "slots", "judge_tokens", "update_tokens", "rounds", "any_base")
 
 
 def prepare(config):
@@ -98,7 +98,7 @@ def refuse_steps(config, made: int, asked: int) -> None:
 def resumed(config):
     """The settings of the run in config.out; of those in FREE, the ones given now. Others given now are refused."""
     manifest, default = manifests.read(config.out)["config"], type(config)()
-    own = {field.name for field in fields(config)} - {"out", "resume"}
+    own = {field.name for field in fields(config)} - {"out", "resume", "gpus"}  # of which there are as many as now
     known = {name: _typed(name, value) for name, value in manifest.items() if name in own}
     given = {name for name in known if getattr(config, name) != getattr(default, name)}
     if other := [name for name in sorted(given - {*FREE}) if getattr(config, name) != known[name]]:

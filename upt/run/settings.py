@@ -16,7 +16,7 @@ from upt.model import TARGETS
 from upt.model.folders import check_adapter, check_length, check_model, check_pixels, lora_of
 from upt.model.origin import check_base, origin_of
 from upt.ranges import Amount, Count, Few, Name, Nucleus, Number, Positive, Rate, Seed, Share, Temperature, Weight
-from upt.run import presets
+from upt.run import presets, processes
 from upt.run.typed import Typed, flag
 
 
@@ -54,11 +54,19 @@ class Model:
     """largest image area after resizing, in pixels"""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU"""
+    quantize: Literal["nf4", "none"] | None = None
+    """nf4: 4-bit weights in the language model's linear layers, computing in --dtype; none: full weights; None: as the
+    run or the rollouts have them, else full"""
     device: Name = "auto"
     """auto, cpu, cuda or cuda:N"""
+    gpus: Count = 1
+    """processes that share the work, a GPU each"""
 
     def check_loading(self) -> None:
         """Raise PolicyError for what cannot be loaded, as far as that can be told without loading anything."""
+        if self.quantize == "none":  # by now nothing is taken from elsewhere
+            self.quantize = None
+        self.gpus = processes.check(self.gpus)
         check_adapter(self.adapter, "--adapter ")
         check_model(self.model)
         if self.adapter is not None:
@@ -67,13 +75,13 @@ class Model:
         for name in ("max_new_tokens", "judge_max_new_tokens", "ask_max_new_tokens"):
             check_length(self.model, flag(name), getattr(self, name, None))
         if self.device not in ("auto", "cpu"):
-            from upt.model.policy import checked_device  # brings torch, which a mistake need not wait for
+            from upt.model.devices import checked_device  # brings torch, which a mistake need not wait for
 
             checked_device(self.device)
 
     def loading(self, *but: str) -> dict:
         """What `Policy.load` takes besides the model's name, without what is named."""
-        names = {field.name for field in fields(Model)} - {"model", *but}
+        names = {field.name for field in fields(Model)} - {"model", "gpus", *but}
         return {name: getattr(self, name) for name in names}
 
 

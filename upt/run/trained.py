@@ -37,7 +37,8 @@ def trained(path: Path) -> Trained:
         raise SettingError(f"{path} has no adapter yet: let the run end, {fix}")
     settings, start = manifest["config"], folder / "start"
     if settings.get("adapter") and not start.is_dir():
-        made = f"Policy.load({settings['model']!r}, adapter={settings['adapter']!r}).export({str(start)!r})"
+        how = ", dtype='fp32', device='cpu'" if settings.get("quantize") else ""
+        made = f"Policy.load({settings['model']!r}, adapter={settings['adapter']!r}{how}).export({str(start)!r})"
         raise SettingError(f"{start} is gone, the model that the run started from; make it again by {made}")
     return Trained(folder, str(start) if start.is_dir() else settings["model"], str(adapter), settings)
 

@@ -20,6 +20,7 @@ from upt.prompts import asking as text_that_asks
 from upt.prompts import template
 from upt.run import progress
 from upt.run.settings import Rollout
+from upt.run.team import ALONE, Team
 from upt.stages import sampling
 
 
@@ -29,33 +30,52 @@ def shown(policy: Policy, question, prompt: str) -> Question:
     return Question(question.uid, text, None, question.image, None)
 
 
-def sample_shards(policy, folder: Path, wanted: list[dict], read, config: Rollout, title: str, check) -> list:
+def sample_shards(
+    policy, folder: Path, wanted: list[dict], read, bad: dict[str, str], config: Rollout, title: str, check, team: Team
+) -> list[dict]:
     """A group of responses to each question, those left out whose prompt is too long or whose row is bad.
 
-    `wanted` says of each question what its group has to be about ({"uid", …}), `read(rows)` gives some questions and
-    their prompts. A shard that is there already and is about its questions is read instead.
+    `wanted` says of each question what its group has to be about ({"uid", …}), `read(rows)` gives some questions, their
+    prompts, and why others are left out by uid; it adds bad rows to `bad`, to which those that other processes meet are
+    added here. A shard that is there already and is about its questions is read instead.
     """
     found, per_shard = [], config.questions_per_step
     with progress.bar(total=len(wanted) * config.group_size, desc=title, unit="response") as bar:
 
         def tick(responses: int) -> None:
-            bar.update(responses)
+            progress.advance(bar, responses, team)
             check()
 
         for number, start in enumerate(range(0, len(wanted), per_shard)):
             path, rows = shards.shard_path(folder, number), range(start, min(start + per_shard, len(wanted)))
-            groups = shards.read_shard(path) if shards.is_complete(path) else None
+
+            def sample(rows: list[int], number=number) -> list[tuple[dict | str | None, str | None]]:
+                """Of each row its group, or why it is left out; and what is bad about it."""
+                questions, prompts, left_out = read(rows)
+                batch = sampling.Batch(questions, prompts)
+                groups = sampling.rollout(policy, batch, number, config, folder, tick) if prompts else []
+                by_uid = left_out | {group["uid"]: group for group in groups}
+                uids = [wanted[row]["uid"] for row in rows]
+                return [(by_uid.get(uid), bad.get(uid)) for uid in uids]
+
+            groups = team.once(shards.read_complete, path)
             if groups is not None and not is_about(groups, wanted[rows.start : rows.stop]):
                 print(f"{path} is about other questions: sampled again", file=sys.stderr)
                 groups = None
             if groups is not None:
                 bar.update(sum(len(group["responses"]) for group in groups))
             else:
-                questions, prompts = read(rows)
-                batch = sampling.Batch(questions, prompts)
-                groups = sampling.rollout(policy, batch, number, config, folder, tick) if prompts else []
+                groups = []
+                for row, (group, reason) in zip(rows, team.spread(sample, rows), strict=True):
+                    uid = wanted[row]["uid"]
+                    if reason is not None:
+                        bad[uid] = reason
+                    if isinstance(group, str):
+                        print(f"left out {uid}: {group}", file=sys.stderr)
+                    elif group is not None:
+                        groups.append(group)
                 if groups:
-                    shards.write_shard(path, groups)
+                    team.once(shards.write_shard, path, groups)
             found += groups
     return found
 
@@ -66,44 +86,41 @@ def is_about(groups: list[dict], wanted: list[dict]) -> bool:
     return all(any(all(group[name] == q[name] for name in q) for q in rest) for group in groups)
 
 
-def encode(policy, questions: list, instead: list, around: str, config) -> tuple[list, list]:
-    """Questions whose prompts fit, and the prompts, made from what is shown in their place."""
+def encode(policy, questions: list, instead: list, around: str, config) -> tuple[list, list, dict[str, str]]:
+    """Questions whose prompts fit, their prompts, made from what is shown in their place, and why others do not."""
     prompts, too_long = policy.encode(instead, around, config.max_prompt_tokens)
-    for uid, tokens in too_long.items():
-        print(f"left out {uid}: prompt of {tokens} tokens is over --max-prompt-tokens", file=sys.stderr)
-    return [question for question in questions if question.uid not in too_long], prompts
+    left_out = {uid: f"prompt of {tokens} tokens is over --max-prompt-tokens" for uid, tokens in too_long.items()}
+    return [question for question in questions if question.uid not in too_long], prompts, left_out
 
 
-def ask(policy: Policy, questions: Questions, config, check=lambda: None) -> list[dict]:
+def ask(policy: Policy, questions: Questions, config, check=lambda: None, team: Team = ALONE) -> list[dict]:
     """Groups of the texts in which the model asks, a group for each source question. `check` may raise, to stop."""
     prompt = text_that_asks(config.mode, config.ask_prompt)
 
-    def read(rows: range) -> tuple[list, list]:
-        found = [q for q in questions.get(rows) if _has_picture(q)]
-        return encode(policy, found, [shown(policy, q, prompt) for q in found], "{question}", config)
+    def read(rows: list[int]) -> tuple[list, list, dict[str, str]]:
+        found = questions.get(rows)
+        unseen = {q.uid: "it has no picture to ask about" for q in found if q.image is None}
+        found = [q for q in found if q.uid not in unseen]
+        instead = [shown(policy, question, prompt) for question in found]
+        fitting, prompts, left_out = encode(policy, found, instead, "{question}", config)
+        return fitting, prompts, unseen | left_out
 
     length = config.ask_max_new_tokens or config.max_new_tokens
     settings = replace(config, group_size=config.per_image, max_new_tokens=length)
     wanted = [{"uid": uid} for uid in questions.uids]
-    return sample_shards(policy, config.out / "asked", wanted, read, settings, "asking", check)
+    return sample_shards(policy, config.out / "asked", wanted, read, questions.bad, settings, "asking", check, team)
 
 
-def _has_picture(question: Question) -> bool:
-    if question.image is None:
-        print(f"left out {question.uid}: it has no picture to ask about", file=sys.stderr)
-    return question.image is not None
-
-
-def answer(policy: Policy, candidates: list[dict], config, check=lambda: None) -> dict[str, dict]:
+def answer(policy: Policy, candidates: list[dict], config, check=lambda: None, team: Team = ALONE) -> dict[str, dict]:
     """Groups of responses to candidates, by uid. `check` may raise, to stop."""
 
-    def read(rows: range) -> tuple[list, list]:
-        chosen = candidates[rows.start : rows.stop]
+    def read(rows: list[int]) -> tuple[list, list, dict[str, str]]:
+        chosen = [candidates[row] for row in rows]
         found = [Question(c["uid"], c["question"], None, picture(config, c["image"]), None) for c in chosen]
         return encode(policy, found, found, template(config.prompt), config)
 
     wanted = [{"uid": c["uid"], "question": c["question"]} for c in candidates]
-    groups = sample_shards(policy, config.out / "answered", wanted, read, config, "answering", check)
+    groups = sample_shards(policy, config.out / "answered", wanted, read, {}, config, "answering", check, team)
     return {group["uid"]: group for group in groups}
 
 

@@ -22,15 +22,16 @@ from pathlib import Path
 
 from upt import data
 from upt.errors import SettingError
-from upt.files import read_json, write_whole, writing
+from upt.files import known_json, read_json, write_whole, writing
 from upt.groups import manifests
 from upt.groups.stats import markdown
-from upt.model.policy import model_config
+from upt.model.opening import model_config
 from upt.run.resuming import claim, jsonable
 from upt.run.settings import Asking, Rollout
+from upt.run.team import ALONE, Team
 
 
-def evolve(config, train: Callable, ask: Callable, taken: dict[str, dict]) -> dict:
+def evolve(config, train: Callable, ask: Callable, taken: dict[str, dict], team: Team = ALONE) -> dict:
     """All rounds; returns the summary. `config` is a resolved train_upt.Config, `train(config)` makes a run of one.
     `taken` are the fingerprints of its data.
 
@@ -42,34 +43,46 @@ def evolve(config, train: Callable, ask: Callable, taken: dict[str, dict]) -> di
         size = len(data.load(config.data, config.split, config.seed, config.limit))
         data.quotas(config.questions_per_step, [(size, 1 - config.own_share), (sys.maxsize, config.own_share)])
     model_config(config.model)  # raises PolicyError for a model that is not there
-    claim(config, taken)
-    keep_rounds(config)
+    team.once(begin, config, taken)
     rounds, adapter = [], config.init_adapter
     for number in range(1, config.rounds + 1):
         print(f"round {number} of {config.rounds}", file=sys.stderr)
         folder = config.out / f"round-{number:02d}"
-        counts = asked(config, number, adapter, folder / "questions", ask)
+        counts = asked(config, number, adapter, folder / "questions", ask, team)
         defaults = {field.name: field.default for field in fields(Asking)}
         run = replace(config, rounds=0, synthesize=None, own_share=None, resume=False, round=number, **defaults)
         run.out, run.init_adapter = folder / "run", adapter
         run.data, run.eval_data = mixed(config, folder / "questions", counts["kept"]), config.eval_data or config.data
         measured = config.out / f"round-{number - 1:02d}" / "run" / "after.json"
-        if measured.is_file():  # what was true after a round is true before the next
-            write_whole(run.out / "before.json", [measured.read_bytes()])
-        rounds.append({"questions": counts} | trained(run, train))
+        team.once(take_scores, measured, run.out / "before.json")
+        rounds.append({"questions": counts} | trained(run, train, team))
         adapter = str(run.out / "adapter")
-    with writing(config.out / "adapter"):
-        shutil.copytree(adapter, config.out / "adapter", dirs_exist_ok=True)
     summary = {"rounds": rounds, "config": jsonable(config)}
     summary |= {name: rounds[i][name] for name, i in (("before", 0), ("after", -1)) if name in rounds[i]}
-    write_whole(config.out / "summary.json", [json.dumps(summary, indent=1).encode()])
+    team.once(finish, adapter, summary, config.out)
     print(table(rounds))
     print(f"adapter in {config.out / 'adapter'}, summary in {config.out / 'summary.json'}")
     return summary
 
 
-def keep_rounds(config) -> None:
-    """Write down in the manifest that rounds were added. Raises SettingError for fewer than it says."""
+def take_scores(source: Path, target: Path) -> None:
+    """What was true after a round is true before the next."""
+    if source.is_file():
+        write_whole(target, [source.read_bytes()])
+
+
+def finish(adapter: str, summary: dict, out: Path) -> None:
+    with writing(out / "adapter"):
+        shutil.copytree(adapter, out / "adapter", dirs_exist_ok=True)
+    write_whole(out / "summary.json", [json.dumps(summary, indent=1).encode()])
+
+
+def begin(config, taken: dict[str, dict]) -> None:
+    """Write the manifest of the run, or in the one that is there that rounds were added.
+
+    Raises SettingError for fewer rounds than it says.
+    """
+    claim(config, taken)
     manifest = manifests.read(config.out)
     begun = manifest["config"]["rounds"]
     if config.rounds < begun:
@@ -78,16 +91,16 @@ def keep_rounds(config) -> None:
     write_whole(config.out / "manifest.json", [json.dumps(manifest, indent=1).encode()])
 
 
-def trained(run, train: Callable) -> dict:
+def trained(run, train: Callable, team: Team) -> dict:
     """The summary of a round's run, which is made first unless it is there, without its settings."""
     path = run.out / "summary.json"
-    summary = read_json(path) if path.is_file() else train(run)
+    summary = team.once(known_json, path) or train(run)
     return {name: value for name, value in summary.items() if name not in ("config", "warmup")}
 
 
-def asked(config, number: int, adapter: str | None, folder: Path, ask: Callable) -> dict:
+def asked(config, number: int, adapter: str | None, folder: Path, ask: Callable, team: Team) -> dict:
     """The filters' counts of a round's questions, which are written first unless they are there."""
-    if not (folder / "summary.json").is_file():
+    if not team.once((folder / "summary.json").is_file):
         shared = {field.name for of in (Rollout, Asking) for field in fields(of)}
         shared -= {"out", "preset", "steps", "adapter", "round", "view"}
         settings = {name: getattr(config, name) for name in shared}

@@ -6,6 +6,7 @@ so a response does not change with the batch it was sampled in.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,18 +15,19 @@ import numpy as np
 from kernels import row_id
 from upt.answers import vote_key
 from upt.data.mixture import quotas
-from upt.data.questions import Questions
-from upt.groups.shards import SCHEMA, save_image
+from upt.data.questions import Question, Questions
+from upt.groups.shards import SCHEMA, open_image, save_image, view_of
 from upt.model.decoding import Sampled, generate
 from upt.model.packing import Prompt
 from upt.model.policy import Policy
 from upt.prompts import template
 from upt.run.settings import Rollout
+from upt.run.team import ALONE, Team
 
 
 @dataclass
 class Batch:
-    """The questions of one step that can be used, their prompts, and what was left out by uid and reason."""
+    """Questions of a step that can be used, their prompts, and what was left out by uid and reason."""
 
     questions: list
     prompts: list[Prompt]
@@ -52,9 +54,12 @@ def step_rows(questions: Questions, per_step: int, seed: int, step: int, round: 
     return np.random.default_rng([seed, step, round, len(rows)]).permutation(rows).tolist()
 
 
-def step_batch(policy: Policy, questions: Questions, step: int, config: Rollout) -> Batch:
-    """Load and encode the questions of one step; none may be left when all are bad or over the limit."""
-    rows = step_rows(questions, config.questions_per_step, config.seed, step, config.round)
+def step_batch(
+    policy: Policy, questions: Questions, step: int, config: Rollout, rows: list[int] | None = None
+) -> Batch:
+    """Load and encode the questions of one step, or of some of its rows; all may be bad or over the limit."""
+    if rows is None:
+        rows = step_rows(questions, config.questions_per_step, config.seed, step, config.round)
     found = [replace(question, view=config.view) for question in questions.get(rows)]
     prompts, too_long = policy.encode(found, template(config.prompt), config.max_prompt_tokens)
     left_out = {
@@ -114,3 +119,80 @@ def rollout(policy, batch: Batch, step: int, config: Rollout, folder: Path, tick
             }
         )
     return groups
+
+
+@dataclass
+class Step:
+    """The groups of one step, of all processes; what was left out, by uid and reason.
+
+    `homes` has the rank of the process that sampled each group, and `prompts` the prompts of those that are here by
+    uid.
+    """
+
+    groups: list[dict]
+    left_out: dict[str, str]
+    homes: list[int]
+    prompts: dict[str, Prompt]
+
+
+def sample_step(
+    policy: Policy,
+    questions: Questions,
+    step: int,
+    config: Rollout,
+    folder: Path,
+    team: Team = ALONE,
+    known: Sequence[dict] | None = None,
+    tick: Callable[[int], None] = lambda n: None,
+    clock: Callable = lambda stage: nullcontext(),
+) -> Step:
+    """Sample a step, each process its part of the questions. Pictures are written under `folder`, no shard is.
+
+    `known` are groups of an earlier try at the step, which are taken as they are. `clock(stage)` times `data` and
+    `rollout`.
+    """
+    rows = step_rows(questions, config.questions_per_step, config.seed, step, config.round)
+    there, prompts = {group["uid"]: group for group in known or ()}, {}
+
+    def sample(rows: list[int]) -> list[tuple[dict | str, bool]]:
+        """Of each row its group, or why it is left out, and whether it is a bad one."""
+        with clock("data"):
+            batch = step_batch(policy, questions, step, config, rows)
+        prompts.update((prompt.uid, prompt) for prompt in batch.prompts)
+        tick(len(batch.left_out) * config.group_size)
+        found = {uid: there[uid] for uid in prompts if uid in there}
+        if len(found) < len(prompts):
+            with clock("rollout"):
+                found = {group["uid"]: group for group in rollout(policy, batch, step, config, folder, tick)}
+        found |= batch.left_out
+        return [(found[uid], uid in questions.bad) for uid in (questions.uids[row] for row in rows)]
+
+    with clock("data" if known else "rollout"):  # the wait for the slowest is part of it
+        told = team.spread(sample, rows)
+    step_of = Step([], {}, [], prompts)
+    for i, (row, (group, bad)) in enumerate(zip(rows, told, strict=True)):
+        uid = questions.uids[row]
+        if isinstance(group, dict):
+            step_of.groups.append(group)
+            step_of.homes.append(i % team.size)
+        else:
+            step_of.left_out[uid] = group
+        if bad:
+            questions.bad[uid] = group  # perhaps met by another process
+    return step_of
+
+
+def prompts_of(policy: Policy, groups: Sequence[dict], folder: Path, config: Rollout) -> list[Prompt]:
+    """The prompts of groups, encoded again from their records and the pictures under `folder`."""
+    questions = [
+        Question(
+            uid=group["uid"],
+            question=group["question"],
+            choices=group["choices"],
+            image=None if group["image"] is None else open_image(folder, group["image"]),
+            gold=group["gold"],
+            view=view_of(group),
+        )
+        for group in groups
+    ]
+    return policy.encode(questions, template(config.prompt))[0]
