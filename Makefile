@@ -10,6 +10,8 @@ SEEDS  ?=
 OUT    ?=
 RUN    ?=
 BENCH  ?=
+IMAGE  ?=
+QUESTION ?=
 GPUS   ?= 1
 ARGS   ?=
 TORCH  ?= torch==2.13.0
@@ -34,8 +36,8 @@ PROCESSES = $(call flag,gpus,$(filter-out 1,$(GPUS)))
 # A run brings its own model, seed and held-out data; what is given here goes before them.
 OF_RUN = --run "$(RUN)" $(if $(filter file,$(origin DATA)),,--data "$(DATA)") $(call flag,model,$(MODEL)) $(call flag,seed,$(SEED))
 
-SCRIPTS := train_upt.py rollout.py judge.py rewards.py synthesize.py warmup.py ablate.py export.py
-CODE    := $(SCRIPTS) upt kernels eval bench examples tests
+SCRIPTS := train_upt.py rollout.py judge.py rewards.py synthesize.py warmup.py ablate.py report.py ask.py check_data.py export.py
+CODE    := $(SCRIPTS) upt kernels eval bench examples notebooks tests
 
 # The variables that each target uses. Another one on the command line is a mistake, which make itself would pass over.
 USES_train   := DATA MODEL REWARD ADVANTAGE STEPS SEED OUT GPUS ARGS
@@ -46,10 +48,15 @@ USES_eval    := DATA MODEL SEED OUT RUN BENCH GPUS ARGS
 USES_synth   := DATA MODEL SEED OUT GPUS ARGS
 USES_ablate  := DATA MODEL REWARDS ADVANTAGE STEPS SEEDS OUT GPUS ARGS
 USES_export  := RUN OUT ARGS
+USES_report  := RUN OUT ARGS
+USES_runs    := ARGS
+USES_ask     := RUN MODEL IMAGE QUESTION ARGS
+USES_check-data := DATA SEED OUT ARGS
 USES_results := ARGS
 USES_warmup  := SEED ARGS
 USES_test    := ARGS
 USES_test-trl := ARGS
+USES_test-extras := ARGS
 USES_bench   := ARGS
 GOALS  := $(or $(MAKECMDGOALS),help)
 TAKES  := $(sort $(foreach goal,$(GOALS),$(USES_$(goal))))
@@ -66,10 +73,10 @@ Makefile: ;
 .DEFAULT:
 	@echo "error: there is no target $@; make lists them" >&2; exit 2
 
-.PHONY: help setup warmup train rollout judge score eval synth ablate export results test test-trl lint bench bench-gpu clean
+.PHONY: help setup warmup train rollout judge score eval synth ablate report runs ask check-data export results test test-trl test-extras lint bench bench-gpu clean
 
 help:  ## this list
-	@echo "make TARGET [DATA=shapes] [MODEL=] [REWARD=] [ADVANTAGE=] [STEPS=] [SEED=] [REWARDS=] [SEEDS=] [OUT=] [RUN=] [BENCH=] [GPUS=1] [ARGS=...]"
+	@echo "make TARGET [DATA=shapes] [MODEL=] [REWARD=] [ADVANTAGE=] [STEPS=] [SEED=] [REWARDS=] [SEEDS=] [OUT=] [RUN=] [BENCH=] [IMAGE=] [QUESTION=] [GPUS=1] [ARGS=...]"
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1	/' | expand -t 12
 
 setup: $(READY)  ## virtual environment in .venv with all requirements
@@ -124,6 +131,19 @@ ablate: $(READY) $(if $(findstring --rollouts,$(ARGS)),,$(MODEL_READY))  ## comp
 export: $(READY)  ## the model of RUN=runs/train merged, with a model card, to serve (ARGS=--adapter-only)
 	$(PY) export.py --run "$(or $(RUN),runs/train)" --out "$(or $(OUT),exports/model)" $(ARGS)
 
+report: $(READY)  ## a page on RUN=runs/train for the browser: curves, groups, what changed (RUN="runs/a runs/b": side by side)
+	$(PY) report.py $(or $(RUN),runs/train) $(call flag,out,$(OUT)) $(ARGS)
+
+runs: $(READY)  ## a line for each run in runs/ (ARGS="--sort mean")
+	$(PY) -m eval.runs $(ARGS)
+
+ask: $(READY)  ## what RUN=runs/train, or MODEL, answers: IMAGE=x.png QUESTION="How many ...?"; without a question, a console
+	$(PY) ask.py $(if $(MODEL),--model "$(MODEL)",--run "$(or $(RUN),runs/train)") $(call flag,image,$(IMAGE)) \
+	  $(if $(QUESTION),"$(QUESTION)") $(ARGS)
+
+check-data: $(READY)  ## what DATA holds: rows, pictures, gold, what cannot be used; five examples as a page
+	$(PY) check_data.py --data "$(DATA)" $(call flag,seed,$(SEED)) $(call flag,out,$(OUT)) $(ARGS)
+
 results: $(READY)  ## all that docs/results.md and README show, again: hours (ARGS="--only rewards,long" for some)
 	$(PY) -m bench.studies $(ARGS)
 
@@ -133,6 +153,10 @@ test: $(READY)  ## the tests; ARGS="-m slow" for those that take minutes
 test-trl: $(READY)  ## our rewards in TRL, and the example; installs TRL
 	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep ^trl requirements-bench.txt)"
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_trl.py $(ARGS)
+
+test-extras: $(READY)  ## the page on a run in headless Chromium, which has to be there, trackers, notebooks; installs what they take
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-extras.txt
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_report.py tests/test_tracking.py tests/test_notebooks.py $(ARGS)
 
 lint: $(READY)  ## ruff, check and format
 	$(PY) -m ruff check $(CODE)

@@ -28,6 +28,8 @@ import inspect
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ import rewards
 import synthesize
 from eval import heldout
 from eval.follow import Followed
+from eval.report import page
 from upt import answers, data, model, prompts, run, stages
 from upt.data import names, views
 from upt.errors import SettingError, Stopped
@@ -45,11 +48,11 @@ from upt.groups import manifests, scoring, shards, variants
 from upt.model.folders import check_adapter
 from upt.model.origin import check_base, origin_of
 from upt.ranges import Count, Name
-from upt.run import cli, health, progress
+from upt.run import cli, health, progress, tracking
 from upt.run.locking import alone
 from upt.run.metrics import Clock, Metrics, peak_memory_gib
 from upt.run.resuming import STORED, claim, fingerprints, jsonable, prepare
-from upt.run.settings import Evaluation, Judge, Reward, Rollout, Rounds, Update
+from upt.run.settings import Evaluation, Judge, Reward, Rollout, Rounds, Tracking, Update
 from upt.run.stopping import stop_on_signal
 from upt.run.team import Team, assemble
 
@@ -59,7 +62,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
+class Config(Tracking, Evaluation, Update, Rounds, Judge, Reward, Rollout):
     """Settings left at None take the preset's value, else the default for the model (see upt/run/presets.py)."""
 
     out: Path = Path("runs/train")
@@ -99,6 +102,7 @@ class Config(Evaluation, Update, Rounds, Judge, Reward, Rollout):
                 )
         self.check_judge()
         self.check_correction()
+        tracking.checked(self.track)
         if self.init_adapter is not None:
             check_base(self.init_adapter, origin_of(self.model), self.any_base, say=False)
         self.check_rounds()
@@ -213,6 +217,7 @@ def train(
     clock: Clock,
     check,
     team: Team,
+    tell: Callable[[dict, list[dict]], None],
 ) -> dict:
     """All steps of the loop, from the latest checkpoint if there is one; how it ended (see upt/run/ending.py).
 
@@ -229,7 +234,7 @@ def train(
     if latest:
         start, clock.seconds = run.checkpoints.load_checkpoint(latest[0], optimizer, schedule)
         print(f"going on after step {start} of {config.steps}")
-    metrics = team.in_turn(Metrics, config.out / "metrics.jsonl", start, config.from_shards is None, team.first)
+    metrics = team.in_turn(Metrics, config.out / "metrics.jsonl", start, config.from_shards is None, team.first, tell)
     paths = shards.list_shards(config.from_shards) if config.from_shards else None
 
     def write(step: int) -> None:
@@ -321,7 +326,8 @@ def scored(
             progress.advance(bar, responses, team)
             check()
 
-        scores = heldout.evaluate(policy, questions, config, count, config.eval_samples, tick, team)
+        pictures = config.out / heldout.FOLDER
+        scores = heldout.evaluate(policy, questions, config, count, config.eval_samples, tick, team, pictures)
     print(f"held out, {name} training: {heldout.headline(scores)}")
     team.once(write_whole, path, [json.dumps(scores).encode()])
     return scores
@@ -378,8 +384,12 @@ def write_questions(**settings) -> dict:
 
 
 @alone
-def main(config: Config) -> dict:
-    """Run the loop and return its summary. Stopped by a signal, it saves its state and raises `Stopped`."""
+def main(config: Config, on_step: Callable[[dict, list[dict]], None] | None = None) -> dict:
+    """Run the loop and return its summary. Stopped by a signal, it saves its state and raises `Stopped`.
+
+    `on_step(row, groups)` is called after every step, with its line of metrics.jsonl and its groups; what it raises
+    ends the run.
+    """
     config = prepare(config)
     team = assemble(config.device)
     if (config.out / "summary.json").is_file() and not config.rounds:  # of which more may follow
@@ -394,14 +404,19 @@ def main(config: Config) -> dict:
             questions = questions.with_gold()
         followed = Followed(config.eval, config.eval_limit, held_out, team)
         if config.rounds:
-            return stages.rounds.evolve(config, main, write_questions, taken, team)
+            return stages.rounds.evolve(config, partial(main, on_step=on_step), write_questions, taken, team)
         policy = starting_policy(config, team)
         team.once(claim, config, taken)
-    with stop_on_signal(config.out) as check:
-        summary = {"before": scored(policy, held_out, "before", config, clock, check, team)} if held_out else {}
-        summary["end"] = train(policy, questions, followed, config, clock, check, team)
+        told = tracking.Listeners(config, on_step, team.first)
+    with stop_on_signal(config.out) as check, closing(told):
+        summary = {}
+        if held_out:
+            summary["before"] = scored(policy, held_out, "before", config, clock, check, team)
+            told.scores(summary["before"], 0)
+        summary["end"] = train(policy, questions, followed, config, clock, check, team, told.step)
         if held_out:
             summary["after"] = scored(policy, held_out, "after", config, clock, check, team)
+            told.scores(summary["after"], summary["end"]["steps"])
         if config.eval:
             summary["benchmarks"] = followed.curves(policy, config, clock, check)
     measured = {name: summary[name] for name in ("before", "after") if name in summary}
@@ -411,6 +426,7 @@ def main(config: Config) -> dict:
         summary["warmup"] = read_json(warmup, "make the model again")
     summary |= {"config": jsonable(config), "seconds": clock.seconds}
     team.once(write_whole, config.out / "summary.json", [json.dumps(summary, indent=1).encode()])
+    team.once(page.at_end, config.out)
     for source in filter(None, (questions, held_out)):
         if bad := source.report_bad():
             print(bad, file=sys.stderr)
@@ -419,6 +435,7 @@ def main(config: Config) -> dict:
     for name, curve in summary.get("benchmarks", {}).items():
         print(f"{name} by steps: " + ", ".join(f"{step} {100 * value:.1f}" for step, value in curve.items()))
     print(f"adapter in {config.out / 'adapter'}, summary in {config.out / 'summary.json'}")
+    print(f"what happened, to be opened in a browser: {config.out / page.NAME}")
     return summary
 
 

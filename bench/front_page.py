@@ -7,9 +7,8 @@
 
 The question is the first held-out one for which: the greedy answer is wrong before training and right after it, and
 the base's samples agree by majority on the right answer. How many satisfy this is printed and written in the picture,
-beside how many went the other way. The responses are sampled again from the base and from the run's adapter with the
-evaluation's own noise, and have to get the scores that the run has stored for the question. No training happens on
-it: the votes and rewards are what a training question would have got.
+beside how many went the other way. No training happens on it: the votes and rewards are what a training question would
+have got.
 
     python train_upt.py --seed 0 --out runs/train
     python -m bench.front_page --run runs/train --out docs
@@ -17,12 +16,12 @@ it: the votes and rewards are what a training question would have got.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -31,20 +30,15 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox, TransformedBbox
 from PIL import Image
 
-import train_upt
 from eval import heldout
-from upt import answers, data, prompts, stages
+from upt import answers
+from upt.data.questions import Question
 from upt.errors import SettingError, suggest_path
 from upt.files import check_folder, write_whole
+from upt.groups.shards import open_image
 from upt.groups.votes import counts, majority_key
-from upt.ranges import Name
 from upt.run import cli
-from upt.run.resuming import prepare
 from upt.run.typed import Typed
-
-if TYPE_CHECKING:
-    from upt.data import Question
-    from upt.model import Policy
 
 NEEDED = ("summary.json", "metrics.jsonl", "before.json", "after.json", "adapter")
 WIDTH, HEIGHT = 1600, 840  # pixels of example.png; GitHub shows about half of it
@@ -61,15 +55,13 @@ class Config(Typed):
     """folders of finished runs; the example is from the first, training.png has a line for each"""
     out: Path = Path("docs")
     """folder for example.png and training.png"""
-    device: Name = "auto"
-    """auto, cpu, cuda or cuda:N; the responses have to come out as in the run, so take the run's"""
 
 
 @dataclass
 class Example:
     """One held-out question and what the model answered."""
 
-    question: "Question"
+    question: Question
     samples: list[str]  # of the base, G texts
     before: str  # greedy, of the base
     after: str  # greedy, after training
@@ -99,61 +91,29 @@ def satisfying(before: Sequence[dict], after: Sequence[dict]) -> list[str]:
     ]
 
 
-def example(folder: Path, device: str) -> Example:
+def example(folder: Path) -> Example:
     """The first question of a finished run that satisfies the rule.
 
-    Raises SettingError if there is none, if the run's reward is another, or if its responses do not come out again.
+    Raises SettingError if there is none, or if the run's reward is another.
     """
-    config = prepare(train_upt.Config(out=folder, resume=True, device=device))
-    if config.reward != "majority":
-        raise SettingError(
-            f"--run {folder}: the example shows the reward 'majority', and this run has {config.reward!r}"
-        )
-    rows = {name: json.loads((folder / f"{name}.json").read_text())["rows"] for name in ("before", "after")}
-    found = satisfying(**rows)
+    summary = json.loads((folder / "summary.json").read_text())
+    if (reward := summary["config"]["reward"]) != "majority":
+        raise SettingError(f"--run {folder}: the example shows the reward 'majority', and this run has {reward!r}")
+    before, after = (json.loads((folder / f"{name}.json").read_text())["rows"] for name in ("before", "after"))
+    found = satisfying(before, after)
     if not found:
-        raise SettingError(f"none of the {len(rows['before'])} held-out questions of {folder} satisfies the rule")
-    later = {row["uid"]: row for row in rows["after"]}
-    pairs = [(row, later[row["uid"]]) for row in rows["before"] if "greedy" in row and row["uid"] in later]
+        raise SettingError(f"none of the {len(before)} held-out questions of {folder} satisfies the rule")
+    later = {row["uid"]: row for row in after}
+    pairs = [(row, later[row["uid"]]) for row in before if "greedy" in row and row["uid"] in later]
     moves = [new["greedy"] - old["greedy"] for old, new in pairs]
-
-    questions = data.load(config.eval_data or config.data, config.eval_split, config.seed)
-    (question,) = questions.get([questions.uids.index(found[0])])
-    policy = train_upt.starting_policy(config)
-    before, samples = greedy(policy, question, config), sampled(policy, question, config)
-    policy.load_adapter(folder / "adapter")
-    after = greedy(policy, question, config)
-    steps = json.loads((folder / "summary.json").read_text())["end"]["adapter_step"]
-    result = Example(
-        question, samples, before, after, steps, len(pairs), len(found), better=moves.count(1), worse=moves.count(-1)
+    (old, new) = next((old, new) for old, new in pairs if old["uid"] == found[0])
+    picture = None if new["image"] is None else open_image(folder / heldout.FOLDER, new["image"])
+    question = Question(old["uid"], old["question"], old["choices"], picture, old["gold"])
+    first, *samples = (response["text"] for response in old["responses"])
+    last, steps = new["responses"][0]["text"], summary["end"]["adapter_step"]
+    return Example(
+        question, samples, first, last, steps, len(pairs), len(found), better=moves.count(1), worse=moves.count(-1)
     )
-    check(result, next(old for old, _ in pairs if old["uid"] == found[0]), folder)
-    return result
-
-
-def greedy(policy: "Policy", question: "Question", config: train_upt.Config) -> str:
-    return responses(policy, question, replace(config, temperature=0.0, group_size=1))[0]
-
-
-def sampled(policy: "Policy", question: "Question", config: train_upt.Config) -> list[str]:
-    return responses(policy, question, replace(config, group_size=config.eval_samples))
-
-
-def responses(policy: "Policy", question: "Question", config: train_upt.Config) -> list[str]:
-    """The texts of a question's responses, drawn with the noise of the held-out evaluation."""
-    encoded, _ = policy.encode([question], prompts.template(config.prompt))
-    (group,) = stages.sampling.sample_groups(policy, encoded, heldout.STEP, config)
-    return policy.tokenizer.batch_decode([r.ids for r in group], skip_special_tokens=True)
-
-
-def check(found: Example, stored: dict, folder: Path) -> None:
-    """Raise SettingError if the responses do not get the scores that the run has stored for them."""
-    scores = heldout.question_scores(found.question, [found.before], found.samples)
-    if any(scores[name] != stored[name] for name in heldout.GOLD_METRICS) or not found.right(found.after):
-        raise SettingError(
-            f"the responses to {found.question.uid} are not those that {folder} has stored the scores of: sample with "
-            "the device, the package versions and the number of threads (OMP_NUM_THREADS) that made the run"
-        )
 
 
 def shown(text: str, width: int) -> str:
@@ -375,7 +335,7 @@ def main(config: Config) -> Example:
     folders = config.run
     check_folder(config.out)
     check_runs(folders)
-    found = example(folders[0], config.device)
+    found = example(folders[0])
     write(example_page(found), config.out / "example.png")
     write(training_page({str(folder): curves(folder) for folder in folders}), config.out / "training.png")
     print(f"{found.question.uid}\n{rule(found)}\n{overall(found)}")

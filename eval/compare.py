@@ -1,9 +1,12 @@
 r"""Whether two models' scored responses to a benchmark really differ, from the questions that both answered.
 
     python -m eval.compare A B --out compared.json
+    python -m eval.compare runs/a runs/b                                    # after training, by two runs
+    python -m eval.compare runs/train/before.json runs/train/after.json     # what a run gained and lost
 
 A and B are score files of eval/score.py, folders that hold `scores.jsonl`, or folders of such folders, one for each
-benchmark. Let a_q and b_q be the shares of right samples of question q, d_q = b_q - a_q, over N questions:
+benchmark; or the held-out scores of a run: greedy answers and samples are compared for themselves. Let a_q and b_q be
+the shares of right samples of question q, d_q = b_q - a_q, over N questions:
 
     accuracy     mean of a_q and of b_q
     difference   mean of d_q; 95 % percentile bootstrap interval over questions (Efron & Tibshirani 1993, ch. 13)
@@ -37,7 +40,7 @@ import tyro
 
 from eval.score import figures
 from upt.errors import DataError, in_words
-from upt.files import check_file, write_whole
+from upt.files import check_file, read_json, write_whole
 from upt.groups.stats import FEW_NOTE, counted, markdown
 from upt.ranges import Seed
 from upt.run import cli
@@ -45,6 +48,7 @@ from upt.run.typed import Typed
 
 RESAMPLES = 10_000
 AT_ONCE = 500  # resamples held in memory
+HELD_OUT = {"held-out, greedy": slice(0, 1), "held-out, samples": slice(1, None)}  # of a question's responses
 SHOWN = 5  # ids printed of those gained and of those lost
 # Of eval.run, those that change what a model says.
 SETTINGS = ("prompt", "temperature", "top_p", "top_k", "max_new_tokens", "max_prompt_tokens", "pixels", "split")
@@ -67,7 +71,7 @@ def _texts(x) -> bool:
 @dataclass
 class Config(Typed):
     a: tyro.conf.Positional[Path]
-    """score file, its folder, or a folder of benchmarks: the side to start from"""
+    """score file, its folder, a folder of benchmarks, or a run: the side to start from"""
     b: tyro.conf.Positional[Path]
     """the same of the other side; differences are B - A"""
     out: Path | None = None
@@ -82,17 +86,19 @@ class Config(Typed):
 def score_files(path: Path) -> dict[str | None, Path]:
     """Score files by benchmark, the folder's name; by None where `path` means a single one.
 
-    Raises FileNotFoundError where there is none.
+    Held-out scores of a run go by the names of HELD_OUT. Raises FileNotFoundError where there is none.
     """
     if path.is_file():
-        return {None: path}
+        return dict.fromkeys(HELD_OUT, path) if path.suffix == ".json" else {None: path}
     if (path / "scores.jsonl").is_file():
         return {None: path / "scores.jsonl"}
-    if found := {file.parent.name: file for file in sorted(path.glob("*/scores.jsonl"))}:
+    held_out = dict.fromkeys(HELD_OUT, path / "after.json") if (path / "after.json").is_file() else {}
+    files = sorted([*path.glob("*/scores.jsonl"), *path.glob("benchmarks/*/scores.jsonl")])
+    if found := held_out | {file.parent.name: file for file in files}:
         return found
     raise FileNotFoundError(
-        f"{path}: expected a score file, a folder with scores.jsonl, or a folder of such folders; "
-        "`python -m eval.score … --out scores.jsonl` writes one"
+        f"{path}: expected a score file, a folder with scores.jsonl, a folder of such folders, or a finished run with "
+        "held-out scores; `python -m eval.score … --out scores.jsonl` writes a score file"
     )
 
 
@@ -137,6 +143,37 @@ def read_scores(file: Path) -> dict[str, list[dict]]:
     return {uid: sorted(found, key=lambda row: row["sample"]) for uid, found in questions.items()}
 
 
+def held_out_rows(file: Path, part: slice) -> dict[str, list[dict]]:
+    """The same as `read_scores` of a run's held-out scores: of every question with gold, some of its responses.
+
+    Raises ValueError for a file without answers.
+    """
+    fix = "give the held-out scores of a run, such as RUN/after.json, or what `eval.heldout --out` wrote"
+    try:
+        rows = [row for row in read_json(file, fix)["rows"] if "greedy" in row]
+        found = {
+            row["uid"]: [
+                {"id": row["uid"], "sample": i, "correct": response["correct"], "vote_key": response["key"],
+                 "categories": {"kind": [row["kind"]]} if row["kind"] else {}}
+                for i, response in enumerate(row["responses"][part])
+            ]
+            for row in rows
+        }  # fmt: skip
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file} holds no answers ({in_words(error)}); {fix}") from None
+    if not found:
+        raise DataError(f"{file} has no question with gold; {fix}")
+    return found
+
+
+def summary_of(file: Path) -> tuple[Path, dict]:
+    """What is known of how a score file was made, and where that stands."""
+    path = file.with_suffix(".summary.json")
+    if file.suffix == ".json" and (manifest := file.parent / "manifest.json").is_file():
+        return manifest, {"responses": json.loads(manifest.read_bytes())}
+    return path, json.loads(path.read_bytes()) if path.is_file() else {}
+
+
 def origin(a: Path, b: Path) -> dict:
     """{"benchmark", "protocol", "figures", "settings"} by the summaries beside the score files.
 
@@ -145,9 +182,10 @@ def origin(a: Path, b: Path) -> dict:
     where the two sides are not of one benchmark and protocol.
     """
     sides, about = [], {}
-    for path in (a.with_suffix(".summary.json"), b.with_suffix(".summary.json")):
+    for file in (a, b):
+        path = file.with_suffix(".summary.json")
         try:
-            summary = json.loads(path.read_bytes()) if path.is_file() else {}
+            path, summary = summary_of(file)
             if not isinstance(summary, dict):
                 raise ValueError(f"it is {type(summary).__name__}, not an object with fields")
             made = (summary.get("responses") or {}).get("config") or {}
@@ -237,14 +275,15 @@ def paired(a: Sequence[float], b: Sequence[float], seed: int) -> dict:
     return {"a": mean_a, "b": mean_b, "difference": difference}
 
 
-def compare(a: Path, b: Path, seed: int = 0) -> dict:
-    """Two score files compared as the docstring above says; shares are from 0 to 1.
+def compare(a: Path, b: Path, seed: int = 0, part: slice | None = None) -> dict:
+    """Two score files compared as the docstring above says, or `part` of two held-out ones; shares are from 0 to 1.
 
     {"benchmark", "protocol", "figures", "settings", "questions", "only_a", "only_b", "samples_a", "samples_b", "a",
     "b", "difference", "gained", "lost", "p", "significant", "gained_ids", "lost_ids", "categories": {name: {value: …}},
     "at_k"}; at_k is empty where each question has one sample. Raises ValueError for files that cannot be compared.
     """
-    about, left, right = origin(a, b), read_scores(a), read_scores(b)
+    about = origin(a, b)
+    left, right = (read_scores(file) if part is None else held_out_rows(file, part) for file in (a, b))
     # In order of number where ids are numbers, so that the order of lines does not reach the result.
     ids = sorted(left.keys() & right.keys(), key=lambda uid: (len(uid), uid))
     if not ids:
@@ -343,7 +382,7 @@ def main(config: Config) -> dict:
             print(f"{name}: only {side} has it, left out ({mine[name]})", file=sys.stderr)
     found = {}
     for name in common:
-        scores = compare(a[name], b[name], config.seed)
+        scores = compare(a[name], b[name], config.seed, HELD_OUT.get(name))
         found[name or scores["benchmark"] or "scores"] = scores
     result = {"a": str(config.a), "b": str(config.b), "seed": config.seed, "benchmarks": found}
     if config.out:

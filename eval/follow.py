@@ -1,7 +1,8 @@
 """What is followed during training, every --eval-every steps of train_upt.py.
 
 Benchmarks: greedy accuracy on the same few questions every time (--eval). The run's held-out questions: the scores of
-eval/heldout.py, with the questions and the noise of before.json and after.json.
+eval/heldout.py, with the questions and the noise of before.json and after.json; with every answer they are kept in
+OUT/held-out/step-000024.json, the policy after 24 steps.
 """
 
 import json
@@ -66,8 +67,10 @@ class Followed:
                 found["benchmarks"] = self(policy, config, check)
         if self.held_out is not None and step > 0:
             with clock("held_out"):
-                count, samples = config.eval_questions, config.eval_samples
-                scores = heldout.evaluate(policy, self.held_out, config, count, samples, check, self.team)
+                count, samples, folder = config.eval_questions, config.eval_samples, config.out / heldout.FOLDER
+                scores = heldout.evaluate(policy, self.held_out, config, count, samples, check, self.team, folder)
+                path = folder / f"step-{step:06d}.json"
+                self.team.once(write_whole, path, [json.dumps(scores).encode()])
             found["held_out"] = {name: scores[name]["value"] for name in heldout.BY_STEP if name in scores}
         return found
 

@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from upt import data, prompts, stages
-from upt.answers import grade, vote_key
+from upt.answers import Grade, grade, vote_key
 from upt.errors import DataError, SettingError
 from upt.files import check_file, write_whole
+from upt.groups.shards import save_image
 from upt.groups.stats import FEW, FEW_NOTE, counted
 from upt.ranges import Count, Few, Name
 from upt.run import cli, progress, trained
@@ -37,6 +38,7 @@ from upt.run.team import ALONE, Team, assemble
 if TYPE_CHECKING:
     from upt.model import Policy
 
+FOLDER = "held-out"  # of a run, with the pictures of its held-out questions and what was answered during training
 STEP = -1  # the step that keys the sampling noise of evaluation
 QUESTIONS_AT_ONCE = 128
 GOLD_METRICS = ("greedy", "mean", "maj", "pass")
@@ -84,36 +86,49 @@ def interval(values, seed: int = 0, resamples: int = 2000) -> dict[str, float]:
     return {"value": float(values.mean()), "low": float(low), "high": float(high)}
 
 
-def question_scores(question, greedy: list[str], samples: list[str]) -> dict[str, float]:
-    """The gold metrics of one question from the texts of its responses; `disagreement` is over all of them."""
-    grades = [grade(text, question.gold, question.choices) for text in greedy + samples]
-    right = [g.correct for g in grades]
-    votes = Counter(key for text in samples if (key := vote_key(text, question.choices)) is not None)
-    asked = [g.disagree for g in grades if g.verifier is not None]
+def question_scores(greedy: list[Grade], samples: list[Grade], keys: list[str | None]) -> dict[str, float]:
+    """The gold metrics of one question, by verdicts and the samples' vote keys; `disagreement` is over all of them."""
+    right = [g.correct for g in samples]
+    votes = Counter(key for key in keys if key is not None)
+    asked = [g.disagree for g in greedy + samples if g.verifier is not None]
     # One response stands for its key: responses of equal keys are graded alike by key, and nearly always otherwise.
-    by_key = {vote_key(text, question.choices): ok for text, ok in zip(samples, right[len(greedy) :], strict=True)}
+    by_key = dict(zip(keys, right, strict=True))
     most = max(votes.values(), default=0)
     tied = [by_key[key] for key, count in votes.items() if count == most]
     return {
-        "greedy": float(np.mean(right[: len(greedy)])),
-        "mean": float(np.mean(right[len(greedy) :])),
+        "greedy": float(np.mean([g.correct for g in greedy])),
+        "mean": float(np.mean(right)),
         "maj": float(np.mean(tied)) if tied else 0.0,
-        "pass": float(any(right[len(greedy) :])),
+        "pass": float(any(right)),
     } | ({"disagreement": float(np.mean(asked))} if asked else {})
 
 
-def row_of(question, greedy: list[str], samples: list[str], responses: list) -> dict:
-    """The scores of one question, from the texts of its responses and the samples as they were sampled."""
-    keys = [vote_key(text, question.choices) for text in samples]
+def row_of(question, picture: str | None, greedy: list[str], samples: list[str], sampled: list) -> dict:
+    """The scores of one question with what was asked and answered, from texts and the samples as they were sampled.
+
+    Of `responses`, {"text", "key", "correct"}, the first is the greedy one; `correct` is None without gold.
+    """
+    texts, known = greedy + samples, question.gold is not None
+    keys = [vote_key(text, question.choices) for text in texts]
+    grades = [grade(text, question.gold, question.choices) if known else None for text in texts]
+    votes, n = keys[len(greedy) :], len(greedy)
     row = {
         "uid": question.uid,
         "kind": question.kind,
-        "majority_share": max(Counter(key for key in keys if key is not None).values(), default=0) / len(samples),
-        "abstentions": keys.count(None) / len(samples),
-        "length": float(np.mean([len(r.ids) for r in responses])),
-        "entropy": float(np.mean([r.entropy for r in responses])),
+        "question": question.question,
+        "choices": question.choices,
+        "gold": question.gold,
+        "image": picture,
+        "majority_share": max(Counter(key for key in votes if key is not None).values(), default=0) / len(samples),
+        "abstentions": votes.count(None) / len(samples),
+        "length": float(np.mean([len(r.ids) for r in sampled])),
+        "entropy": float(np.mean([r.entropy for r in sampled])),
     }
-    return row if question.gold is None else row | question_scores(question, greedy, samples)
+    if known:
+        row |= question_scores(grades[:n], grades[n:], votes)
+    verdicts = [g.correct if known else None for g in grades]
+    named = zip(texts, keys, verdicts, strict=True)
+    return row | {"responses": [{"text": text, "key": key, "correct": right} for text, key, right in named]}
 
 
 def evaluate(
@@ -124,11 +139,13 @@ def evaluate(
     samples: int,
     tick: Callable[[int], None] = lambda n: None,
     team: Team = ALONE,
+    pictures: Path | None = None,
 ) -> dict:
     """Scores on the usable ones of the first `count` questions, and how many those are.
 
     {metric: {"value", "low", "high"}, "kinds": …, "questions": n, "graded": n, "too_long": n, "rows": …}; `too_long`
-    counts prompts over the limit, which are left out, `rows` are the scores of single questions.
+    counts prompts over the limit, which are left out, `rows` are single questions (see `row_of`). Their pictures are
+    kept in the folder `pictures`, if one is given.
     """
     greedy_config = replace(config, temperature=0.0, group_size=1)
     sample_config = replace(config, group_size=samples)
@@ -144,7 +161,10 @@ def evaluate(
             [policy.tokenizer.batch_decode([r.ids for r in part], skip_special_tokens=True) for part in both]
             for both in zip(greedy, sampled, strict=True)
         ]
-        rows = {q.uid: row_of(q, *said, part) for q, said, part in zip(asked, texts, sampled, strict=True)}
+        kept = [None if pictures is None or q.image is None else save_image(pictures, q.image) for q in asked]
+        rows = {
+            q.uid: row_of(q, at, *said, part) for q, at, said, part in zip(asked, kept, texts, sampled, strict=True)
+        }
         rows |= too_long | questions.bad
         return [rows[questions.uids[i]] for i in indices]
 

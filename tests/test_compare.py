@@ -285,6 +285,58 @@ def test_folders_of_benchmarks(tmp_path, capsys):
         compare.main(compare.Config(tmp_path / "nowhere", tmp_path / "b"))
 
 
+def held_out(path: Path, **right: list[int]) -> Path:
+    """Held-out scores: for each question which responses are right, the greedy one first."""
+    rows = [
+        {"uid": uid, "kind": "count" if uid < "q3" else "sum", "greedy": float(of[0]),
+         "responses": [{"text": "…", "key": str(x), "correct": bool(x)} for x in of]}
+        for uid, of in right.items()
+    ]  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"greedy": {"value": 0}, "rows": [*rows, {"uid": "no gold", "kind": None}]}))
+    return path
+
+
+def test_held_out_answers_of_runs(tmp_path, capsys):
+    a = held_out(tmp_path / "a/after.json", q1=[0, 1, 1], q2=[1, 1, 0], q3=[1, 0, 0])
+    b = held_out(tmp_path / "b/after.json", q1=[1, 1, 1], q2=[0, 1, 0], q3=[1, 1, 0], q4=[1, 1, 1])
+    found = compare.main(compare.Config(tmp_path / "a", tmp_path / "b"))["benchmarks"]
+    greedy, samples = found["held-out, greedy"], found["held-out, samples"]
+    assert (greedy["a"], greedy["b"], greedy["gained_ids"], greedy["lost_ids"]) == (2 / 3, 2 / 3, ["q1"], ["q2"])
+    assert (samples["a"], samples["b"], samples["gained_ids"], samples["lost_ids"]) == (1 / 2, 2 / 3, ["q3"], [])
+    assert greedy["only_b"] == 1 and samples["samples_a"] == 2
+    assert greedy["categories"]["kind"]["count"]["questions"] == 2 and greedy["categories"]["kind"]["sum"]["a"] == 1
+    # Files by themselves, and settings that differ, by the runs' manifests.
+    for side, temperature in (("a", 1.0), ("b", 0.5)):
+        (tmp_path / side / "manifest.json").write_text(json.dumps({"config": {"temperature": temperature}}))
+    capsys.readouterr()
+    again = compare.main(compare.Config(a, b))["benchmarks"]
+    assert again["held-out, samples"] == samples | {"settings": {"temperature": [1.0, 0.5]}}
+    assert "A and B were not made alike: temperature 1.0 and 0.5" in capsys.readouterr().out
+    # A run with benchmarks has both.
+    for side in "ab":
+        write(tmp_path / side / "benchmarks/wemath/scores.jsonl", [line(1, True)])
+    assert len(compare.main(compare.Config(tmp_path / "a", tmp_path / "b"))["benchmarks"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"rows": [{"uid": "a", "kind": null, "greedy": 1.0}]}',
+            "holds no answers .*'responses'.*; give the held-out",
+        ),
+        ('{"rows": [{"uid": "a"}]}', "has no question with gold"),
+        ('["rows"]', "holds no answers"),
+        ("{", "not JSON"),
+    ],
+)
+def test_held_out_scores_without_answers_are_refused(text, message, tmp_path):
+    (tmp_path / "after.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        compare.main(compare.Config(tmp_path, tmp_path))
+
+
 def test_light_imports():
     program = "import sys, eval.compare; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)

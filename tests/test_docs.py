@@ -16,8 +16,8 @@ from upt.run import cli
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPT = re.compile(r"(?:^|\s)python (?:-m )?([\w./]+)((?: [^#`\n]*)?)")
-NAMES = "train_upt rollout judge rewards synthesize warmup ablate export".split()
-NAMES += [f"eval.{name}" for name in ("run", "score", "compare", "heldout", "synthetic")]
+NAMES = "train_upt rollout judge rewards synthesize warmup ablate export report ask check_data".split()
+NAMES += [f"eval.{name}" for name in ("run", "runs", "score", "compare", "heldout", "synthetic")]
 NAMES += [
     f"bench.{name}"
     for name in ("studies", "front_page", "judging", "kernels", "loop", "fullsize", "threads", "estimate")

@@ -55,7 +55,8 @@ BEGUN = ["fingerprint.json", "rollouts/manifest.json", "manifest.json"]
 
 @pytest.mark.parametrize(("there", "size", "file"), [
     ([], 1500, "fingerprint.json"),
-    (BEGUN, 1500, "before.json"),
+    (BEGUN, 500, r"held-out/images/\w+.png"),
+    ([*BEGUN, "held-out/images"], 1500, "before.json"),
     ([*BEGUN, "before.json"], 500, r"rollouts/images/\w+.png"),
     ([*BEGUN, "before.json"], 5000, "rollouts/step-000000.jsonl"),
     ([*BEGUN, "before.json"], 50_000, "checkpoints/.step-000001.partial/adapter"),
@@ -66,7 +67,8 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file(tiny, undisturbed, tmp_path
     run = tmp_path / "run"
     (run / "rollouts").mkdir(parents=True)
     for name in there:
-        shutil.copy(undisturbed / name, run / name)
+        (run / name).parent.mkdir(exist_ok=True)
+        (shutil.copytree if (undisturbed / name).is_dir() else shutil.copy)(undisturbed / name, run / name)
     with no_file_over(size), pytest.raises(StorageError) as error:
         go(tiny, run)
     said = "no larger files may be written here .ulimit -f.; what was written before is whole: make room and .*same"

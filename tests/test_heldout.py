@@ -10,8 +10,12 @@ import torch
 
 import train_upt
 from eval import heldout
+from upt.answers import is_correct, vote_key
 from upt.data import shapes
+from upt.data.questions import Question
 from upt.errors import SettingError, UserError
+from upt.groups.shards import open_image
+from upt.model.decoding import Sampled
 from upt.model.policy import Policy
 from upt.run import trained
 
@@ -97,8 +101,46 @@ def begun(tiny, tmp_path_factory) -> Path:
     return root / "run"
 
 
+def kept(path: Path) -> dict:
+    """The scores in a file of a run, less where the pictures lie, which scoring again does not keep."""
+    scores = json.loads(path.read_text())
+    return scores | {"rows": [row | {"image": None} for row in scores["rows"]]}
+
+
+def test_a_question_with_its_answers_and_verdicts():
+    def said(key: str) -> str:
+        return f"so it is \\boxed{{{key}}}"
+
+    question = Question("q", "How many?", None, None, "3", "count")
+    sampled = [Sampled(ids=[1, 2], logprobs=[], finish="stop", entropy=x, self_certainty=0.0) for x in (0.1, 0.3, 0.2)]
+    row = heldout.row_of(question, None, [said("4")], [said("3"), said("3"), "no answer"], sampled)
+    named = [(r["key"], r["correct"]) for r in row["responses"]]
+    assert named == [("4", False), ("3", True), ("3", True), (None, False)]
+    assert (row["greedy"], row["mean"], row["maj"], row["pass"]) == (0, 2 / 3, 1, 1)
+    assert (row["majority_share"], row["abstentions"], row["length"]) == (2 / 3, 1 / 3, 2)
+    assert row["entropy"] == pytest.approx(0.2)
+    blind = heldout.row_of(Question("q", "How many?", None, None, None, None), None, [said("4")], [said("3")], sampled)
+    assert "greedy" not in blind and [r["correct"] for r in blind["responses"]] == [None, None]
+
+
+def test_a_run_keeps_what_was_asked_and_answered(begun):
+    before, after = (json.loads((begun / f"{name}.json").read_text())["rows"] for name in ("before", "after"))
+    asked = shapes.questions("validation", 3, 5)
+    for question, old, new in zip(asked, before, after, strict=True):
+        assert {name: old[name] for name in ("question", "choices", "gold", "kind")} == {
+            name: new[name] for name in ("question", "choices", "gold", "kind")
+        } == {name: getattr(question, name) for name in ("question", "choices", "gold", "kind")}  # fmt: skip
+        assert open_image(begun / "held-out", old["image"]).tobytes() == question.image.tobytes()
+        for row in (old, new):
+            assert len(row["responses"]) == 3 and row["greedy"] == row["responses"][0]["correct"]
+            assert row["mean"] == sum(r["correct"] for r in row["responses"][1:]) / 2
+            for r in row["responses"]:
+                assert r["key"] == vote_key(r["text"]) and r["correct"] == is_correct(r["text"], question.gold)
+    assert [row["responses"] for row in before] != [row["responses"] for row in after]
+
+
 def test_a_run_is_scored_again_as_it_was_in_training(begun, capsys):
-    after, before = (json.loads((begun / f"{name}.json").read_text()) for name in ("after", "before"))
+    after, before = (kept(begun / f"{name}.json") for name in ("after", "before"))
     config = heldout.Config(run=begun, device="cpu")
     scores = heldout.main(config)
     assert scores == after != before  # every figure of every question, bit for bit
@@ -162,4 +204,4 @@ def test_a_run_that_cannot_be_found_or_is_not_whole(begun, tiny, tmp_path):
         heldout.Config(run=unfinished / "checkpoints" / "step-000002").resolve()
     exec(str(refusal.value).split("again by ")[1], {"Policy": Policy})
     again = heldout.Config(run=unfinished / "checkpoints" / "step-000002", device="cpu")
-    assert heldout.main(again) == json.loads((begun / "after.json").read_text())
+    assert heldout.main(again) == kept(begun / "after.json")

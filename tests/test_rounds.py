@@ -17,6 +17,7 @@ from train_upt import Config
 from upt import data
 from upt.groups import manifests, shards
 from upt.model.policy import Policy
+from upt.run.team import ALONE
 from upt.stages import rounds, sampling
 
 SMALL = {
@@ -94,10 +95,16 @@ def test_the_scores_after_a_round_are_those_before_the_next(tiny, evolved):
     settings = manifests.read(evolved / "round-02/run")["config"]
     own = {field.name for field in fields(Config)} - {"out", "lora_targets"}
     run = Config(**{name: value for name, value in settings.items() if name in own})
-    policy = train_upt.starting_policy(replace(run, out=evolved / "unused"))
+    policy = train_upt.starting_policy(replace(run, out=evolved / "unused"), ALONE)
     held_out = data.load("shapes", "test", 0)
     measured = train_upt.scored(
-        policy, held_out, "before", replace(run, out=evolved / "round-02/run"), train_upt.Clock(), lambda *_: None
+        policy,
+        held_out,
+        "before",
+        replace(run, out=evolved / "round-02/run"),
+        train_upt.Clock(),
+        lambda *_: None,
+        ALONE,
     )
     assert heldout.without_rows(measured) == second["before"]
 

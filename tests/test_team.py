@@ -398,7 +398,7 @@ def test_figures_are_those_of_all(runs):
     assert first["tokens_per_second"] == pytest.approx(length / first["seconds"]["rollout"])
 
 
-@pytest.mark.parametrize("size, before", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("size, before", [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_a_run_goes_on_in_another_number(tiny, mixed, runs, tmp_path, size, before):
     out, left = tmp_path / "run", runs[before]
     shutil.copytree(left, out, ignore=shutil.ignore_patterns("step-000002", "adapter", "summary.json", "after.json"))
@@ -448,7 +448,7 @@ def whole(tiny, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_is_killed_ends_the_others_and_nothing_is_lost(tiny, tmp_path, whole, rank):
     run = Begun(tiny, tmp_path / "run")
     os.kill(run.children[rank], signal.SIGKILL)
@@ -567,6 +567,7 @@ def test_stages_are_the_same_by_two(tiny, mixed, tmp_path):
     assert [v["score"] for v in theirs] == pytest.approx([v["score"] for v in ours], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_asking_is_the_same_by_two(tiny, mixed, tmp_path):
     data = shutil.copytree(mixed, tmp_path / "data")
     (data / "5.png").write_bytes(b"no picture")  # the second of its shard, which the second process meets
@@ -582,6 +583,7 @@ def test_asking_is_the_same_by_two(tiny, mixed, tmp_path):
     assert (one / "provenance.jsonl").read_bytes() == (two / "provenance.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_rounds_are_the_same_by_two(tiny, tmp_path):
     settings = STEPS | {
         "steps": 1,
@@ -599,6 +601,7 @@ def test_rounds_are_the_same_by_two(tiny, tmp_path):
     assert apart(one, two) < 1e-6
 
 
+@pytest.mark.slow
 def test_benchmarks_are_the_same_by_two(tiny, tmp_path):
     vision_folder(tmp_path / "vision")
     settings = {"benchmark": "mathvision", "data": tmp_path / "vision", "max_new_tokens": 6, "n": 2, "temperature": 1.0}
@@ -608,6 +611,7 @@ def test_benchmarks_are_the_same_by_two(tiny, tmp_path):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_is_in_use_is_left_out_by_all_processes(tiny, tmp_path):
     vision_folder(tmp_path / "root/mathvision")
     row = {"question": "?", "answer": "1", "image": "", "answer_type": "float", "subject": "x", "level": "y"}
@@ -624,6 +628,7 @@ def test_a_benchmark_that_is_in_use_is_left_out_by_all_processes(tiny, tmp_path)
     assert sorted(row["id"] for row in rows) == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_scores_are_the_same_by_two(tiny, mixed, tmp_path):
     settings = {"eval_questions": 8, "eval_samples": 2, "max_new_tokens": 8}
     done("-m", "eval.heldout", *flags(**settings, data=mixed, model=tiny, out=tmp_path / "two.json"), size=2)

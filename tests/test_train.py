@@ -407,12 +407,12 @@ def test_what_a_run_leaves_can_be_opened_without_executing_anything(tiny, tmp_pa
         elif path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 assert all(file.get_tensor(name).isfinite().all() for name in file.keys())
-        elif path.suffix == ".md":
+        elif path.suffix in (".md", ".html"):  # the page's script may ask nothing of anybody: test_report.py
             assert path.read_text("utf-8")
         else:
             lines = path.read_text("utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text("utf-8")]
             assert path.suffix in (".json", ".jsonl") and all(map(json.loads, lines)), path
-    assert kinds == {".json", ".jsonl", ".md", ".png", ".safetensors"}
+    assert kinds == {".html", ".json", ".jsonl", ".md", ".png", ".safetensors"}
 
 
 def test_what_a_run_leaves(tiny, tmp_path):
@@ -464,6 +464,8 @@ def test_held_out_scores_by_step_are_those_of_the_checkpoint_and_change_nothing(
         [], [], ["entropy", "greedy", "length", "maj", "mean", "pass"], []
     ]  # fmt: skip
     scores = heldout.main(heldout.Config(run=watched / "checkpoints" / "step-000002", device="cpu"))
+    rows = json.loads((watched / "held-out" / "step-000002.json").read_text())["rows"]
+    assert [row["responses"] for row in rows] == [row["responses"] for row in scores["rows"]]
     found = lines(watched)[2]["held_out"]
     assert found == {name: scores[name]["value"] for name in found}
     before = json.loads((watched / "before.json").read_text())

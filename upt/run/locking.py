@@ -25,17 +25,17 @@ TRIES, PAUSE = 50, 0.01  # to enter a folder that others let go; seconds between
 
 
 def alone(main: Callable) -> Callable:
-    """`main(config)` with the folder config.out held until it returns or raises. Raises as `holding` does.
+    """`main(config, …)` with the folder config.out held until it returns or raises. Raises as `holding` does.
 
     Of several processes of a run the first one holds it for all.
     """
 
     @wraps(main)
-    def held(config):
+    def held(config, *others, **named):
         if processes.rank():
-            return main(config)
+            return main(config, *others, **named)
         with holding(config.out):
-            return main(config)
+            return main(config, *others, **named)
 
     return held
 
@@ -111,6 +111,18 @@ def _locked(path: Path):
     json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%F %T}"}, file)
     file.flush()
     return file
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process works in a folder now, as far as locks tell."""
+    try:
+        with open(folder / LOCK, encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no lock, or there are no locks
+        return False
+    return False
 
 
 def _holder(said: str) -> str:

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,10 +51,13 @@ class Metrics:
     """metrics.jsonl, one line a step. Lines of steps that a resumed run does again are dropped first.
 
     `own`: the run samples its responses itself, so that sampler and trainer have to agree. `writes`: this process does.
+    `tell(row, groups)` is called with every line after it is written.
     """
 
-    def __init__(self, path: Path, start: int, own: bool = True, writes: bool = True):
-        self.path, self.writes = path, writes
+    def __init__(
+        self, path: Path, start: int, own: bool = True, writes: bool = True, tell: Callable = lambda row, groups: None
+    ):
+        self.path, self.writes, self.tell = path, writes, tell
         # What follows the last line break was cut off when a run was killed; its step is done again.
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         try:
@@ -73,9 +76,8 @@ class Metrics:
 
     def leave_out(self, step: int, extra: dict) -> None:
         """Append the line of a step none of whose questions could be used: it has no group."""
-        self._append(
-            {"step": step, "groups": 0, "nonfinite_in_a_row": self.nonfinite_in_a_row} | extra | {"alarms": []}
-        )
+        row = {"step": step, "groups": 0, "nonfinite_in_a_row": self.nonfinite_in_a_row} | extra | {"alarms": []}
+        self._append(row, [])
 
     def write(self, step: int, groups: list[dict], update: dict, seconds: dict, extra: dict) -> str:
         """Append the metrics of a step and return its status line."""
@@ -100,15 +102,16 @@ class Metrics:
             row |= graded(groups)
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         row["alarms"] = self.watch.add(row)
-        self._append(row)
+        self._append(row, groups)
         return status(row)
 
-    def _append(self, row: dict) -> None:
+    def _append(self, row: dict, groups: list[dict]) -> None:
         self.rows.append(row)
         if not self.writes:
             return
         with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
+        self.tell(row, groups)
 
 
 def judged(responses: list[dict]) -> dict[str, float]:

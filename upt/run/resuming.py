@@ -19,7 +19,7 @@ from upt.run.settings import Rollout
 STORED = "stored"  # the rewards and advantages that the shards carry
 # Settings that may change when a run goes on. The token budgets change the last bits of what follows.
 FREE = ("out", "device", "resume", "keep", "save_every", "gradient_checkpointing", "feature_cache_gib")
-FREE += ("gpus", "slots", "judge_tokens", "update_tokens", "rounds", "any_base")
+FREE += ("gpus", "slots", "judge_tokens", "update_tokens", "rounds", "any_base", "track", "track_groups_every")
 
 
 def prepare(config):

@@ -371,3 +371,13 @@ class Evaluation:
     """steps between two looks at them and at the held-out questions; 0: none"""
     eval_limit: Count = 64
     """questions of each benchmark, the same every time"""
+
+
+@dataclass
+class Tracking:
+    """Where a run is told of besides its folder."""
+
+    track: Name | None = None
+    """trackers, with commas between them: tensorboard, wandb, trackio, mlflow"""
+    track_groups_every: Count = 10
+    """steps between two looks at a few groups, with their pictures"""

@@ -74,6 +74,8 @@ def meant(name: str, known: list[str]) -> str:
 
 def typed(name: str, value, hint):
     """A setting as its annotation wants it. Raises SettingError for a value that is of none of the types there."""
+    if get_origin(hint) is Annotated and get_origin(get_args(hint)[0]) in (Union, UnionType):  # of what is positional
+        hint = get_args(hint)[0]
     annotated = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in annotated]
     found = convert(name, value, kinds)

@@ -1,0 +1,248 @@
+"""What the page shows of a run, from the files in its folder, as plain data.
+
+A run in the making has what it has written so far. Groups are a part by themselves for each step, since there may be
+very many: the page unpacks a part when it is looked at.
+"""
+
+import base64
+import json
+import os
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from eval import heldout
+from upt.answers import answer_key
+from upt.errors import SettingError, ShardError, suggest_path
+from upt.files import known_json, read_json
+from upt.groups import shards
+from upt.groups.votes import abstentions, majority_key, majority_share
+from upt.run import health
+
+CURVES = {  # name in metrics.jsonl: what the page calls it
+    "accuracy": "right samples",
+    "majority_share": "majority share",
+    "reward_mean": "reward",
+    "entropy": "entropy, nats",
+    "length": "length, tokens",
+    "kl": "KL to the start, nats",
+    "logprob_gap_mean": "|Δ log p| of sampler and trainer, nats",
+    "signal": "groups with a signal",
+    "abstention_share": "abstentions",
+    "judge_score": "judge's score",
+    "grad_norm": "gradient norm",
+}
+SPLIT = 0.5  # up to this share of its most frequent answer a group is split
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The folder of a run, or those of the runs in it, as ablate.py leaves them. Raises SettingError for neither."""
+    if is_run(path):
+        return [path]
+    found = sorted(file.parent for file in path.glob("*/seed-*/manifest.json") if is_run(file.parent))
+    found = found or sorted(file.parent for file in path.glob("*/manifest.json") if is_run(file.parent))
+    if not found:
+        raise SettingError(
+            f"{path}: no run of train_upt.py there; give the folder that was its --out{suggest_path(path)}"
+        )
+    return found
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a training run."""
+    manifest = path / "manifest.json"
+    return manifest.is_file() and read_json(manifest).get("stage") == "train"
+
+
+def steps_of(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl; one that is being written is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    try:
+        return [json.loads(line) for line in lines if line]
+    except ValueError as error:
+        raise ShardError(f"{path}: a line is not JSON ({error}); mend or remove it") from error
+
+
+def tables_in(path: Path) -> list[list[list[str]]]:
+    """The tables of table.md in a folder of runs, as ablate.py writes it; rows of cells."""
+    file, found = path / "table.md", []
+    for line in file.read_text("utf-8").splitlines() if file.is_file() else ():
+        if not line.startswith("|"):
+            found.append([])
+        elif not set(line) <= set("|-: "):
+            found = found or [[]]
+            found[-1].append([cell.strip() for cell in line.strip().strip("|").split("|")])
+    return [rows for rows in found if rows]
+
+
+def overview(folder: Path, name: str) -> dict:
+    """Everything about a run but its groups and its held-out answers."""
+    manifest, summary = read_json(folder / "manifest.json"), known_json(folder / "summary.json")
+    config, rows = manifest["config"], steps_of(folder)
+    seconds = (summary or {}).get("seconds") or _added(row.get("seconds", {}) for row in rows)
+    done, where = rows[-1]["step"] + 1 if rows else 0, shlex.quote(os.path.relpath(folder))
+    return {
+        "name": name,
+        "config": config,
+        "versions": manifest.get("versions", {}),
+        "state": "finished" if summary else f"step {done} of {config['steps']}",
+        "finished": summary is not None,
+        "steps": done,
+        "seconds": seconds,
+        "command": f"python train_upt.py --out {where}",
+        "again": f'python -m eval.heldout --run {where}\npython ask.py --run {where} --image PICTURE "…"',
+        "alarms": {row["step"]: row["alarms"] for row in rows if row.get("alarms")},
+        "collapse": [row["step"] for row in rows if health.collapses({"alarms": []} | row)],
+        "curves": curves(rows),
+        "held_out": held_out_scores(folder, rows, config),
+        "table": table(folder),
+    }
+
+
+def _added(several: Iterator[dict[str, float]]) -> dict[str, float]:
+    total = Counter()
+    for seconds in several:
+        total.update(seconds)
+    return dict(total)
+
+
+def curves(rows: list[dict]) -> dict:
+    """{"step": […], name: […]} over the steps that were not left out; "seconds NAME" of each stage."""
+    rows = [row for row in rows if row.get("groups")]
+    stages = sorted({stage for row in rows for stage in row.get("seconds", ())})
+    found = {name: [row.get(name) for row in rows] for name in CURVES}
+    found |= {f"seconds {stage}": [row.get("seconds", {}).get(stage) for row in rows] for stage in stages}
+    kept = {name: values for name, values in found.items() if any(value is not None for value in values)}
+    return {"step": [row["step"] for row in rows]} | kept
+
+
+def held_out_scores(folder: Path, rows: list[dict], config: dict) -> dict:
+    """{score: [[steps made, value], …]} of the evaluations so far."""
+    found: dict[str, list] = {}
+    at = [(0, {k: v["value"] for k, v in _scores(folder / "before.json").items()})]
+    at += [(row["step"], row["held_out"]) for row in rows if row.get("held_out")]
+    at += [(config["steps"], {k: v["value"] for k, v in _scores(folder / "after.json").items()})]
+    for steps, scores in at:
+        for name in heldout.GOLD_METRICS:
+            if name in scores:
+                found.setdefault(name, []).append([steps, scores[name]])
+    return found
+
+
+def _scores(path: Path) -> dict[str, dict]:
+    found = known_json(path) or {}
+    return {name: found[name] for name in heldout.NAMES if name in found}
+
+
+def table(folder: Path) -> list[dict]:
+    """Scores before and after with their intervals, and the paired difference once both are there."""
+
+    before, after = known_json(folder / "before.json"), known_json(folder / "after.json")
+    rows = []
+    for name in heldout.NAMES if before else ():
+        if name in before:
+            row = {"name": name, "before": heldout.cell(before[name], name)}
+            if after and name in after:
+                row["after"] = heldout.cell(after[name], name)
+                row["difference"] = heldout.cell(heldout.difference(before, after, name), name, "+")
+            rows.append(row)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------- groups
+
+
+def picture(folder: Path, page: Path, embed: bool) -> Callable[[str | None], str | None]:
+    """From the name of a picture in `folder` to what the page's <img> has as source."""
+
+    def source(relative: str | None) -> str | None:
+        if relative is None:
+            return None
+        if not embed:
+            return Path(os.path.relpath(folder / relative, page.parent)).as_posix()
+        return "data:image/png;base64," + base64.b64encode((folder / relative).read_bytes()).decode()
+
+    return source
+
+
+def groups(path: Path, source: Callable[[str | None], str | None]) -> list[dict]:
+    """The groups of a shard: what can be read of them, and by which they are found."""
+    return [shown(group, source) for group in shards.read_shard(path)]
+
+
+def shown(group: dict, source: Callable[[str | None], str | None]) -> dict:
+    """One group: question, picture, responses with key, reward, advantage and judgement, and what is noteworthy."""
+    gold = None if group["gold"] is None else answer_key(group["gold"], group["choices"])
+    majority = majority_key(group)
+    responses = [
+        {
+            "text": r["text"],
+            "key": r["key"],
+            "tokens": len(r["token_ids"]),
+            "cut": r["finish"] == "length",
+            "right": None if gold is None else r["key"] == gold,
+        }
+        | {name: r[name] for name in ("reward", "advantage", "judge", "view") if r.get(name) is not None}
+        for r in group["responses"]
+    ]
+    return {
+        "uid": group["uid"],
+        "question": group["question"],
+        "choices": group["choices"],
+        "gold": group["gold"],
+        "image": source(group["image"]),
+        "majority": majority,
+        "share": majority_share(group),
+        "flags": flags(group, gold, majority),
+        "responses": responses,
+    }
+
+
+def flags(group: dict, gold: str | None, majority: str | None) -> list[str]:
+    """What one may want to look for: see FLAGS in assets/page.js."""
+    responses, found = group["responses"], []
+    if gold is not None and majority != gold:
+        found.append("wrong")
+    if majority_share(group) <= SPLIT:
+        found.append("split")
+    if group.get("skipped"):
+        found.append("skipped")
+    if abstentions(group):
+        found.append("abstained")
+    if any(r["finish"] == "length" for r in responses):
+        found.append("cut")
+    graded = [r for r in responses if r.get("judge") and r["judge"]["score"] is not None]
+    if majority is not None and graded and max(graded, key=lambda r: r["judge"]["score"])["key"] != majority:
+        found.append("judge")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- held out
+
+
+def changed(folder: Path, source: Callable[[str | None], str | None]) -> list[dict]:
+    """Held-out questions with their answers before and after; of a run in the making, after its last evaluation."""
+    before = _answers(folder / "before.json")
+    latest = [folder / "after.json", *sorted((folder / heldout.FOLDER).glob("step-*.json"), reverse=True)]
+    after = next((rows for path in latest if (rows := _answers(path))), {})
+    return [
+        {
+            "uid": uid,
+            "kind": old["kind"],
+            "question": old["question"],
+            "choices": old["choices"],
+            "gold": old["gold"],
+            "image": source(new["image"] or old["image"]),
+            "before": old["responses"],
+            "after": new["responses"],
+        }
+        for uid, old in before.items()
+        if (new := after.get(uid))
+    ]
+
+
+def _answers(path: Path) -> dict[str, dict]:
+    """Rows by uid; none of a file from before answers were kept."""
+    return {row["uid"]: row for row in (known_json(path) or {}).get("rows", ()) if "responses" in row}

@@ -1,0 +1,63 @@
+"""A page on a run, to be opened in a browser: what was run, curves, every group of every step, what training changed.
+
+    python report.py runs/train                     # runs/train/report.html
+    python report.py runs/a runs/b --out both.html  # side by side
+    python report.py runs/ablate                    # all runs of a comparison
+    python report.py runs/train --watch             # again and again while the run goes on
+
+train_upt.py makes it at the end of a run. The page asks nothing of any server. Pictures stay where the run has them,
+so keep the page in its place; with --embed they are in the page, which can then be sent to somebody.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from eval import report
+from upt.files import check_file
+from upt.ranges import Count
+from upt.run import cli
+from upt.run.typed import Typed
+
+
+@dataclass
+class Config(Typed):
+    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], "one or more"]] = (Path("runs/train"),)
+    """folders of runs, or a folder of runs"""
+    out: Path | None = None
+    """HTML file to write; None: report.html in the run's folder, of several in the folder that all are in"""
+    embed: bool = False
+    """put the pictures into the page"""
+    watch: bool = False
+    """make the page again as the run goes on, until it is finished; the page in a browser follows"""
+    every: Count = 20
+    """seconds between two pages of --watch"""
+
+
+def make(config: Config) -> bool:
+    """Write the page; whether all of its runs are finished."""
+    folders = [folder for path in config.runs for folder in report.collect.runs_in(path)]
+    tables = [table for path in config.runs for table in report.collect.tables_in(path)]
+    finished = all((folder / "summary.json").is_file() for folder in folders)
+    refresh = config.every if config.watch and not finished else 0
+    report.page.write(folders, config.out, config.embed, refresh, tables)
+    return finished
+
+
+def main(config: Config) -> Path:
+    """Write the page and return where it is."""
+    config = replace(config)
+    config.out = config.out or report.page.place(config.runs)
+    check_file(config.out)
+    while not make(config) and config.watch:
+        print(f"{config.out}: as of {time.strftime('%H:%M:%S')}")
+        time.sleep(config.every)
+    print(f"the page is {config.out}, {config.out.stat().st_size / 1e6:.1f} MB")
+    return config.out
+
+
+if __name__ == "__main__":
+    cli.launch(main, Config)

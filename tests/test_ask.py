@@ -1,0 +1,97 @@
+"""Asking a model: what is asked, of whom, how it is shown; the console."""
+
+import io
+
+import pytest
+
+import ask
+import train_upt
+from ask import Answered, Config
+from upt.data import shapes
+from upt.errors import DataError, SettingError, UserError
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """A run whose adapter changes what the model says."""
+    folder = tmp_path_factory.mktemp("ask") / "run"
+    settings = {"steps": 2, "questions_per_step": 2, "group_size": 4, "max_new_tokens": 6, "learning_rate": 0.3}
+    settings |= {"reward": "random", "eval_questions": 3, "eval_samples": 2, "seed": 0, "kl_coef": 0.0}
+    train_upt.main(train_upt.Config(model=tiny, out=folder, device="cpu", **settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, question in enumerate(shapes.questions("test", 0, 2)):
+        question.image.save(folder / f"{i}.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def test_base_and_trained_answer_as_the_run_was_scored(run, pictures, capsys):
+    import json
+
+    question = shapes.questions("test", 0, 1)[0].question
+    (found,) = ask.main(Config(question=question, run=run, image=pictures / "0.png", samples=3, device="cpu"))
+    for name, file in (("base", "before"), ("trained", "after")):
+        row = json.loads((run / f"{file}.json").read_text())["rows"][0]
+        assert found[name].greedy == row["responses"][0]["text"]
+        assert len(found[name].samples) == 3 and sum(count for _, count in found[name].votes) == 3
+    assert found["base"].greedy != found["trained"].greedy
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head == f"0.png: {question}" and lines[0].split() == ["base", "|", "trained"]
+
+
+def test_a_folder_options_and_a_model_alone(tiny, pictures):
+    found = ask.main(Config(question="Which?", model=tiny, image=pictures, samples=2, choice=("3", "4"), device="cpu"))
+    assert len(found) == 2 and [*found[0]] == ["model"]
+    (blind,) = ask.main(Config(question="2 + 2?", model=tiny, samples=2, device="cpu"))
+    assert len(blind["model"].samples) == 2
+
+
+def test_the_console_goes_on_after_a_mistake(tiny, pictures, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What?\n/image nowhere.png\nAnd now?\n\nnot asked any more\n"))
+    found = ask.main(Config(model=tiny, image=pictures / "0.png", samples=2, device="cpu"))
+    shown = capsys.readouterr()
+    assert len(found) == 1 and "0.png: What?" in shown.out
+    assert "error: nowhere.png: no such file; give a picture or a folder of pictures" in shown.err
+
+
+def test_answers_stand_beside_each_other():
+    said = {
+        "base": Answered("one two three four five", ["a"] * 3, [("4", 2), (None, 1)]),
+        "trained": Answered("six", ["b"] * 3, [("5", 3)]),
+    }
+    assert ask.shown(said, 43).splitlines() == [
+        "base                 | trained",
+        "one two three four   | six",
+        "five                 | 3 samples: 3 × 5",
+        "3 samples: 2 × 4, 1  |",
+        "× no answer          |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"image": "nowhere.png"}, DataError, "nowhere.png: no such file"),
+        ({"choice": ("3",)}, SettingError, "--choice is given once"),
+        ({"run": "nowhere"}, UserError, "no run of train_upt.py there"),
+        ({"samples": 0}, SettingError, "--samples"),
+    ],
+)
+def test_mistakes_are_said_before_a_model_is_loaded(tiny, monkeypatch, settings, error, message):
+    monkeypatch.setattr("upt.run.trained.load_policy", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(error, match=message):
+        ask.main(Config(question="?", device="cpu", **({} if "run" in settings else {"model": tiny}) | settings))
+
+
+def test_what_is_no_picture(tiny, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"GIF")
+    with pytest.raises(DataError, match="x.png: .*give another picture"):
+        ask.main(Config(question="?", model=tiny, image=tmp_path / "x.png", device="cpu"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no pictures in this folder"):
+        ask.main(Config(question="?", model=tiny, image=tmp_path / "empty", device="cpu"))

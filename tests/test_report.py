@@ -1,0 +1,444 @@
+"""The page on a run: what is taken from its files, worked out by hand; and the page itself in a browser."""
+
+import base64
+import gzip
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import report
+import train_upt
+from eval.report import collect, page
+from tests.test_shards import make_group
+from upt.errors import SettingError, ShardError
+from upt.groups import shards
+from upt.groups.shards import save_image
+
+HOSTILE = [
+    "<script>document.title = 'taken'</script>",
+    "</script><script>document.title = 'taken'</script>",
+    "<img src=x onerror=\"document.title = 'taken'\"> <svg onload=\"document.title='taken'\">",
+    "<!--<script> javascript:document.title='taken' &lt;b&gt; \\href{javascript:document.title='taken'}{x}",
+    "$\\href{javascript:document.title='taken'}{x}$ \\(\\htmlData{a=b}{c}\\) $\\def\\a{\\a\\a}\\a$ $\\frac{1}{$",
+    "\u202eright to left\u202c \u2066\u2067 \x00 \ud800 \u2028 ' \" `",
+    "x" * 1_000_000,
+]
+
+
+def group_of(keys, rewards=(), text=None, **fields) -> dict:
+    group = make_group(keys=keys, **fields)
+    for response, reward in zip(group["responses"], rewards):
+        response["reward"] = reward
+    for response in group["responses"] if text else ():
+        response["text"] = text
+    return group
+
+
+def same(relative: str | None) -> str | None:
+    return relative
+
+
+# ------------------------------------------------------------------------------------------------------------ by hand
+
+
+def test_what_is_noteworthy_of_a_group():
+    def found(**fields) -> list[str]:
+        return collect.shown(make_group(**fields), same)["flags"]
+
+    assert found(keys=("7", "7", "7", "8"), gold="7") == []
+    assert found(keys=("8", "8", "8", "7"), gold="7") == ["wrong"]
+    assert found(keys=("7", "7", "8", "8"), gold="7") == ["wrong", "split"]  # a tie has no majority
+    assert found(keys=("7", "7", "7", None), gold=None) == ["abstained"]
+    group = make_group(keys=("7", "7", "8"), gold=None) | {"skipped": True}
+    group["responses"][0]["finish"] = "length"
+    for response, score in zip(group["responses"], (0.2, None, 0.9), strict=True):
+        response["judge"] = {"score": score, "parsed": score is not None}
+    assert collect.shown(group, same)["flags"] == ["skipped", "cut", "judge"]
+    group["responses"][0]["judge"]["score"] = 0.95
+    assert collect.shown(group, same)["flags"] == ["skipped", "cut"]
+
+
+def test_a_group_is_shown_by_what_can_be_read():
+    group = group_of(("7", "8"), gold="7.0", rewards=(1.0, 0.0))
+    shown = collect.shown(group, same)
+    assert [r["right"] for r in shown["responses"]] == [True, False]
+    assert [r["reward"] for r in shown["responses"]] == [1.0, 0.0]
+    assert not {"token_ids", "logprobs"} & {*shown["responses"][0]}
+    assert shown["share"] == 0.5 and shown["majority"] is None
+
+
+def test_curves_leave_out_steps_without_groups():
+    rows = [
+        {"step": 0, "groups": 2, "entropy": 0.5, "kl": None, "seconds": {"rollout": 1.0}},
+        {"step": 1, "groups": 0},
+        {"step": 2, "groups": 2, "entropy": 0.25, "kl": None, "seconds": {"rollout": 2.0, "judge": 3.0}},
+    ]
+    assert collect.curves(rows) == {
+        "step": [0, 2], "entropy": [0.5, 0.25], "seconds judge": [None, 3.0], "seconds rollout": [1.0, 2.0],
+    }  # fmt: skip
+
+
+def test_json_in_the_page_is_no_markup():
+    text = page.as_json({"a": HOSTILE})
+    assert "<" not in text and json.loads(text) == {"a": HOSTILE}
+
+
+def test_tables_of_a_comparison(tmp_path):
+    (tmp_path / "table.md").write_text("after\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n\ngain\n\n| a |\n|---|\n| 3 |\n")
+    assert collect.tables_in(tmp_path) == [[["a", "b"], ["1", "2"]], [["a"], ["3"]]]
+    assert collect.tables_in(tmp_path / "nowhere") == []
+
+
+# ---------------------------------------------------------------------------------------------------------- of a run
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory) -> Path:
+    """A finished run of three steps; the second was scored."""
+    folder = tmp_path_factory.mktemp("report") / "runs" / "a"
+    settings = {"steps": 3, "questions_per_step": 3, "group_size": 4, "max_new_tokens": 6, "reward": "random"}
+    settings |= {"eval_questions": 4, "eval_samples": 2, "eval_every": 2, "lora_rank": 2, "lora_alpha": 4}
+    train_upt.main(train_upt.Config(model=tiny, out=folder, seed=0, device="cpu", **settings))
+    return folder
+
+
+def parts(path: Path) -> dict:
+    """What lies in the page, by name."""
+    found = {}
+    for name, text in re.findall(r'<script type="text/plain" id="([^"]*)">([^<]*)</script>', path.read_text()):
+        found[name] = json.loads(gzip.decompress(base64.b64decode(text)))
+    found["about"] = json.loads(re.search(r'id="about">([^<]*)</script>', path.read_text())[1])
+    return found
+
+
+def test_the_page_is_made_with_the_run_and_holds_all_of_it(run):
+    made = run / "report.html"
+    first = made.read_bytes()
+    assert report.main(report.Config(runs=(run,))) == made and made.read_bytes() == first
+    found = parts(made)
+    (about,) = found["about"]["runs"]
+    assert about["parts"] == [0, 1, 2] and about["state"] == "finished" and about["steps"] == 3
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert about["curves"]["entropy"] == [row["entropy"] for row in rows]
+    assert [step for step, _ in about["held_out"]["mean"]] == [0, 2, 3]
+    summary = json.loads((run / "summary.json").read_text())
+    assert about["table"][0]["before"].startswith(f"{100 * summary['before']['greedy']['value']:.1f} [")
+    for step in range(3):
+        (path,) = (p for p in shards.list_shards(run / "rollouts") if p.stem == f"step-{step:06d}")
+        groups = shards.read_shard(path)
+        assert [g["uid"] for g in found[f"groups-0-{step}"]] == [g["uid"] for g in groups]
+        texts = [[r["text"] for r in g["responses"]] for g in groups]
+        assert [[r["text"] for r in g["responses"]] for g in found[f"groups-0-{step}"]] == texts
+        for group in found[f"groups-0-{step}"]:
+            assert (made.parent / group["image"]).is_file()
+    after = json.loads((run / "after.json").read_text())["rows"]
+    assert [row["after"] for row in found["answers-0"]] == [row["responses"] for row in after]
+    assert all((made.parent / row["image"]).is_file() for row in found["answers-0"])
+
+
+def test_a_run_in_the_making_and_one_without_held_out_scores(run, tmp_path):
+    begun = shutil.copytree(run, tmp_path / "begun")
+    for name in ("summary.json", "after.json", "rollouts/step-000002.jsonl", "report.html"):
+        (begun / name).unlink()
+    lines = (begun / "metrics.jsonl").read_text().splitlines()
+    (begun / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:40])  # the third is being written
+    found = parts(report.main(report.Config(runs=(begun,))))
+    (about,) = found["about"]["runs"]
+    assert (about["state"], about["finished"], about["parts"]) == ("step 2 of 3", False, [0, 1])
+    assert "difference" not in about["table"][0]
+    rows = json.loads((begun / "held-out" / "step-000002.json").read_text())["rows"]
+    assert [row["after"] for row in found["answers-0"]] == [row["responses"] for row in rows]
+    for path in (begun / "before.json", *(begun / "held-out").glob("*.json")):
+        path.unlink()
+    found = parts(report.main(report.Config(runs=(begun,))))
+    assert found["answers-0"] == [] and found["about"]["runs"][0]["table"] == []
+
+
+def test_several_runs_and_a_folder_of_runs(run, tmp_path):
+    folder = tmp_path / "ablate"
+    for name in ("majority/seed-0", "majority/seed-1"):
+        shutil.copytree(run, folder / name)
+    made = report.main(report.Config(runs=(folder,)))
+    assert made == folder / "report.html"
+    about = parts(made)["about"]["runs"]
+    assert [one["name"] for one in about] == ["seed-0", "seed-1"]
+    both = report.main(report.Config(runs=(run, folder / "majority/seed-1"), out=tmp_path / "both.html"))
+    found = parts(both)
+    assert len(found["about"]["runs"]) == 2 and "groups-1-2" in found
+    assert (both.parent / found["groups-0-0"][0]["image"]).is_file()
+
+
+def test_pictures_in_the_page(run, tmp_path):
+    made = report.main(report.Config(runs=(run,), out=tmp_path / "far" / "away.html", embed=True))
+    source = parts(made)["groups-0-0"][0]["image"]
+    (group, *_) = shards.read_shard(shards.shard_path(run / "rollouts", 0))
+    assert source.startswith("data:image/png;base64,")
+    assert base64.b64decode(source.split(",")[1]) == (run / "rollouts" / group["image"]).read_bytes()
+
+
+def test_a_page_that_follows_its_run(run, tmp_path, monkeypatch):
+    begun = shutil.copytree(run, tmp_path / "begun")
+    summary = (begun / "summary.json").read_bytes()
+    (begun / "summary.json").unlink()
+    seen = []
+
+    def sleep(seconds):
+        seen.append((seconds, '<meta http-equiv="refresh" content="7">' in (begun / "report.html").read_text()))
+        (begun / "summary.json").write_bytes(summary)
+
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    made = report.main(report.Config(runs=(begun,), watch=True, every=7))
+    assert seen == [(7, True)] and 'http-equiv="refresh"' not in made.read_text()
+
+
+def test_what_is_no_run_is_refused(run, tmp_path):
+    with pytest.raises(SettingError, match="nowhere: no run of train_upt.py there; give the folder that was its --out"):
+        report.main(report.Config(runs=(tmp_path / "nowhere",)))
+    broken = shutil.copytree(run, tmp_path / "broken")
+    (broken / "rollouts" / "step-000001.jsonl").write_text("{")
+    with pytest.raises(ShardError, match="step-000001.jsonl:1: not a JSON record"):
+        report.main(report.Config(runs=(broken,)))
+
+
+def test_a_run_ends_well_without_its_page(tiny, tmp_path, monkeypatch, capfd):
+    def fails(*_, **__):
+        raise OSError(28, "No space left on device", "report.html")
+
+    monkeypatch.setattr(page, "write", fails)
+    settings = {"steps": 1, "questions_per_step": 2, "group_size": 2, "max_new_tokens": 2, "eval_questions": 0}
+    train_upt.main(train_upt.Config(model=tiny, out=tmp_path / "r", device="cpu", **settings))
+    assert (tmp_path / "r" / "summary.json").is_file()
+    assert "no page on the run: report.html" in capfd.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, by Playwright: `make test-extras` installs it."""
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: make test-extras")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium")
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """From a file to its page in the browser; nothing may go wrong in it, and it may ask nothing of anybody."""
+    contexts, wrong = [], []
+
+    def go(path: Path, width: int = 1200, scheme: str = "light", address: str = ""):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        shown = context.new_page()
+        shown.on("pageerror", lambda error: wrong.append(str(error)))
+        shown.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+        shown.on(
+            "request", lambda asked: wrong.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None
+        )
+        shown.goto(path.absolute().as_uri() + address)
+        shown.wait_for_selector("html[data-ready]")
+        return shown
+
+    yield go
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def rewritten(run: Path, folder: Path, texts: list[str]) -> Path:
+    """A copy of a run whose first group has these texts, as question, responses, options and names."""
+    copy = shutil.copytree(run, folder)
+    path = shards.shard_path(copy / "rollouts", 2)
+    first, *others = shards.read_shard(path)
+    responses = [first["responses"][0] | {"text": text, "key": text[:60]} for text in texts]
+    first |= {"uid": texts[0], "question": texts[1], "choices": texts[:3], "gold": texts[2], "responses": responses}
+    shards.write_shard(path, [first, *others])
+    for name in ("before", "after"):
+        scores = json.loads((copy / f"{name}.json").read_text())
+        row = scores["rows"][0]
+        row |= {"question": texts[1], "kind": texts[2]}
+        row["responses"] = [r | {"text": text, "key": text[:60]} for r, text in zip(row["responses"], texts)]
+        scores["kinds"][texts[2]] = scores["kinds"].pop(next(iter(scores["kinds"])))
+        (copy / f"{name}.json").write_text(json.dumps(scores))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["config"] |= {"model": texts[0], "reward": texts[1]}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
+
+
+def test_hostile_text_is_text(run, tmp_path, opened):
+    folder = rewritten(run, tmp_path / "<b onclick=alert(1)>", HOSTILE)
+    shown = opened(report.main(report.Config(runs=(folder,))))
+    card = shown.locator("#cards .card").first
+    card.wait_for()
+    said = card.locator(".responses .text").all_text_contents()
+    for text, seen in zip(HOSTILE[:4], said):
+        assert seen == text
+    assert shown.title() == "<b onclick=alert(1)>" and card.locator("h3 bdi").text_content() == HOSTILE[0]
+    # What is long is cut until it is asked for.
+    assert len(said[6]) < 4000
+    card.get_by_role("button", name="all 1,000,000 characters").click()
+    assert len(card.locator(".responses .text").nth(6).text_content()) == 1_000_000
+    shown.locator("#answers .card").first.wait_for()
+    assert (
+        shown.evaluate(
+            "document.querySelectorAll('main script, main img[onerror], main svg, main a[href^=javascript]').length"
+        )
+        == 0
+    )
+    assert shown.evaluate("document.documentElement.scrollWidth") <= 1200
+
+
+def test_latex_can_be_read(run, tmp_path, opened):
+    texts = ["so $\\frac{1}{2}$ is \\boxed{\\sqrt{3}}", "a \\boxed{B} and $5 or $6", "\\[x^2\\]", "$\\frac{1$ stays"]
+    shown = opened(report.main(report.Config(runs=(rewritten(run, tmp_path / "r", texts),))))
+    said = shown.locator("#cards .card").first.locator(".responses .text")
+    said.first.wait_for()
+    assert said.nth(0).locator("math mfrac").count() == 1 and said.nth(0).locator(".boxed math msqrt").count() == 1
+    assert said.nth(1).text_content() == "a B and $5 or $6" and said.nth(1).locator(".boxed").text_content() == "B"
+    assert said.nth(2).locator("math msup").count() == 1 and said.nth(3).text_content() == "$\\frac{1$ stays"
+
+
+def test_groups_are_found(run, tmp_path, opened):
+    copy = shutil.copytree(run, tmp_path / "r")
+    named = []
+    for step in range(3):
+        keys = [("7", "7", "8", "9"), ("7", "7", "7", "7"), ("8", "8", "8", None)]
+        groups = [
+            make_group(uid=f"q{step}{i}", question=f"Question {step}{i}?", keys=of, gold="7", step=step, image=None)
+            for i, of in enumerate(keys)
+        ]
+        named.append([group["uid"] for group in groups])
+        shards.write_shard(shards.shard_path(copy / "rollouts", step), groups)
+    shown = opened(report.main(report.Config(runs=(copy,))))
+
+    def uids() -> list[str]:
+        return shown.locator("#cards h3 bdi").all_text_contents()
+
+    def after(action) -> list[str]:
+        action()
+        shown.wait_for_timeout(400)
+        return uids()
+
+    shown.locator("#cards .card").first.wait_for()
+    assert uids() == named[2]
+    assert after(lambda: shown.locator("#step").fill("0")) == named[0]
+    assert after(lambda: shown.locator("#flag").select_option("wrong")) == ["q02"]
+    assert after(lambda: shown.get_by_label("in every step").check()) == ["q02", "q12", "q22"]
+    assert after(lambda: shown.locator("#flag").select_option("")) == sum(named, [])
+    assert after(lambda: shown.locator("#order").select_option("least agreed first"))[:3] == ["q00", "q10", "q20"]
+    assert after(lambda: shown.locator("#search").fill("QUESTION 11")) == ["q11"]
+    assert "1 of 9 groups" in shown.locator("#found").text_content()
+    # A link to a card leads to it, here and from outside.
+    shown.locator("#cards h3 a").click()
+    shown.wait_for_timeout(400)
+    assert "uid=q11" in shown.url and uids()[0] == "q11"
+    again = opened(copy / "report.html", address="#" + shown.url.split("#")[1])
+    again.locator("#cards .card").first.wait_for()
+    assert again.locator("#cards h3 bdi").first.text_content() == "q11"
+    # By keyboard alone: an arrow moves the step.
+    shown.locator("#step").focus()
+    shown.keyboard.press("ArrowLeft")
+    shown.wait_for_timeout(400)
+    assert uids() == ["q00", "q02", "q01"]  # still by agreement
+
+
+def test_what_changed(run, tmp_path, opened):
+    copy = shutil.copytree(run, tmp_path / "r")
+    verdicts = {"before": [0, 1, 0, 0], "after": [1, 0, 0, 1]}
+    for name, right in verdicts.items():
+        scores = json.loads((copy / f"{name}.json").read_text())
+        for i, (row, x) in enumerate(zip(scores["rows"], right, strict=True)):
+            row["responses"][0] |= {"correct": bool(x), "text": f"{name} {i}", "key": f"{name}-{i}"}
+            row["kind"] = "odd" if i % 2 else "even"
+        (copy / f"{name}.json").write_text(json.dumps(scores))
+    shown = opened(report.main(report.Config(runs=(copy,))))
+    answers = shown.locator("#answers .card")
+    answers.first.wait_for()
+    assert "2 of 4 newly right" in shown.locator("#moved").text_content() and answers.count() == 2
+    assert answers.first.locator(".pair .text").all_text_contents()[0] == "before 0"
+    assert ["✗ wrong", "✓ right"] == answers.first.locator("h4 span").all_text_contents()
+    shown.locator("#kind").select_option("odd")
+    shown.wait_for_timeout(200)
+    assert answers.count() == 1 and "after 3" in answers.first.text_content()
+    shown.locator("#move").select_option("newly wrong")
+    shown.wait_for_timeout(200)
+    assert answers.count() == 1 and "after 1" in answers.first.text_content()
+    cells = shown.locator("#kinds tbody tr").first.locator("td").all_text_contents()
+    assert cells == ["2", "1", "0", "1"]  # even: questions 0 and 2
+
+
+def test_curves_show_their_values(run, opened):
+    shown = opened(run / "report.html")
+    figures = shown.locator("#plots figure")
+    captions = figures.locator("figcaption").all_text_contents()
+    assert {"held out", "reward", "entropy, nats", "majority share", "seconds of a step"} <= {*captions}
+    chart = figures.nth(captions.index("entropy, nats"))
+    chart.scroll_into_view_if_needed()
+    rows = [json.loads(line)["entropy"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for smoothing, value in ((1, rows[-1]), (3, sum(rows) / 3)):
+        shown.get_by_label("Smoothing").fill(str(smoothing))
+        over = chart.locator(".u-over")
+        over.scroll_into_view_if_needed()
+        shown.wait_for_timeout(200)
+        for y in (20, 30):
+            over.hover(position={"x": over.bounding_box()["width"] - 2, "y": y})
+        shown.wait_for_timeout(200)
+        assert f"{value:.4f}" in chart.locator(".u-legend").text_content()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
+def test_it_can_be_used_by_all(run, opened, width, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    shown = opened(run / "report.html", width, scheme)
+    shown.locator("#cards .card").first.wait_for()
+    shown.locator("#answers .card").first.wait_for()
+    found = axe.Axe().run(shown).response["violations"]
+    assert [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in ("serious", "critical")] == []
+    assert shown.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_pictures_of_the_page(run, tmp_path, opened):
+    """Those of docs/looking.md are made so: SCREENSHOTS_OF=runs/train make test-extras ARGS="-k pictures_of"."""
+    of = os.environ.get("SCREENSHOTS_OF")
+    made, folder = (Path(of) / "report.html", Path("docs")) if of else (run / "report.html", tmp_path)
+    shown = opened(made, width=1000)
+    shown.locator("#answers .card").first.wait_for()
+    shown.locator("#flag").select_option("split" if of else "")
+    shown.wait_for_timeout(400)
+    for name, selector in (("page", "#scores"), ("group", "#cards .card"), ("changed", "#answers .card")):
+        shown.locator(selector).first.scroll_into_view_if_needed()
+        shown.wait_for_timeout(300)
+        shown.locator(selector).first.screenshot(path=folder / f"{name}.png")
+        with Image.open(folder / f"{name}.png") as picture:
+            assert picture.width > 800 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_ten_thousand_groups_open_at_once(run, tmp_path, opened):
+    copy = shutil.copytree(run, tmp_path / "r")
+    picture = save_image(copy / "rollouts", Image.new("RGB", (56, 56), "red"))
+    for step in range(20):
+        text = " ".join(f"word{step}-{i}" for i in range(100))
+        groups = [
+            group_of(("7", "7", "8", "9"), text=text, uid=f"q{step}-{i}", step=step, image=picture) for i in range(500)
+        ]
+        shards.write_shard(shards.shard_path(copy / "rollouts", step), groups)
+    made = report.main(report.Config(runs=(copy,)))
+    start = time.monotonic()
+    shown = opened(made)
+    shown.locator("#cards .card").first.wait_for()
+    assert "500 of 500 groups" in shown.locator("#found").text_content()
+    assert shown.locator("#cards .card").count() == 20
+    print(f"{made.stat().st_size / 1e6:.1f} MB, open in {time.monotonic() - start:.1f} s")

@@ -1,0 +1,104 @@
+"""A run in a notebook: tables and curves by hand, cards that hold text as text."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.test_report import HOSTILE
+from tests.test_shards import make_group
+from upt import show
+from upt.errors import SettingError, ShardError
+from upt.groups import shards
+from upt.groups.shards import SCHEMA, save_image
+
+
+def row(uid: str, right: bool, text: str) -> dict:
+    response = {"text": text, "key": text, "correct": right}
+    asked = {"question": f"{uid}?", "choices": None, "gold": "7", "image": None, "kind": None}
+    return {"uid": uid, "greedy": float(right), "responses": [response, response], **asked}
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"schema": SCHEMA, "stage": "train", "config": {}}))
+    rows = [{"step": step, "entropy": 0.5 / (step + 1), "seconds": {"rollout": step}, "kl": None} for step in range(4)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "ent')
+    for name, right in (("before", (0, 1, 1, 0)), ("after", (1, 0, 1, 0))):
+        found = [row(f"q{i}", bool(x), f"{name} {i}") for i, x in enumerate(right)]
+        scores = {"mean": {"value": sum(right) / 4}, "entropy": {"value": 0.5}, "rows": found}
+        (folder / f"{name}.json").write_text(json.dumps(scores))
+    picture = save_image(folder / "rollouts", Image.new("RGB", (4, 4), "red"))
+    groups = [make_group(uid=f"g{i}", keys=("7", "7", "8", None), image=picture) for i in range(2)]
+    for r, reward in zip(groups[1]["responses"], (1.0, 1.0, 0.0, 0.0)):
+        r |= {"reward": reward, "advantage": reward - 0.5, "judge": {"score": None, "parsed": False}}
+    shards.write_shard(shards.shard_path(folder / "rollouts", 3), groups)
+    return folder
+
+
+def test_metrics_are_a_table(run):
+    table = show.metrics(run)
+    assert table.index.tolist() == [0, 1, 2, 3]  # the line that is being written is left out
+    assert table["entropy"].tolist() == [0.5, 0.25, 0.5 / 3, 0.125] and table["seconds.rollout"].tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
+
+
+def test_curves_have_a_panel_for_what_was_measured(run):
+    figure = show.curves(run, names=("kl", "entropy", "seconds.rollout"), smooth=2)
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in shown] == ["entropy", "seconds.rollout"]
+    (line,) = shown[1].lines
+    np.testing.assert_allclose(line.get_ydata(), [0, 0.5, 1.5, 2.5])
+    both = show.curves(run, run, names=("entropy",))
+    assert len(both.axes) == 1
+    with pytest.raises(SettingError, match="none of nothing was measured; there are .*entropy"):
+        show.curves(run, names=("nothing",))
+
+
+def test_a_group_is_a_card(run):
+    card = show.group(run, step=3, index=1)
+    assert "votes: 2 × 7, 1 × 8; gold: 7" in repr(card) and "| +1.000 | +0.500 | –" in repr(card)
+    assert card._repr_html_().count("<b>7</b>") == 2 and "data:image/png;base64," in card._repr_html_()
+    assert repr(show.group(run, step=3, uid="g0")).startswith("g0\n")
+    for wanted, error, message in (
+        ({"step": 5}, ShardError, "step-000005.jsonl: no such shard; there are step-000003 to step-000003"),
+        ({"step": 3, "index": 2}, SettingError, "no group of index 2 among its 2"),
+        ({"step": 3, "uid": "x"}, SettingError, "no group of uid 'x'"),
+    ):
+        with pytest.raises(error, match=message):
+            show.group(run, **wanted)
+
+
+def test_text_is_text():
+    group = make_group(uid=HOSTILE[0], question=HOSTILE[1], choices=HOSTILE[2:4], keys=("7",))
+    group["responses"][0] |= {"text": HOSTILE[2], "key": HOSTILE[0]}
+    html = show.shown(group)._repr_html_()
+    assert "<script" not in html and "<img" not in html and "<svg" not in html and "&lt;script&gt;" in html
+    long = show.shorter("x" * 1_000_000)
+    assert len(long) < show.CHARACTERS + 10
+
+
+def test_what_changed(run):
+    gained = show.changed(run)
+    assert repr(gained).startswith("gained: 1 of 4 held-out questions\n\nq0\nq0?\nbefore | before 0\nafter | after 0")
+    assert "q1" in repr(show.changed(run, "lost")) and "q2" in repr(show.changed(run, "kept"))
+    assert "q3" in repr(show.changed(run, "missed")) and "<td" in show.changed(run)._repr_html_()
+    with pytest.raises(SettingError, match="'won': expected one of gained, lost, kept, missed"):
+        show.changed(run, "won")
+    (run / "after.json").unlink()
+    with pytest.raises(SettingError, match="no held-out answers before and after"):
+        show.changed(run)
+
+
+def test_runs_are_compared(run, tmp_path):
+    table = show.compare(run)
+    assert table.loc[str(run), ("mean", "gain")] == 0 and table.loc[str(run), ("entropy", "after")] == 0.5
+    with pytest.raises(SettingError, match="nowhere: no run there"):
+        show.compare(tmp_path / "nowhere")
