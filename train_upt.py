@@ -426,7 +426,7 @@ def main(config: Config, on_step: Callable[[dict, list[dict]], None] | None = No
         summary["warmup"] = read_json(warmup, "make the model again")
     summary |= {"config": jsonable(config), "seconds": clock.seconds}
     team.once(write_whole, config.out / "summary.json", [json.dumps(summary, indent=1).encode()])
-    team.once(page.at_end, config.out)
+    made = team.once(page.at_end, config.out)
     for source in filter(None, (questions, held_out)):
         if bad := source.report_bad():
             print(bad, file=sys.stderr)
@@ -435,7 +435,8 @@ def main(config: Config, on_step: Callable[[dict, list[dict]], None] | None = No
     for name, curve in summary.get("benchmarks", {}).items():
         print(f"{name} by steps: " + ", ".join(f"{step} {100 * value:.1f}" for step, value in curve.items()))
     print(f"adapter in {config.out / 'adapter'}, summary in {config.out / 'summary.json'}")
-    print(f"what happened, to be opened in a browser: {config.out / page.NAME}")
+    if made:
+        print(f"what happened, to be opened in a browser: {config.out / page.NAME}")
     return summary
 
 

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "ARGS"}
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, env=own)
 
 
 def commands(*arguments: str) -> str:

@@ -1,6 +1,7 @@
 """The notebooks: executed from top to bottom on a tiny random model, and saved with their outputs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_outputs_are_saved_and_speak_of_no_machine(name):
     outputs = [output for cell in code for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
     kinds = {kind for output in outputs for kind in output.get("data", {})}
-    assert {"text/html", "image/png"} <= kinds and "/home/" not in json.dumps(book) and "/work/" not in json.dumps(book)
+    assert {"text/html", "image/png"} <= kinds and not re.search(r"/(home|root|work|tmp|Users)/", json.dumps(book))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import time
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from eval.report import collect, page
 from tests.test_shards import make_group
 from upt.errors import SettingError, ShardError
 from upt.groups import shards
-from upt.groups.shards import save_image
+from upt.groups.shards import open_image, save_image
 
 HOSTILE = [
     "<script>document.title = 'taken'</script>",
@@ -53,14 +54,14 @@ def test_what_is_noteworthy_of_a_group():
 
     assert found(keys=("7", "7", "7", "8"), gold="7") == []
     assert found(keys=("8", "8", "8", "7"), gold="7") == ["wrong"]
-    assert found(keys=("7", "7", "8", "8"), gold="7") == ["wrong", "split"]  # a tie has no majority
+    assert found(keys=("7", "7", "8", "8"), gold="9") == ["split"]  # a tie has no majority that could be wrong
     assert found(keys=("7", "7", "7", None), gold=None) == ["abstained"]
     group = make_group(keys=("7", "7", "8"), gold=None) | {"skipped": True}
     group["responses"][0]["finish"] = "length"
     for response, score in zip(group["responses"], (0.2, None, 0.9), strict=True):
         response["judge"] = {"score": score, "parsed": score is not None}
     assert collect.shown(group, same)["flags"] == ["skipped", "cut", "judge"]
-    group["responses"][0]["judge"]["score"] = 0.95
+    group["responses"][0]["judge"]["score"] = 0.9  # as high: it does not object
     assert collect.shown(group, same)["flags"] == ["skipped", "cut"]
 
 
@@ -151,6 +152,8 @@ def test_a_run_in_the_making_and_one_without_held_out_scores(run, tmp_path):
     found = parts(report.main(report.Config(runs=(begun,))))
     (about,) = found["about"]["runs"]
     assert (about["state"], about["finished"], about["parts"]) == ("step 2 of 3", False, [0, 1])
+    assert about["command"].startswith("python train_upt.py --resume --out ")
+    train_upt.prepare(train_upt.Config(resume=True, out=begun))  # which is taken, whatever the settings were
     assert "difference" not in about["table"][0]
     rows = json.loads((begun / "held-out" / "step-000002.json").read_text())["rows"]
     assert [row["after"] for row in found["answers-0"]] == [row["responses"] for row in rows]
@@ -179,7 +182,15 @@ def test_pictures_in_the_page(run, tmp_path):
     source = parts(made)["groups-0-0"][0]["image"]
     (group, *_) = shards.read_shard(shards.shard_path(run / "rollouts", 0))
     assert source.startswith("data:image/png;base64,")
-    assert base64.b64decode(source.split(",")[1]) == (run / "rollouts" / group["image"]).read_bytes()
+    with Image.open(BytesIO(base64.b64decode(source.split(",")[1]))) as shown:
+        assert shown.tobytes() == open_image(run / "rollouts", group["image"]).tobytes()
+    # What leads out of the folder of a run is not taken into a page that may be sent.
+    copy = shutil.copytree(run, tmp_path / "copy")
+    scores = json.loads((copy / "after.json").read_text())
+    scores["rows"][0]["image"] = "../manifest.json"
+    (copy / "after.json").write_text(json.dumps(scores))
+    with pytest.raises(ShardError):
+        report.main(report.Config(runs=(copy,), out=tmp_path / "sent.html", embed=True))
 
 
 def test_a_page_that_follows_its_run(run, tmp_path, monkeypatch):
@@ -279,14 +290,17 @@ def rewritten(run: Path, folder: Path, texts: list[str]) -> Path:
 
 
 def test_hostile_text_is_text(run, tmp_path, opened):
-    folder = rewritten(run, tmp_path / "<b onclick=alert(1)>", HOSTILE)
+    folder = rewritten(run, tmp_path / "<b onclick=alert(1)> 50%#2?", HOSTILE)
     shown = opened(report.main(report.Config(runs=(folder,))))
     card = shown.locator("#cards .card").first
     card.wait_for()
     said = card.locator(".responses .text").all_text_contents()
     for text, seen in zip(HOSTILE[:4], said):
         assert seen == text
-    assert shown.title() == "<b onclick=alert(1)>" and card.locator("h3 bdi").text_content() == HOSTILE[0]
+    shown.locator("#cards img").first.scroll_into_view_if_needed()
+    shown.wait_for_timeout(500)
+    assert shown.locator("#cards img").first.evaluate("image => image.naturalWidth") > 0
+    assert shown.title() == "<b onclick=alert(1)> 50%#2?" and card.locator("h3 bdi").text_content() == HOSTILE[0]
     # What is long is cut until it is asked for.
     assert len(said[6]) < 4000
     card.get_by_role("button", name="all 1,000,000 characters").click()

@@ -460,6 +460,7 @@ def test_a_process_that_is_killed_ends_the_others_and_nothing_is_lost(tiny, tmp_
     assert before - 1 <= run.goes_on(whole) <= before
 
 
+@pytest.mark.slow
 def test_a_signal_stops_all_at_a_safe_point(tiny, tmp_path, whole):
     run = Begun(tiny, tmp_path / "run")
     run.process.send_signal(signal.SIGTERM)
@@ -541,6 +542,7 @@ def test_mistakes_are_said_once(tiny, tmp_path):
 # ------------------------------------------------------------------------------------------------ the other scripts
 
 
+@pytest.mark.slow
 def test_stages_are_the_same_by_two(tiny, mixed, tmp_path):
     settings = {name: STEPS[name] for name in ("steps", "questions_per_step", "group_size", "max_new_tokens")}
     for size in (1, 2):

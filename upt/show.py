@@ -214,11 +214,15 @@ def embedded(image: "Image | None") -> str:
     """An <img> that holds a picture, enlarged where it is tiny."""
     if image is None:
         return ""
+    small = "image-rendering:pixelated;" if max(image.size) <= 160 else ""
+    return f'<img alt="the question\'s picture" style="{small}width:12rem" src="{source_of(image)}">'
+
+
+def source_of(image: "Image") -> str:
+    """A picture as the address of an <img>."""
     buffer = BytesIO()
     image.save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    small = "image-rendering:pixelated;" if max(image.size) <= 160 else ""
-    return f'<img alt="the question\'s picture" style="{small}width:12rem" src="data:image/png;base64,{data}">'
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def table(head: Sequence[str], rows: Sequence[tuple[Sequence[str], bool]]) -> str:

@@ -4,15 +4,16 @@ A run in the making has what it has written so far. Groups are a part by themsel
 very many: the page unpacks a part when it is looked at.
 """
 
-import base64
 import json
 import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 from eval import heldout
+from upt import show
 from upt.answers import answer_key
 from upt.errors import SettingError, ShardError, suggest_path
 from upt.files import known_json, read_json
@@ -38,10 +39,13 @@ SPLIT = 0.5  # up to this share of its most frequent answer a group is split
 
 def runs_in(path: Path) -> list[Path]:
     """The folder of a run, or those of the runs in it, as ablate.py leaves them. Raises SettingError for neither."""
+    if rounds := sorted(path.glob("round-*/run")):
+        return [folder for folder in rounds if is_run(folder)]
     if is_run(path):
         return [path]
-    found = sorted(file.parent for file in path.glob("*/seed-*/manifest.json") if is_run(file.parent))
-    found = found or sorted(file.parent for file in path.glob("*/manifest.json") if is_run(file.parent))
+    for inside in ("*/seed-*", "*"):
+        if found := sorted(folder for folder in path.glob(inside) if is_run(folder)):
+            break
     if not found:
         raise SettingError(
             f"{path}: no run of train_upt.py there; give the folder that was its --out{suggest_path(path)}"
@@ -80,23 +84,23 @@ def tables_in(path: Path) -> list[list[list[str]]]:
 def overview(folder: Path, name: str) -> dict:
     """Everything about a run but its groups and its held-out answers."""
     manifest, summary = read_json(folder / "manifest.json"), known_json(folder / "summary.json")
-    config, rows = manifest["config"], steps_of(folder)
+    config, rows, end = manifest["config"], steps_of(folder), (summary or {}).get("end", {})
     seconds = (summary or {}).get("seconds") or _added(row.get("seconds", {}) for row in rows)
     done, where = rows[-1]["step"] + 1 if rows else 0, shlex.quote(os.path.relpath(folder))
     return {
         "name": name,
         "config": config,
         "versions": manifest.get("versions", {}),
-        "state": "finished" if summary else f"step {done} of {config['steps']}",
+        "state": ended(end, config["steps"]) if summary else f"step {done} of {config['steps']}",
         "finished": summary is not None,
         "steps": done,
         "seconds": seconds,
-        "command": f"python train_upt.py --out {where}",
+        "command": f"python train_upt.py --resume --out {where}",
         "again": f'python -m eval.heldout --run {where}\npython ask.py --run {where} --image PICTURE "…"',
         "alarms": {row["step"]: row["alarms"] for row in rows if row.get("alarms")},
         "collapse": [row["step"] for row in rows if health.collapses({"alarms": []} | row)],
         "curves": curves(rows),
-        "held_out": held_out_scores(folder, rows, config),
+        "held_out": held_out_scores(folder, rows, end.get("steps", config["steps"])),
         "table": table(folder),
     }
 
@@ -118,12 +122,20 @@ def curves(rows: list[dict]) -> dict:
     return {"step": [row["step"] for row in rows]} | kept
 
 
-def held_out_scores(folder: Path, rows: list[dict], config: dict) -> dict:
-    """{score: [[steps made, value], …]} of the evaluations so far."""
+def ended(end: dict, planned: int) -> str:
+    """How a run has ended, by its summary."""
+    made = end.get("steps", planned)
+    said = "finished" if made == planned else f"ended after {made} of {planned} steps"
+    chosen = end.get("adapter_step", made)
+    return said if chosen == made else f"{said}, with the adapter after {chosen}"
+
+
+def held_out_scores(folder: Path, rows: list[dict], steps: int) -> dict:
+    """{score: [[steps made, value], …]} of the evaluations so far; the last one is after `steps`."""
     found: dict[str, list] = {}
     at = [(0, {k: v["value"] for k, v in _scores(folder / "before.json").items()})]
     at += [(row["step"], row["held_out"]) for row in rows if row.get("held_out")]
-    at += [(config["steps"], {k: v["value"] for k, v in _scores(folder / "after.json").items()})]
+    at += [(steps, {k: v["value"] for k, v in _scores(folder / "after.json").items()})]
     for steps, scores in at:
         for name in heldout.GOLD_METRICS:
             if name in scores:
@@ -161,8 +173,8 @@ def picture(folder: Path, page: Path, embed: bool) -> Callable[[str | None], str
         if relative is None:
             return None
         if not embed:
-            return Path(os.path.relpath(folder / relative, page.parent)).as_posix()
-        return "data:image/png;base64," + base64.b64encode((folder / relative).read_bytes()).decode()
+            return quote(Path(os.path.relpath(folder / relative, page.parent)).as_posix())
+        return show.source_of(shards.open_image(folder, relative))
 
     return source
 
@@ -203,7 +215,7 @@ def shown(group: dict, source: Callable[[str | None], str | None]) -> dict:
 def flags(group: dict, gold: str | None, majority: str | None) -> list[str]:
     """What one may want to look for: see FLAGS in assets/page.js."""
     responses, found = group["responses"], []
-    if gold is not None and majority != gold:
+    if gold is not None and majority not in (None, gold):
         found.append("wrong")
     if majority_share(group) <= SPLIT:
         found.append("split")
@@ -214,7 +226,8 @@ def flags(group: dict, gold: str | None, majority: str | None) -> list[str]:
     if any(r["finish"] == "length" for r in responses):
         found.append("cut")
     graded = [r for r in responses if r.get("judge") and r["judge"]["score"] is not None]
-    if majority is not None and graded and max(graded, key=lambda r: r["judge"]["score"])["key"] != majority:
+    top = max((r["judge"]["score"] for r in graded), default=None)
+    if majority is not None and graded and majority not in [r["key"] for r in graded if r["judge"]["score"] == top]:
         found.append("judge")
     return found
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from eval import heldout
 from eval.report import collect
-from upt.errors import UserError
 from upt.files import write_whole
 from upt.groups import shards
 from upt.run.cli import one_line
@@ -49,12 +48,14 @@ def label(run: Path) -> str:
     return run.name if here.startswith("..") else here
 
 
-def at_end(run: Path) -> None:
-    """Write the page of a run that has ended; what hinders that is said, and hinders nothing else."""
+def at_end(run: Path) -> bool:
+    """Write the page of a run that has ended; whether it is there. What hinders it is said, and stops nothing."""
     try:
-        write([run], run / NAME)
-    except (UserError, OSError) as error:
+        write(collect.runs_in(run), run / NAME)
+    except Exception as error:  # the run is worth more than its page
         print(f"no page on the run: {one_line(error)}", file=sys.stderr)
+        return False
+    return True
 
 
 def place(paths: Sequence[Path]) -> Path:

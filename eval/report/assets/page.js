@@ -133,7 +133,8 @@
       data: c.data,
       reward: c.algorithm === "sft" ? `${c.reward}, by cross-entropy` : `${c.reward}, advantage ${c.advantage}`,
       steps: `${c.steps} of ${c.questions_per_step} questions × ${c.group_size} responses, seed ${c.seed}`,
-      state: `${run.state}, ${duration(total(run.seconds))} so far`.replace("finished, ", "finished in ").replace(/ so far$/, run.finished ? "" : " so far"),
+      state: run.state,
+      time: duration(total(run.seconds)) + (run.finished ? "" : " so far"),
     };
     const list = el("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "what was run" }, el("table", {}, el("tbody", {},
       ...Object.entries(facts).map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, value))))));
@@ -424,8 +425,10 @@
       picture, el("div", {}, ...asked(row), el("div", { class: "pair" }, side("before", row.before), side("after", row.after))));
   }
 
+  let looking = 0; // as `asking`
   async function showChanged() {
-    const rows = await unpack(`answers-${+byId("run-changed").value}`);
+    const mine = ++looking, rows = await unpack(`answers-${+byId("run-changed").value}`);
+    if (mine !== looking) return;
     const kinds = [...new Set(rows.map((row) => row.kind))].filter((kind) => kind != null).sort();
     const kind = kinds.includes(byId("kind").value) ? byId("kind").value : "";
     choose(byId("kind"), [["", "all kinds"], ...kinds.map((name) => [name, name])], showChanged);
