@@ -154,7 +154,7 @@ def held_out_rows(file: Path, part: slice) -> dict[str, list[dict]]:
         found = {
             row["uid"]: [
                 {"id": row["uid"], "sample": i, "correct": response["correct"], "vote_key": response["key"],
-                 "categories": {"kind": [row["kind"]]} if row["kind"] else {}}
+                 "asked": (row["question"], row["gold"]), "categories": {"kind": [row["kind"]]} if row["kind"] else {}}
                 for i, response in enumerate(row["responses"][part])
             ]
             for row in rows
@@ -288,6 +288,9 @@ def compare(a: Path, b: Path, seed: int = 0, part: slice | None = None) -> dict:
     ids = sorted(left.keys() & right.keys(), key=lambda uid: (len(uid), uid))
     if not ids:
         raise DataError(f"{a} and {b} have no question in common; compare responses to the same benchmark")
+    for uid in ids:
+        if left[uid][0].get("asked") != right[uid][0].get("asked"):
+            raise DataError(f"{a} and {b}: question {uid!r} is another one in each; compare runs with the same --seed")
     labels = {uid: left[uid][0]["categories"] for uid in ids}
     for uid in ids:
         if any(row["categories"] != labels[uid] for row in left[uid] + right[uid]):

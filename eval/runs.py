@@ -37,9 +37,9 @@ def folders(path: Path) -> list[Path]:
     """Every folder of a training run at or under a path; not what lies inside of runs. Raises SettingError."""
     if not path.is_dir():
         raise SettingError(f"{path}: no such folder; give the one that runs are in{suggest_path(path)}")
-    if collect.is_run(path) and not (path / "round-00").is_dir():
+    if collect.is_run(path) and not any(path.glob("round-*")):
         return [path]
-    inside = sorted(below for below in path.iterdir() if below.is_dir() and not below.name.startswith("."))
+    inside = sorted(p for p in path.iterdir() if p.is_dir() and not p.is_symlink() and not p.name.startswith("."))
     return [found for below in inside for found in folders(below)]
 
 

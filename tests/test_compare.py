@@ -285,10 +285,10 @@ def test_folders_of_benchmarks(tmp_path, capsys):
         compare.main(compare.Config(tmp_path / "nowhere", tmp_path / "b"))
 
 
-def held_out(path: Path, **right: list[int]) -> Path:
+def held_out(path: Path, gold: str = "7", **right: list[int]) -> Path:
     """Held-out scores: for each question which responses are right, the greedy one first."""
     rows = [
-        {"uid": uid, "kind": "count" if uid < "q3" else "sum", "greedy": float(of[0]),
+        {"uid": uid, "kind": "count" if uid < "q3" else "sum", "greedy": float(of[0]), "question": "?", "gold": gold,
          "responses": [{"text": "…", "key": str(x), "correct": bool(x)} for x in of]}
         for uid, of in right.items()
     ]  # fmt: skip
@@ -313,6 +313,10 @@ def test_held_out_answers_of_runs(tmp_path, capsys):
     again = compare.main(compare.Config(a, b))["benchmarks"]
     assert again["held-out, samples"] == samples | {"settings": {"temperature": [1.0, 0.5]}}
     assert "A and B were not made alike: temperature 1.0 and 0.5" in capsys.readouterr().out
+    # Sets that are drawn by seed have other questions of the same names.
+    other = held_out(tmp_path / "c/after.json", gold="8", q1=[0, 1, 1])
+    with pytest.raises(ValueError, match="question 'q1' is another one in each; compare runs with the same --seed"):
+        compare.main(compare.Config(a, other))
     # A run with benchmarks has both.
     for side in "ab":
         write(tmp_path / side / "benchmarks/wemath/scores.jsonl", [line(1, True)])

@@ -1,6 +1,7 @@
 """Trackers: what real TensorBoard and wandb have kept of a run, and that a tracker that fails stops nothing."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def track(name: str, tmp_path, groups) -> None:
     trackers = Trackers([name], tmp_path, {"reward": "majority", "steps": 2, "out": tmp_path, "adapter": None})
     for row in STEPS:
         trackers.log(row, row["step"])
-    trackers.groups(groups, 1)
+    trackers.groups(groups, 1, tmp_path / "rollouts")
     trackers.finish()
     assert [*trackers.trackers] == [name]  # it has not failed
 
@@ -66,8 +67,10 @@ def test_wandb_offline_has_all_of_it(tmp_path, groups, monkeypatch):
     track("wandb", tmp_path, groups)
     (run,) = (tmp_path / tracking.FOLDER / "wandb").glob("offline-run-*")
     (kept,) = run.glob("*.wandb")
-    content = kept.read_bytes()
-    assert b"entropy" in content and b"seconds/rollout" in content
+    deadline = time.monotonic() + 60  # its own process writes it
+    while b"seconds/rollout" not in kept.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert b"entropy" in kept.read_bytes() and b"seconds/rollout" in kept.read_bytes()
     (table,) = run.glob("files/media/table/groups*.json")
     rows = json.loads(table.read_text())
     assert rows["columns"] == [*tracking.COLUMNS] and [row[0] for row in rows["data"]] == ["g0", "blind", "g1", "g2"]
@@ -110,7 +113,7 @@ def test_a_tracker_that_fails_is_said_once_and_the_others_go_on(tmp_path, monkey
     trackers = Trackers(["wandb", "mlflow"], tmp_path, {"reward": "majority"})
     for row in STEPS:
         trackers.log(row, row["step"])
-    trackers.groups([make_group()], 1)
+    trackers.groups([make_group()], 1, tmp_path)
     trackers.finish()
     assert [name for name, *_ in calls["mlflow"]] == ["start", "store_init_configuration", "log", "log", "finish"]
     assert capsys.readouterr().err.count("--track wandb has failed, and is left out: no network") == 1

@@ -17,7 +17,7 @@ from upt import show
 from upt.answers import answer_key
 from upt.errors import SettingError, ShardError, suggest_path
 from upt.files import known_json, read_json
-from upt.groups import shards
+from upt.groups import manifests, shards
 from upt.groups.votes import abstentions, majority_key, majority_share
 from upt.run import health
 
@@ -55,8 +55,10 @@ def runs_in(path: Path) -> list[Path]:
 
 def is_run(path: Path) -> bool:
     """Whether a folder is that of a training run."""
-    manifest = path / "manifest.json"
-    return manifest.is_file() and read_json(manifest).get("stage") == "train"
+    try:
+        return manifests.read(path)["stage"] == "train"
+    except ShardError:  # none, or one that cannot be read
+        return False
 
 
 def steps_of(folder: Path) -> list[dict]:

@@ -41,6 +41,7 @@ class Listeners:
 
     def __init__(self, config, on_step: Callable[[dict, list[dict]], None] | None, first: bool):
         self.on_step, self.every = on_step, config.track_groups_every
+        self.pictures = config.from_shards or config.out / "rollouts"
         names = checked(config.track) if first else []
         self.trackers = Trackers(names, config.out, vars(config)) if names else None
 
@@ -49,7 +50,7 @@ class Listeners:
         if self.trackers:
             self.trackers.log({name: value for name, value in row.items() if name != "step"}, row["step"])
             if groups and row["step"] % self.every == 0:
-                self.trackers.groups(groups, row["step"])
+                self.trackers.groups(groups, row["step"], self.pictures)
         if self.on_step:
             self.on_step(row, groups)
 
@@ -106,10 +107,9 @@ class Trackers:
         numbers = flat(values)
         self._all(lambda tracker: tracker.log(numbers, step=step))
 
-    def groups(self, groups: Sequence[dict], step: int) -> None:
-        """The first few groups of a step, with their pictures."""
+    def groups(self, groups: Sequence[dict], step: int, folder: Path) -> None:
+        """The first few groups of a step, with their pictures, which lie in `folder`."""
         some = groups[:GROUPS]
-        folder = self.out / "rollouts"
 
         def show(tracker) -> None:
             if tracker.name == "wandb":
