@@ -32,6 +32,7 @@ from upt.errors import DataError, SettingError, suggest_path
 from upt.ranges import Few, Name
 from upt.run import cli, trained
 from upt.run.settings import Rollout, hidden
+from upt.show import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -131,7 +132,8 @@ def shown(found: dict[str, Answered], width: int) -> str:
     for name, answered in found.items():
         votes = ", ".join(f"{count} × {'no answer' if key is None else key}" for key, count in answered.votes)
         said = [line for part in answered.greedy.split("\n") for line in wrap(part, each) or [""]]
-        columns.append([name, *said, *wrap(f"{len(answered.samples)} samples: {votes}", each)])
+        cells = [name, *said, *wrap(f"{len(answered.samples)} samples: {votes}", each)]
+        columns.append([printable(cell) for cell in cells])
     return "\n".join(
         " | ".join(cell.ljust(each) for cell in row).rstrip() for row in zip_longest(*columns, fillvalue="")
     )

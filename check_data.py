@@ -123,7 +123,7 @@ def main(config: Config) -> Found:
     print(questions.describe(), file=sys.stderr)
     found = look(questions)
     said = lines(found)
-    print("\n".join(said))
+    print(show.printable("\n".join(said)))
     write_whole(config.out, [page(questions, said).encode("utf-8", "replace")])
     print(f"{EXAMPLES} of them, to be opened in a browser: {config.out}")
     return found

@@ -71,6 +71,8 @@ def test_answers_stand_beside_each_other():
         "3 samples: 2 × 4, 1  |",
         "× no answer          |",
     ]
+    hostile = {"model": Answered("\x1b]0;taken\x07", ["a"], [("\x1b[2J", 1)])}
+    assert "\x1b" not in ask.shown(hostile, 60) and "\\x1b[2J" in ask.shown(hostile, 60)
 
 
 @pytest.mark.parametrize(

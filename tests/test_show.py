@@ -85,6 +85,10 @@ def test_text_is_text():
     assert len(long) < show.CHARACTERS + 10
 
 
+def test_a_terminal_gets_no_commands():
+    assert show.printable("a\x1b]0;x\x07\n\tb\u202e五\ud800") == "a\\x1b]0;x\\x07\n\tb\\u202e五\\ud800"
+
+
 def test_what_changed(run):
     gained = show.changed(run)
     assert repr(gained).startswith("gained: 1 of 4 held-out questions\n\nq0\nq0?\nbefore | before 0\nafter | after 0")

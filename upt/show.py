@@ -198,6 +198,11 @@ def judged_as(judge: dict | None) -> str:
     return "–" if judge is None or judge["score"] is None else f"{judge['score']:.2f}"
 
 
+def printable(text: str) -> str:
+    """Text of models and data as a terminal may have it: control characters but line breaks and tabs are escaped."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def shorter(text: str) -> str:
     """The start and the end of a long text."""
     return text if len(text) <= CHARACTERS else f"{text[: CHARACTERS // 2]} … {text[-CHARACTERS // 2 :]}"
