@@ -120,7 +120,8 @@ def test_a_disk_that_is_full_at_any_write(tiny, undisturbed, tmp_path, monkeypat
     go(tiny, tmp_path / "all")
     count = len(calls)
     assert count > 20
-    for failing in range(1, count + 1):  # noqa: B007 - read by fsync
+    page = 2  # the last calls, of report.html and its folder: a run ends well without it (test_report.py)
+    for failing in range(1, count + 1 - page):  # noqa: B007 - read by fsync
         calls.clear()
         with pytest.raises(StorageError, match="no space left on the disk"):
             go(tiny, tmp_path / "run")
