@@ -66,9 +66,7 @@ class Config(Rollout):
 
     def resolve(self) -> "Config":
         if self.run is not None:
-            if self.model or self.adapter:
-                raise SettingError("--run brings its own model and adapter: leave --model and --adapter out")
-            _, self.model, self.adapter, settings = trained.trained(self.run)
+            settings = trained.taken_from_run(self).settings
             trained.take(self, settings, {name: name for name in FROM_RUN if hasattr(self, name)})
         if len(self.choice) == 1:
             raise SettingError("--choice is given once: give it for each option, or leave it out")

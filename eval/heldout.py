@@ -26,7 +26,7 @@ import numpy as np
 
 from upt import data, prompts, stages
 from upt.answers import Grade, grade, vote_key
-from upt.errors import DataError, SettingError
+from upt.errors import DataError
 from upt.files import check_file, write_whole
 from upt.groups.shards import save_image
 from upt.groups.stats import FEW, FEW_NOTE, counted
@@ -64,9 +64,7 @@ class Config(Rollout):
 
     def resolve(self) -> "Config":
         if self.run is not None:
-            if self.model or self.adapter:
-                raise SettingError("--run brings its own model and adapter: leave --model and --adapter out")
-            _, self.model, self.adapter, settings = trained.trained(self.run)
+            settings = trained.taken_from_run(self).settings
             settings["data"] = settings.get("eval_data") or settings["data"]
             settings["eval_questions"] = settings.get("eval_questions") or None  # 0: the run had no evaluation
             names = {name: name for name in (*FROM_RUN, "data", "eval_questions")}

@@ -102,9 +102,7 @@ class Config(Rollout):
         return self
 
     def _take_from_run(self) -> None:
-        if self.model or self.adapter:
-            raise SettingError("--run brings its own model and adapter: leave --model and --adapter out")
-        folder, self.model, self.adapter, settings = trained.trained(self.run)
+        folder, _, _, settings = trained.taken_from_run(self)
         if self.run.absolute() != folder.absolute() and self.out.absolute().is_relative_to(self.run.absolute()):
             raise SettingError(f"--out {self.out} is in a checkpoint, which may be removed: give another (OUT=)")
         trained.take(self, settings, {name: name for name in FROM_RUN})

@@ -43,6 +43,16 @@ def trained(path: Path) -> Trained:
     return Trained(folder, str(start) if start.is_dir() else settings["model"], str(adapter), settings)
 
 
+def taken_from_run(config) -> Trained:
+    """What `--run` of a Config brings; its model and adapter are put there. Raises as `trained` does, and SettingError
+    where they were given, too."""
+    if config.model or config.adapter:
+        raise SettingError("--run brings its own model and adapter: leave --model and --adapter out")
+    found = trained(config.run)
+    config.model, config.adapter = found.model, found.adapter
+    return found
+
+
 def run_folder(path: Path) -> tuple[Path, dict]:
     """The folder of the run that a folder is, or is in, with its manifest."""
     for folder in (path, *path.absolute().parents[:3]):
