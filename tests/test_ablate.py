@@ -359,6 +359,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_a_sweep_of_tiny_runs(tiny, tmp_path, capsys):
     out = tmp_path / "sweep"
     config = Config(rewards="random random@mean", model=tiny, steps=2, seeds=2, jobs=2, out=out, train=SMALL)

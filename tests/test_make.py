@@ -158,7 +158,9 @@ HUB = {
 }
 
 
-@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize(
+    "name", ["geoqa", *(pytest.param(name, marks=pytest.mark.slow) for name in ("geometry3k", "mmr1"))]
+)
 def test_a_run_on_a_hub_set_from_an_offline_cache(name, tiny, tmp_path):
     make_hub_dataset(tmp_path / "hf" / "hub", *HUB[name])
     out = tmp_path / "run"

@@ -448,7 +448,8 @@ def whole(tiny, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_is_killed_ends_the_others_and_nothing_is_lost(tiny, tmp_path, whole, rank):
     run = Begun(tiny, tmp_path / "run")
     os.kill(run.children[rank], signal.SIGKILL)
@@ -471,6 +472,7 @@ def test_a_signal_stops_all_at_a_safe_point(tiny, tmp_path, whole):
     assert run.goes_on(whole) == made
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_started_them(tiny, tmp_path):
     run = Begun(tiny, tmp_path / "run")
     run.process.kill()
@@ -519,6 +521,7 @@ runpy.run_path("train_upt.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_no_checkpoint_is_written_of_adapters_that_differ_and_one_process_scores_for_all(tiny, tmp_path):
     mine = tmp_path / "mine.py"
     note = f"open({str(tmp_path / 'scored')!r}, 'a').write(os.environ.get('RANK', '') + ' ' + group['uid'] + chr(10))"

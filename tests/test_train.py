@@ -315,8 +315,8 @@ cli.launch(train_upt.main, Config, sys.argv[4:])
     ("where", "nth", "number", "code"),
     [
         ("slots.step", 100, signal.SIGTERM, 143),  # within the second step
-        ("slots.step", 100, signal.SIGKILL, -9),
-        ("update.grpo_loss", 2, signal.SIGTERM, 143),
+        pytest.param("slots.step", 100, signal.SIGKILL, -9, marks=pytest.mark.slow),
+        pytest.param("update.grpo_loss", 2, signal.SIGTERM, 143, marks=pytest.mark.slow),
         ("update.grpo_loss", 5, signal.SIGKILL, -9),
     ],
 )
