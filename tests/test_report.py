@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -200,7 +201,7 @@ def test_pictures_in_the_page(run, tmp_path):
 
 
 def test_a_page_that_follows_its_run(run, tmp_path, monkeypatch, capsys):
-    """It waits for a run that has only begun, follows it, and ends with it: here one that is stopped after two steps."""
+    """It waits for a run that has only begun, follows it, and ends with it: here it is stopped after two steps."""
     begun = shutil.copytree(run, tmp_path / "begun")
     (begun / "summary.json").unlink()
     (begun / "report.html").unlink()
@@ -394,8 +395,8 @@ LOOSE = """() => {  // texts that are too long, or whose marks of direction coul
   for (const node of document.querySelectorAll("[aria-label], [alt], [title], option")) {
     const said = ["aria-label", "alt", "title"].map((name) => node.getAttribute(name) || "");
     if (node.localName === "option") said.push(node.textContent);
-    for (const text of said)
-      if (text.length > 310 || /[\u202a-\u202e\u2066-\u2069]/.test(text)) found.push(`${text.length}: ${text.slice(0, 60)}`);
+    const isLoose = (text) => text.length > 310 || /[\u202a-\u202e\u2066-\u2069]/.test(text);
+    found.push(...said.filter(isLoose).map((text) => `${text.length}: ${text.slice(0, 60)}`));
   }
   return found;
 }"""
@@ -422,7 +423,8 @@ def test_hostile_text_is_text(run, tmp_path, opened):
             assert [card.locator(field).first.text_content() for field in fields] == [text] * 4
         assert card.locator(".options li").count() == 26 and "and 4 more options" in card.text_content()
     shown.locator("#cards img").first.scroll_into_view_if_needed()
-    shown.wait_for_function("document.querySelector('#cards img').naturalWidth > 0")
+    shown.wait_for_timeout(500)
+    assert shown.locator("#cards img").first.evaluate("image => image.naturalWidth") > 0
     assert shown.title() == named and shown.locator("h1 bdi").text_content() == named
     facts = shown.locator("#head td bdi").all_text_contents()
     assert texts[0] in facts[0] and texts[4] == facts[1]
@@ -507,6 +509,8 @@ def test_groups_are_found(run, tmp_path, opened):
     shown.locator("#cards .card").first.wait_for()
     assert uids() == named[2]
     assert after(lambda: shown.locator("#step").fill("0")) == named[0]
+    counts = ["all groups (3)", "majority wrong (1)", "split: half or less agree (1)", "skipped (0)"]
+    assert shown.locator("#flag option").all_text_contents()[:4] == counts
     assert after(lambda: shown.locator("#flag").select_option("wrong")) == ["q02"]
     assert after(lambda: shown.get_by_label("in every step").check()) == ["q02", "q12", "q22"]
     assert after(lambda: shown.locator("#flag").select_option("")) == sum(named, [])
@@ -571,6 +575,165 @@ def test_curves_show_their_values(run, opened):
         assert f"{value:.4f}" in chart.locator(".u-legend").text_content()
 
 
+def test_what_is_looked_at_stays_over_loading_again(run, tmp_path, opened):
+    begun = shutil.copytree(run, tmp_path / "begun")
+    (begun / "summary.json").unlink()
+    config = report.Config(runs=(begun,), out=begun / "report.html", watch=True, every=3600)
+    with locking.holding(begun):
+        assert report.make(config)
+    shown = opened(begun / "report.html")
+    assert "the run goes on" in shown.locator("#notice").text_content()
+    shown.locator("#step").fill("1")
+    shown.locator("#order").select_option("most agreed first")
+    shown.locator("#smooth").fill("3")
+    shown.locator("#find").fill("?")
+    shown.locator("#move").select_option("missed")
+    shown.wait_for_timeout(400)
+    shown.locator("#answers details").nth(3).locator("summary").click()
+    card = shown.locator("#answers .card").nth(1)
+    card.evaluate("node => scrollTo(0, node.getBoundingClientRect().top + scrollY + 30)")
+    shown.wait_for_timeout(100)
+    top = card.evaluate("node => node.getBoundingClientRect().top")
+    shown.evaluate("() => (remember(), location.reload())")  # as the page does by itself
+    shown.wait_for_selector("html[data-ready]")
+    shown.wait_for_timeout(300)
+    assert "step=2" in shown.url and "smooth=3" in shown.url and "move=missed" in shown.url
+    assert shown.locator("#stepped").text_content() == "2 of 3" and shown.locator("#smoothed").text_content() == "3"
+    assert shown.locator("#order").input_value() == "most agreed first" and shown.locator("#find").input_value() == "?"
+    opened_now = shown.locator("#answers details").evaluate_all("nodes => nodes.map((node) => node.open)")
+    assert opened_now.index(True) == 3 and sum(opened_now) == 1
+    assert top < 0 and abs(card.evaluate("node => node.getBoundingClientRect().top") - top) < 3
+    # The same address elsewhere is the same view; a part of the page does not take it away.
+    again = opened(begun / "report.html", address="#" + shown.url.split("#")[1])
+    assert again.locator("#stepped").text_content() == "2 of 3"
+    again.get_by_role("link", name="Curves").click()
+    again.wait_for_timeout(300)
+    assert "step=2" in again.url and again.locator("#stepped").text_content() == "2 of 3"
+    # And it does load itself again, unless it is told not to.
+    with locking.holding(begun):
+        report.make(replace(config, every=1))
+    quick = opened(begun / "report.html", address="#follow=no")
+    quick.evaluate("() => (window.mine = true)")
+    quick.wait_for_timeout(1300)
+    assert quick.evaluate("() => window.mine") is True
+    quick.get_by_label("loads itself again").check()
+    quick.wait_for_timeout(1300)
+    assert quick.evaluate("() => window.mine") is None
+
+
+@pytest.mark.parametrize(("address", "said"), [
+    ("#uid=nobody&step=2", "to the group nobody, which is not in this step"),
+    ("#step=99", "to step 99, which is not here"),
+    ("#run=none&step=1", "to the run none, which is not here"),
+])  # fmt: skip
+def test_a_link_to_what_is_not_there_says_so(run, opened, address, said):
+    shown = opened(run / "report.html", address=address)
+    assert f"This link is {said}" in shown.locator("#found").text_content()
+    assert shown.locator("#cards .card").count() == 0
+    shown.locator("#step").fill("1")
+    shown.wait_for_timeout(300)
+    assert shown.locator("#cards .card").count() == 3 and "This link" not in shown.locator("#found").text_content()
+
+
+def test_what_cannot_be_unpacked_is_said(run, tmp_path, browser, opened):
+    text = (run / "report.html").read_text()
+    broken = run / "broken.html"
+    broken.write_text(re.sub(r'(id="(?:groups-0-2|answers-0)">)[^<]{40}', r"\1" + "A" * 40, text))
+    shown = opened(broken)
+    for part in ("#cards", "#answers"):
+        assert "the file is damaged: make the page again with report.py" in shown.locator(part).text_content()
+    shown.locator("#step").fill("0")  # the others are whole
+    shown.wait_for_timeout(300)
+    assert shown.locator("#cards .card").count() == 3
+    context = browser.new_context()
+    context.add_init_script("delete self.DecompressionStream")
+    old = context.new_page()
+    old.goto((run / "report.html").as_uri())
+    old.wait_for_selector("html[data-ready]")
+    assert "this browser is too old; Chrome and Edge 80, Firefox 113" in old.locator("#cards").text_content()
+    # Half of the file, and no JavaScript at all.
+    broken.write_text(text[: len(text) // 2])
+    old.goto(broken.as_uri())
+    assert "the file is incomplete or damaged" in old.locator("#loading").inner_text()
+    plain = browser.new_context(java_script_enabled=False).new_page()
+    plain.goto((run / "report.html").as_uri())
+    assert "This page needs JavaScript" in plain.locator("main").inner_text()
+    assert not plain.locator("#loading").is_visible()
+    broken.unlink()
+
+
+def contrast(a: str, b: str) -> float:
+    """Of two colours #rgb or #rrggbb, by WCAG 2: (L1 + 0.05) / (L2 + 0.05)."""
+
+    def luminance(colour: str) -> float:
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_can_be_told_apart_and_seen(run, tmp_path, opened, scheme):
+    assert contrast("#fff", "#000000") == pytest.approx(21)
+    copy = shutil.copytree(run, tmp_path / "r")
+    group = group_of([str(i) for i in range(10)] + ["1"], text="so", image=None)
+    shards.write_shard(shards.shard_path(copy / "rollouts", 2), [group])
+    shown = opened(report.main(report.Config(runs=(copy,))), scheme=scheme)
+
+    def colour(name: str) -> str:
+        return shown.evaluate(f"() => getComputedStyle(document.documentElement).getPropertyValue('{name}').trim()")
+
+    lines = [colour(f"--c{i}") for i in range(8)]
+    assert len({*lines}) == 8
+    for ink in (*lines, colour("--good"), colour("--bad"), colour("--warn"), colour("--quiet")):
+        assert min(contrast(ink, colour("--page")), contrast(ink, colour("--card"))) >= 4, ink
+    looks = shown.evaluate("() => [...Array(20).keys()].map((i) => JSON.stringify(looks(i)))")
+    assert len({*looks}) == 20
+    # Keys by the rank of their votes; those after the eighth are grey.
+    found = shown.locator(".responses li").evaluate_all("nodes => nodes.map((node) => node.style.cssText)")
+    assert "--c0" in found[1] and "--c0" in found[10] and "--c1" in found[0]
+    assert len({*found}) == 9 and all("--quiet" in found[i] for i in (8, 9))
+
+
+def test_runs_beside_each_other(run, tmp_path, opened):
+    """Two rewards, two seeds each: one colour a reward, and what one run answers beside another's."""
+    folder = tmp_path / "ablate"
+    for i, name in enumerate(("majority/seed-0", "majority/seed-1", "random/seed-0", "random/seed-1")):
+        copy = shutil.copytree(run, folder / name)
+        rows = [json.loads(line) | {"entropy": float(i)} for line in (run / "metrics.jsonl").read_text().splitlines()]
+        (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        scores = json.loads((copy / "after.json").read_text())
+        for j, row in enumerate(scores["rows"]):
+            row["responses"][0] |= {"text": f"{name} says {j}", "correct": j < i}
+        (copy / "after.json").write_text(json.dumps(scores))
+    shown = opened(report.main(report.Config(runs=(folder,))))
+    chart = shown.locator("#plots figure").filter(has=shown.locator("figcaption", has_text="entropy, nats"))
+    legend = chart.locator(".u-legend .u-series:visible").all_text_contents()
+    assert [text.split(":")[0].rstrip("–") for text in legend] == ["step", "majority, mean of 2", "random, mean of 2"]
+    label = chart.locator("[role=img]").get_attribute("aria-label")
+    assert label == "entropy, nats, at the end: majority, mean of 2 0.5000, random, mean of 2 2.5000"
+    # What changed, in another run, and beside another run.
+    shown.locator("#changed-run").select_option("random/seed-1")
+    shown.locator("#against").select_option("majority/seed-1")
+    shown.locator("#move").select_option("gained")
+    shown.wait_for_timeout(300)
+    cards = shown.locator("#answers .card")
+    assert cards.count() == 2  # the one has question 0 right, the other 0, 1 and 2
+    assert cards.first.locator(".pair > div > .text").all_text_contents() == [
+        "majority/seed-1 says 1", "random/seed-1 says 1",
+    ]  # fmt: skip
+    heads = cards.first.locator("h4").all_text_contents()
+    assert heads == ["majority/seed-1 ✗ wrong", "random/seed-1 ✓ right"]
+    said = shown.locator("#moved").text_content()
+    assert "changed-run=random" in shown.url and "after one run and after the other: 2 of 4 gained" in said
+    shown.locator("#run").select_option("random/seed-0")
+    shown.wait_for_timeout(300)
+    assert shown.locator("#cards h3 a").first.get_attribute("href").startswith("#run=random%2Fseed-0&")
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
 def test_it_can_be_used_by_all(run, opened, width, scheme):
     axe = extra("axe_playwright_python.sync_playwright")
@@ -613,4 +776,9 @@ def test_ten_thousand_groups_open_at_once(run, tmp_path, opened):
     shown.locator("#cards .card").first.wait_for()
     assert "500 of 500 groups" in shown.locator("#found").text_content()
     assert shown.locator("#cards .card").count() == 20
-    print(f"{made.stat().st_size / 1e6:.1f} MB, open in {time.monotonic() - start:.1f} s")
+    open_in, start = time.monotonic() - start, time.monotonic()
+    shown.get_by_label("in every step").check()
+    shown.locator("#search").fill("word7-99")
+    shown.locator("#found", has_text="500 of 10000 groups").wait_for()
+    search_in = time.monotonic() - start
+    print(f"{made.stat().st_size / 1e6:.1f} MB, open in {open_in:.1f} s, searched in {search_in:.1f} s")

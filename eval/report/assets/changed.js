@@ -85,7 +85,10 @@ const wordsOf = ({ row, left, right }) =>
 let looking = 0; // as `asking`
 async function showChanged() {
   const mine = ++looking;
-  choose("changed-run", runs.map((run) => [run.name, run.name]));
+  choose(
+    "changed-run",
+    runs.map((run) => [run.name, run.name]),
+  );
   const run = runOf("changed-run");
   const others = runs.filter((_, i) => i !== run);
   const against = choose("against", [

@@ -139,7 +139,10 @@ let asking = 0; // the latest search; an earlier one that is still going on ends
 async function showGroups() {
   const mine = ++asking;
   const found = byId("found");
-  choose("run", runs.map((run) => [run.name, run.name]));
+  choose(
+    "run",
+    runs.map((run) => [run.name, run.name]),
+  );
   const run = runOf("run");
   const { parts, config, note } = runs[run];
   const at = partOf(runs[run]);
@@ -148,7 +151,10 @@ async function showGroups() {
   byId("stepped").value = at < 0 ? "" : `${parts[at] + 1} of ${config.steps}`;
   put("search", seen("search"));
   byId("everywhere").checked = seen("everywhere") === "yes";
-  choose("order", Object.keys(ORDERS).map((name) => [name, name]));
+  choose(
+    "order",
+    Object.keys(ORDERS).map((name) => [name, name]),
+  );
   byId("note").replaceChildren(...(note ? [brief(note, 400)] : []));
   found.className = "";
   const words = seen("search").trim().toLowerCase();
@@ -171,22 +177,26 @@ async function showGroups() {
     return;
   }
   const count = (flag) => matching.filter(([, group]) => !flag || group.flags.includes(flag)).length;
-  const flag = choose("flag", Object.entries(FLAGS).map(([name, label]) => [name, `${label} (${count(name)})`]));
+  const flag = choose(
+    "flag",
+    Object.entries(FLAGS).map(([name, label]) => [name, `${label} (${count(name)})`]),
+  );
   let shown = matching.filter(([, group]) => !flag || group.flags.includes(flag));
   const order = ORDERS[byId("order").value];
   if (order) shown.sort(([, a], [, b]) => order(a, b));
   found.textContent = parts.length ? `${shown.length} of ${all} groups` : note ? "" : "No groups yet.";
   const wanted = seen("uid");
   const isWanted = ([, group]) => handle(group.uid) === wanted;
-  if (at < 0 && parts.length) {
+  if (runs.every((one) => one.name !== seen("run", runs[0].name))) {
+    found.textContent = `This link is to the run ${plain(seen("run"))}, which is not here; choose another.`;
+    shown = [];
+  } else if (at < 0 && parts.length) {
     found.textContent = `This link is to step ${plain(seen("step"))}, which is not here; choose one with the slider.`;
     shown = [];
   } else if (wanted && !shown.some(isWanted)) {
     found.textContent = `This link is to the group ${plain(wanted)}, which is not in this step; choose what to show.`;
     shown = [];
   } else if (wanted) shown = [...shown.filter(isWanted), ...shown.filter((one) => !isWanted(one))];
-  if (runs.every((one) => one.name !== seen("run", runs[0].name)))
-    found.textContent = `This link is to the run ${plain(seen("run"))}, which is not here. ${found.textContent}`;
   paged(byId("cards"), byId("more"), shown, ([step, group]) => groupCard(run, step, group));
 }
 
@@ -198,9 +208,14 @@ function goTo(place) {
 }
 
 function groupControls() {
-  const newly = (id, value, usual) => (say("uid", ""), say(id, value, usual), showGroups());
+  const newly = (id, value, usual) => {
+    say("uid", "");
+    say("run", byId("run").value, runs[0].name);
+    say(id, value, usual);
+    showGroups();
+  };
   byId("run").parentElement.hidden = runs.length === 1;
-  byId("run").onchange = (event) => (say("step", ""), newly("run", event.target.value, runs[0].name));
+  byId("run").onchange = () => newly("step", "");
   byId("flag").onchange = (event) => newly("flag", event.target.value);
   byId("order").onchange = (event) => newly("order", event.target.value, Object.keys(ORDERS)[0]);
   byId("everywhere").onchange = (event) => newly("everywhere", event.target.checked ? "yes" : "");
