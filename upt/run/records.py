@@ -31,12 +31,13 @@ def steps(folder: Path) -> list[dict]:
     """
     path = folder / "metrics.jsonl"
     lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
+    fix = "mend the line, or move the file away: the log then begins where the run goes on"
     try:
         rows = [json.loads(line) for line in lines if line]
         for row in rows:
             int(row["step"])
     except (ValueError, TypeError, KeyError) as error:
-        raise ShardError(f"{path}: a line is no record of a step ({in_words(error)}); mend or remove it") from error
+        raise ShardError(f"{path}: a line is no record of a step ({in_words(error)}); {fix}") from error
     return rows
 
 
