@@ -178,6 +178,10 @@ def test_several_runs_and_a_folder_of_runs(run, tmp_path):
     assert made == folder / "report.html"
     about = parts(made)["about"]["runs"]
     assert [one["name"] for one in about] == ["seed-0", "seed-1"]
+    assert [one["variant"] for one in about] == ["random", "random"]
+    with locking.holding(folder):  # a comparison that is between two runs
+        assert report.make(report.Config(runs=(folder,), out=made, watch=True))
+    assert not report.make(report.Config(runs=(folder,), out=made, watch=True))
     both = report.main(report.Config(runs=(run, folder / "majority/seed-1"), out=tmp_path / "both.html"))
     found = parts(both)
     assert len(found["about"]["runs"]) == 2 and "groups-1-2" in found
@@ -595,6 +599,9 @@ def test_what_is_looked_at_stays_over_loading_again(run, tmp_path, opened):
     card.evaluate("node => scrollTo(0, node.getBoundingClientRect().top + scrollY + 30)")
     shown.wait_for_timeout(100)
     top = card.evaluate("node => node.getBoundingClientRect().top")
+    taller = '<div style="height: 500px"></div><div id="plots"></div>'  # what is new since may stand further above
+    text = (begun / "report.html").read_text()
+    (begun / "report.html").write_text(text.replace('<div id="plots"></div>', taller))
     shown.evaluate("() => (remember(), location.reload())")  # as the page does by itself
     shown.wait_for_selector("html[data-ready]")
     shown.wait_for_timeout(300)

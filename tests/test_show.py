@@ -96,6 +96,11 @@ def test_what_changed(run):
     assert "q3" in repr(show.changed(run, "missed")) and "<td" in show.changed(run)._repr_html_()
     with pytest.raises(SettingError, match="'won': expected one of gained, lost, kept, missed"):
         show.changed(run, "won")
+    scores = json.loads((run / "after.json").read_text())
+    scores["rows"] = [{"uid": row["uid"], "greedy": 1.0} for row in scores["rows"]]  # from before answers were kept
+    (run / "after.json").write_text(json.dumps(scores))
+    with pytest.raises(SettingError, match="no held-out answers before and after"):
+        show.changed(run)
     (run / "after.json").unlink()
     with pytest.raises(SettingError, match="no held-out answers before and after"):
         show.changed(run)
