@@ -30,7 +30,8 @@ function votes(samples) {
   return [...found]
     .sort(([, a], [, b]) => b.count - a.count)
     .flatMap(([key, { correct, count }], i) => {
-      const sign = correct == null ? "" : el("span", { class: correct ? "good" : "bad" }, correct ? " ✓" : " ✗");
+      const verdict = correct ? "\u00a0✓" : "\u00a0✗";
+      const sign = correct == null ? "" : el("span", { class: correct ? "good" : "bad" }, verdict);
       return [i ? ", " : "", `${count} × `, answer(key), sign];
     });
 }
