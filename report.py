@@ -9,6 +9,7 @@ train_upt.py makes it at the end of a run. The page asks nothing of any server. 
 so keep the page in its place; with --embed they are in the page, which can then be sent to somebody.
 """
 
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import Annotated
 import tyro
 
 from eval import report
+from upt.errors import SettingError
 from upt.files import check_file
 from upt.ranges import Count
 from upt.run import cli
+from upt.run.locking import is_held
 from upt.run.typed import Typed
 
 
@@ -32,19 +35,35 @@ class Config(Typed):
     embed: bool = False
     """put the pictures into the page"""
     watch: bool = False
-    """make the page again as the run goes on, until it is finished; the page in a browser follows"""
+    """make the page again while the run goes on, until it has ended; the page in a browser follows"""
     every: Count = 20
     """seconds between two pages of --watch"""
 
 
+def wait(config: Config) -> list[Path]:
+    """The folders of the runs, once there are some in each path."""
+    said = None
+    while True:
+        try:
+            return [folder for path in config.runs for folder in report.collect.runs_in(path)]
+        except SettingError as error:
+            if not config.watch:
+                raise
+            if said != str(error):
+                print(f"{error}; looking again every {config.every} s", file=sys.stderr)
+                said = str(error)
+            time.sleep(config.every)
+
+
 def make(config: Config) -> bool:
-    """Write the page; whether all of its runs are finished."""
-    folders = [folder for path in config.runs for folder in report.collect.runs_in(path)]
+    """Write the page; whether a process still works on one of its runs."""
+    folders = wait(config)
     tables = [table for path in config.runs for table in report.collect.tables_in(path)]
-    finished = all((folder / "summary.json").is_file() for folder in folders)
-    refresh = config.every if config.watch and not finished else 0
-    report.page.write(folders, config.out, config.embed, refresh, tables)
-    return finished
+    running = [folder for folder in folders if is_held(folder)]
+    going = bool(running) or any(map(is_held, config.runs))  # a comparison, or rounds, may be between two runs
+    refresh = config.every if config.watch and going else 0
+    report.page.write(folders, config.out, config.embed, refresh, tables, running)
+    return going
 
 
 def main(config: Config) -> Path:
@@ -52,7 +71,7 @@ def main(config: Config) -> Path:
     config = replace(config)
     config.out = config.out or report.page.place(config.runs)
     check_file(config.out)
-    while not make(config) and config.watch:
+    while make(config) and config.watch:
         print(f"{config.out}: as of {time.strftime('%H:%M:%S')}")
         time.sleep(config.every)
     print(f"the page is {config.out}, {config.out.stat().st_size / 1e6:.1f} MB")

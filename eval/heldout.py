@@ -31,14 +31,14 @@ from upt.files import check_file, write_whole
 from upt.groups.shards import save_image
 from upt.groups.stats import FEW, FEW_NOTE, counted
 from upt.ranges import Count, Few, Name
-from upt.run import cli, progress, trained
+from upt.run import cli, progress, records, trained
 from upt.run.settings import Rollout, hidden
 from upt.run.team import ALONE, Team, assemble
 
 if TYPE_CHECKING:
     from upt.model import Policy
 
-FOLDER = "held-out"  # of a run, with the pictures of its held-out questions and what was answered during training
+FOLDER = records.HELD_OUT
 STEP = -1  # the step that keys the sampling noise of evaluation
 QUESTIONS_AT_ONCE = 128
 GOLD_METRICS = ("greedy", "mean", "maj", "pass")

@@ -1,6 +1,7 @@
 """A run in a notebook: tables and curves by hand, cards that hold text as text."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -42,12 +43,7 @@ def run(tmp_path):
 def test_metrics_are_a_table(run):
     table = show.metrics(run)
     assert table.index.tolist() == [0, 1, 2, 3]  # the line that is being written is left out
-    assert table["entropy"].tolist() == [0.5, 0.25, 0.5 / 3, 0.125] and table["seconds.rollout"].tolist() == [
-        0,
-        1,
-        2,
-        3,
-    ]
+    assert table["entropy"].tolist() == [0.5, 0.25, 0.5 / 3, 0.125] and table["seconds.rollout"].tolist() == [*range(4)]
 
 
 def test_curves_have_a_panel_for_what_was_measured(run):
@@ -65,7 +61,7 @@ def test_curves_have_a_panel_for_what_was_measured(run):
 def test_a_group_is_a_card(run):
     card = show.group(run, step=3, index=1)
     assert "votes: 2 × 7, 1 × 8; gold: 7" in repr(card) and "| +1.000 | +0.500 | –" in repr(card)
-    assert card._repr_html_().count("<b>7</b>") == 2 and "data:image/png;base64," in card._repr_html_()
+    assert card._repr_html_().count("<b><bdi>7</bdi></b>") == 2 and "data:image/png;base64," in card._repr_html_()
     assert repr(show.group(run, step=3, uid="g0")).startswith("g0\n")
     for wanted, error, message in (
         ({"step": 5}, ShardError, "step-000005.jsonl: no such shard; there are step-000003 to step-000003"),
@@ -77,12 +73,16 @@ def test_a_group_is_a_card(run):
 
 
 def test_text_is_text():
-    group = make_group(uid=HOSTILE[0], question=HOSTILE[1], choices=HOSTILE[2:4], keys=("7",))
-    group["responses"][0] |= {"text": HOSTILE[2], "key": HOSTILE[0]}
-    html = show.shown(group)._repr_html_()
-    assert "<script" not in html and "<img" not in html and "<svg" not in html and "&lt;script&gt;" in html
-    long = show.shorter("x" * 1_000_000)
-    assert len(long) < show.CHARACTERS + 10
+    for text in HOSTILE:
+        group = make_group(uid=text, question=text, choices=[text] * 40, gold=text, keys=("7",))
+        group["responses"][0] |= {"text": text, "key": text}
+        card = show.shown(group)
+        html = card._repr_html_()
+        assert not re.search("<(script|img|svg|a)", html) and len(html) < 100_000 and html.encode()
+        outside = re.sub("<bdi>[^<]*</bdi>", "", html)
+        assert not {"\u202e", "\x00"} & {*outside, *repr(card)}  # marks of direction end with their text
+    assert "&lt;script&gt;" in show.shown(make_group(uid=HOSTILE[0]))._repr_html_()
+    assert len(show.shorter("x" * 1_000_000)) < show.CHARACTERS + 10
 
 
 def test_a_terminal_gets_no_commands():
@@ -96,6 +96,11 @@ def test_what_changed(run):
     assert "q3" in repr(show.changed(run, "missed")) and "<td" in show.changed(run)._repr_html_()
     with pytest.raises(SettingError, match="'won': expected one of gained, lost, kept, missed"):
         show.changed(run, "won")
+    scores = json.loads((run / "after.json").read_text())
+    scores["rows"] = [{"uid": row["uid"], "greedy": 1.0} for row in scores["rows"]]  # from before answers were kept
+    (run / "after.json").write_text(json.dumps(scores))
+    with pytest.raises(SettingError, match="no held-out answers before and after"):
+        show.changed(run)
     (run / "after.json").unlink()
     with pytest.raises(SettingError, match="no held-out answers before and after"):
         show.changed(run)

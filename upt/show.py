@@ -11,7 +11,6 @@ Tables are pandas', figures matplotlib's. A whole page on a run: report.py.
 """
 
 import base64
-import json
 from collections.abc import Sequence
 from html import escape
 from io import BytesIO
@@ -22,16 +21,18 @@ from upt.errors import SettingError, ShardError, suggest_path
 from upt.files import known_json
 from upt.groups import shards
 from upt.groups.votes import counts, majority_key
+from upt.run import records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
     from PIL.Image import Image
 
-CURVES = ("accuracy", "majority_share", "reward_mean", "entropy", "length", "kl")
+CURVES = tuple(records.CURVES)[:6]
 SCORES = ("mean", "greedy", "maj", "pass", "length", "entropy", "majority_share", "abstentions")
-MOVES = {"gained": (False, True), "lost": (True, False), "kept": (True, True), "missed": (False, False)}
 CHARACTERS = 2000  # of a text that are shown
+SHORT = 160  # of a name, a key
+OPTIONS = 26  # of a question
 
 
 class Html:
@@ -44,18 +45,15 @@ class Html:
         return self.html
 
     def __repr__(self) -> str:
-        return self.text
+        return printable(self.text)
 
 
 def metrics(run: Path | str) -> "DataFrame":
     """metrics.jsonl as a table, a row a step; nested values as `seconds.rollout`. Raises SettingError for no run."""
     import pandas
 
-    path = folder_of(run) / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    return (
-        pandas.json_normalize([json.loads(line) for line in lines]).set_index("step") if lines else pandas.DataFrame()
-    )
+    rows = records.steps(folder_of(run))
+    return pandas.json_normalize(rows).set_index("step") if rows else pandas.DataFrame()
 
 
 def curves(*runs: Path | str, names: Sequence[str] = CURVES, smooth: int = 1) -> "Figure":
@@ -99,44 +97,44 @@ def group(run: Path | str, step: int = 0, index: int = 0, uid: str | None = None
 def shown(group: dict, folder: Path | str | None = None) -> Html:
     """A group record as a card; `folder` is where its picture lies."""
     votes, majority = counts(group), majority_key(group)
-    said = (
-        ", ".join(f"{count} × {key}" for key, count in sorted(votes.items(), key=lambda pair: -pair[1])) or "no answer"
-    )
+    ordered = sorted(votes.items(), key=lambda pair: -pair[1])
+    said = ", ".join(f"{count} × {shorter(key, SHORT)}" for key, count in ordered) or "no answer"
     judged = any("judge" in r for r in group["responses"])
     head = ["response", "answer", *(name for name in ("reward", "advantage") if name in group["responses"][0])]
     head += ["judge"] * judged
     rows = []
     for r in group["responses"]:
-        row = [shorter(r["text"]), r["key"] if r["key"] is not None else "–"]
+        row = [shorter(r["text"]), shorter(r["key"], SHORT) if r["key"] is not None else "–"]
         row += [f"{r[name]:+.3f}" for name in ("reward", "advantage") if name in r]
         row += [judged_as(r.get("judge"))] * judged
         rows.append((row, r["key"] is not None and r["key"] == majority))
-    facts = f"votes: {said}" + (f"; gold: {group['gold']}" if group["gold"] is not None else "")
+    facts = f"votes: {said}" + (f"; gold: {shorter(group['gold'], SHORT)}" if group["gold"] is not None else "")
     picture = picture_of(folder, group["image"])
     html = card(group["uid"], group["question"], group["choices"], picture, table(head, rows), facts)
-    text = "\n".join([group["uid"], group["question"], facts, *(" | ".join(row) for row, _ in rows)])
-    return Html(html, text)
+    asked = shorter(group["uid"], SHORT), shorter(group["question"])
+    return Html(html, "\n".join([*asked, facts, *(" | ".join(row) for row, _ in rows)]))
 
 
 def changed(run: Path | str, what: str = "gained", limit: int = 5) -> Html:
     """Held-out questions by what became of their greedy answers: gained, lost, kept (right) or missed (wrong)."""
-    if what not in MOVES:
-        raise SettingError(f"{what!r}: expected one of {', '.join(MOVES)}")
+    if what not in records.MOVES:
+        raise SettingError(f"{what!r}: expected one of {', '.join(records.MOVES)}")
     folder = folder_of(run)
-    before, after = (answers(folder / f"{name}.json") for name in ("before", "after"))
-    pairs = [(old, after[uid]) for uid, old in before.items() if uid in after]
+    before, after = (records.answers(folder / f"{name}.json") for name in ("before", "after"))
+    pairs = [(old, after[uid]) for uid, old in before.items() if uid in after and records.move(old, after[uid])]
     if not pairs:
         raise SettingError(f"{folder}: no held-out answers before and after; give a finished run with --eval-questions")
-    found = [(a, b) for a, b in pairs if (a["responses"][0]["correct"], b["responses"][0]["correct"]) == MOVES[what]]
+    found = [pair for pair in pairs if records.move(*pair) == what]
     cards, texts = [], []
     for old, new in found[:limit]:
         rows = [
             ([name, shorter(row["responses"][0]["text"])], False) for name, row in (("before", old), ("after", new))
         ]
-        picture = picture_of(folder / "held-out", new["image"] or old["image"])
+        picture = picture_of(folder / records.HELD_OUT, new["image"] or old["image"])
         asked = old["uid"], old["question"], old["choices"]
-        cards.append(card(*asked, picture, table(["", "greedy answer"], rows), f"gold: {old['gold']}"))
-        texts.append("\n".join([old["uid"], old["question"], *(" | ".join(row) for row, _ in rows)]))
+        cards.append(card(*asked, picture, table(["", "greedy answer"], rows), f"gold: {shorter(old['gold'], SHORT)}"))
+        named = shorter(old["uid"], SHORT), shorter(old["question"])
+        texts.append("\n".join([*named, *(" | ".join(row) for row, _ in rows)]))
     head = f"{what}: {len(found)} of {len(pairs)} held-out questions" + (f", the first {limit}" * (len(found) > limit))
     return Html(f"<p>{head}</p>{''.join(cards)}", "\n\n".join([head, *texts]))
 
@@ -188,12 +186,6 @@ def folder_of(run: Path | str) -> Path:
     return folder
 
 
-def answers(path: Path) -> dict[str, dict]:
-    """Rows of held-out scores by uid, those with answers and verdicts."""
-    rows = (known_json(path) or {}).get("rows", ())
-    return {row["uid"]: row for row in rows if row.get("responses") and "greedy" in row}
-
-
 def judged_as(judge: dict | None) -> str:
     return "–" if judge is None or judge["score"] is None else f"{judge['score']:.2f}"
 
@@ -203,9 +195,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
-def shorter(text: str) -> str:
+def shorter(text: str, most: int = CHARACTERS) -> str:
     """The start and the end of a long text."""
-    return text if len(text) <= CHARACTERS else f"{text[: CHARACTERS // 2]} … {text[-CHARACTERS // 2 :]}"
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
+
+
+def isolated(text: str) -> str:
+    """Text of models and data as HTML: no markup, and what turns its direction ends with it."""
+    return f"<bdi>{escape(text.encode('utf-8', 'replace').decode())}</bdi>"  # half a surrogate pair is no character
 
 
 def picture_of(folder: Path | str | None, relative: str | None) -> str:
@@ -236,16 +233,17 @@ def table(head: Sequence[str], rows: Sequence[tuple[Sequence[str], bool]]) -> st
     cells = "".join(f"<th {style}>{escape(name)}</th>" for name in head)
     lines = []
     for row, marked in rows:
-        parts = (f"<b>{escape(cell)}</b>" if marked else escape(cell) for cell in row)
+        parts = (f"<b>{isolated(cell)}</b>" if marked else isolated(cell) for cell in row)
         lines.append("<tr>" + "".join(f"<td {style}>{part}</td>" for part in parts) + "</tr>")
     return f"<table><thead><tr>{cells}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
 def card(uid: str, question: str, choices: Sequence[str] | None, picture: str, body: str, facts: str) -> str:
-    options = "".join(f"<li>{escape(choice)}</li>" for choice in choices or ())
-    asked = f"<p>{escape(shorter(question))}</p>" + (f'<ol type="A">{options}</ol>' if options else "")
+    """A question as HTML: `facts` are about it, `body` is HTML for the whole width."""
+    options = "".join(f"<li>{isolated(shorter(choice))}</li>" for choice in (choices or ())[:OPTIONS])
+    asked = f"<p>{isolated(shorter(question))}</p>" + (f'<ol type="A">{options}</ol>' if options else "")
     left = f"<div>{picture}</div>" if picture else ""
-    right = f"<div><b>{escape(uid)}</b>{asked}<p>{escape(facts)}</p></div>"
+    right = f"<div><b>{isolated(shorter(uid, SHORT))}</b>{asked}<p>{isolated(shorter(facts))}</p></div>"
     return f'<div style="margin:1em 0"><div style="display:flex;gap:1.5em">{left}{right}</div>{body}</div>'
 
 
@@ -272,5 +270,5 @@ body {{ overflow-wrap: anywhere }}
 
 def page(title: str, said: Sequence[str], cards: Sequence[str]) -> str:
     """Some lines and cards as an HTML page that asks nothing of any server."""
-    body = "\n".join([*(f"<p>{escape(line)}</p>" for line in said), *cards])
+    body = "\n".join([*(f"<p>{isolated(line)}</p>" for line in said), *cards])
     return PAGE.format(title=escape(title), body=body)

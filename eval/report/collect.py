@@ -4,8 +4,8 @@ A run in the making has what it has written so far. Groups are a part by themsel
 very many: the page unpacks a part when it is looked at.
 """
 
-import json
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,28 +19,15 @@ from upt.errors import SettingError, ShardError, suggest_path
 from upt.files import known_json, read_json
 from upt.groups import manifests, shards
 from upt.groups.votes import abstentions, majority_key, majority_share
-from upt.run import health
+from upt.run import health, records
 
-CURVES = {  # name in metrics.jsonl: what the page calls it
-    "accuracy": "right samples",
-    "majority_share": "majority share",
-    "reward_mean": "reward",
-    "entropy": "entropy, nats",
-    "length": "length, tokens",
-    "kl": "KL to the start, nats",
-    "logprob_gap_mean": "|Δ log p| of sampler and trainer, nats",
-    "signal": "groups with a signal",
-    "abstention_share": "abstentions",
-    "judge_score": "judge's score",
-    "grad_norm": "gradient norm",
-}
 SPLIT = 0.5  # up to this share of its most frequent answer a group is split
 
 
 def runs_in(path: Path) -> list[Path]:
     """The folder of a run, or those of the runs in it, as ablate.py leaves them. Raises SettingError for neither."""
-    if rounds := sorted(path.glob("round-*/run")):
-        return [folder for folder in rounds if is_run(folder)]
+    if rounds := [folder for folder in sorted(path.glob("round-*/run")) if is_run(folder)]:
+        return rounds
     if is_run(path):
         return [path]
     for inside in ("*/seed-*", "*"):
@@ -61,43 +48,36 @@ def is_run(path: Path) -> bool:
         return False
 
 
-def steps_of(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl; one that is being written is left out."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    try:
-        return [json.loads(line) for line in lines if line]
-    except ValueError as error:
-        raise ShardError(f"{path}: a line is not JSON ({error}); mend or remove it") from error
-
-
-def tables_in(path: Path) -> list[list[list[str]]]:
-    """The tables of table.md in a folder of runs, as ablate.py writes it; rows of cells."""
-    file, found = path / "table.md", []
-    for line in file.read_text("utf-8").splitlines() if file.is_file() else ():
+def tables_in(path: Path) -> list[dict]:
+    """The tables of table.md in a folder of runs, as ablate.py writes it: {"title", "rows" of cells}, head first."""
+    file, found, title = path / "table.md", [{"rows": []}], ""
+    for line in file.read_text("utf-8", errors="replace").splitlines() if file.is_file() else ():
         if not line.startswith("|"):
-            found.append([])
+            title = line.lstrip("# ") if line.startswith("#") else title
+            found.append({"title": title, "rows": []})
         elif not set(line) <= set("|-: "):
-            found = found or [[]]
-            found[-1].append([cell.strip() for cell in line.strip().strip("|").split("|")])
-    return [rows for rows in found if rows]
+            found[-1]["rows"].append([cell.strip() for cell in line.strip().strip("|").split("|")])
+    return [table for table in found if table["rows"]]
 
 
-def overview(folder: Path, name: str) -> dict:
-    """Everything about a run but its groups and its held-out answers."""
+def overview(folder: Path, name: str, running: bool = False) -> dict:
+    """Everything about a run but its groups and its held-out answers. `running`: a process works on it."""
     manifest, summary = read_json(folder / "manifest.json"), known_json(folder / "summary.json")
-    config, rows, end = manifest["config"], steps_of(folder), (summary or {}).get("end", {})
+    config, rows, end = manifest["config"], records.steps(folder), (summary or {}).get("end", {})
     seconds = (summary or {}).get("seconds") or _added(row.get("seconds", {}) for row in rows)
     done, where = rows[-1]["step"] + 1 if rows else 0, shlex.quote(os.path.relpath(folder))
+    whole = folder.parents[1] if folder.match("round-*/run") and is_run(folder.parents[1]) else folder
     return {
         "name": name,
+        "variant": re.sub(r"(^|/)seed-\d+$", "", name) or config["reward"],
         "config": config,
         "versions": manifest.get("versions", {}),
-        "state": ended(end, config["steps"]) if summary else f"step {done} of {config['steps']}",
+        "state": ended(end, config["steps"]) if summary else unfinished(rows, config["steps"], running),
         "finished": summary is not None,
+        "running": running and summary is None,
         "steps": done,
         "seconds": seconds,
-        "command": f"python train_upt.py --resume --out {where}",
+        "command": f"python train_upt.py --resume --out {shlex.quote(os.path.relpath(whole))}",
         "again": f'python -m eval.heldout --run {where}\npython ask.py --run {where} --image PICTURE "…"',
         "alarms": {row["step"]: row["alarms"] for row in rows if row.get("alarms")},
         "collapse": [row["step"] for row in rows if health.collapses({"alarms": []} | row)],
@@ -118,10 +98,21 @@ def curves(rows: list[dict]) -> dict:
     """{"step": […], name: […]} over the steps that were not left out; "seconds NAME" of each stage."""
     rows = [row for row in rows if row.get("groups")]
     stages = sorted({stage for row in rows for stage in row.get("seconds", ())})
-    found = {name: [row.get(name) for row in rows] for name in CURVES}
+    found = {name: [row.get(name) for row in rows] for name in records.CURVES}
     found |= {f"seconds {stage}": [row.get("seconds", {}).get(stage) for row in rows] for stage in stages}
     kept = {name: values for name, values in found.items() if any(value is not None for value in values)}
     return {"step": [row["step"] for row in rows]} | kept
+
+
+def unfinished(rows: list[dict], planned: int, running: bool) -> str:
+    """How far a run is that is not finished, by the lines of its steps."""
+    if not rows:
+        return "before its first step" + " now" * running
+    done = f"step {rows[-1]['step'] + 1} of {planned}"
+    if running:
+        return f"running, {done} is made"
+    why = ": its updates were not finite" if rows[-1].get("nonfinite_in_a_row", 0) >= health.NONFINITE else ""
+    return f"stopped after {done}{why}"
 
 
 def ended(end: dict, planned: int) -> str:
@@ -181,6 +172,23 @@ def picture(folder: Path, page: Path, embed: bool) -> Callable[[str | None], str
     return source
 
 
+def shards_of(folder: Path, config: dict) -> tuple[Path, dict[int, Path], str]:
+    """Where a run's groups lie, the shard of each step, and what is to be said of it.
+
+    With --from-shards they were read from elsewhere, one shard a step, and stay there.
+    """
+    if not config.get("from_shards"):
+        home = folder / "rollouts"
+        return home, {int(path.stem.removeprefix("step-")): path for path in shards.list_shards(home)}, ""
+    given = Path(config["from_shards"])  # relative to where the run was started, which may be above its folder
+    home = next((at for at in (given, *(up / given for up in folder.parents)) if shards.list_shards(at)), given)
+    found = dict(enumerate(shards.list_shards(home)[: config["steps"]]))
+    if not found:
+        return home, {}, f"The groups of this run are those of {given}, which is not there any more."
+    said = "rewards and advantages are those that it holds; the run may have given others."
+    return home, found, f"The groups of this run were read from {given}; {said}"
+
+
 def groups(path: Path, source: Callable[[str | None], str | None]) -> list[dict]:
     """The groups of a shard: what can be read of them, and by which they are found."""
     return [shown(group, source) for group in shards.read_shard(path)]
@@ -215,7 +223,7 @@ def shown(group: dict, source: Callable[[str | None], str | None]) -> dict:
 
 
 def flags(group: dict, gold: str | None, majority: str | None) -> list[str]:
-    """What one may want to look for: see FLAGS in assets/page.js."""
+    """What one may want to look for: see FLAGS in assets/groups.js."""
     responses, found = group["responses"], []
     if gold is not None and majority not in (None, gold):
         found.append("wrong")
@@ -239,9 +247,9 @@ def flags(group: dict, gold: str | None, majority: str | None) -> list[str]:
 
 def changed(folder: Path, source: Callable[[str | None], str | None]) -> list[dict]:
     """Held-out questions with their answers before and after; of a run in the making, after its last evaluation."""
-    before = _answers(folder / "before.json")
-    latest = [folder / "after.json", *sorted((folder / heldout.FOLDER).glob("step-*.json"), reverse=True)]
-    after = next((rows for path in latest if (rows := _answers(path))), {})
+    before = records.answers(folder / "before.json")
+    latest = [folder / "after.json", *sorted((folder / records.HELD_OUT).glob("step-*.json"), reverse=True)]
+    after = next((rows for path in latest if (rows := records.answers(path))), {})
     return [
         {
             "uid": uid,
@@ -256,8 +264,3 @@ def changed(folder: Path, source: Callable[[str | None], str | None]) -> list[di
         for uid, old in before.items()
         if (new := after.get(uid))
     ]
-
-
-def _answers(path: Path) -> dict[str, dict]:
-    """Rows by uid; none of a file from before answers were kept."""
-    return {row["uid"]: row for row in (known_json(path) or {}).get("rows", ()) if "responses" in row}

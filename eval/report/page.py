@@ -9,18 +9,19 @@ import gzip
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from datetime import datetime
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from eval import heldout
 from eval.report import collect
 from upt.files import write_whole
-from upt.groups import shards
+from upt.run import records
 from upt.run.cli import one_line
 
 NAME = "report.html"
+SCRIPTS = ("uPlot.iife.min.js", "katex.min.js", "text.js", "view.js", "run.js", "groups.js", "changed.js", "start.js")
 POLICY = "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -49,7 +50,10 @@ def label(run: Path) -> str:
 
 
 def at_end(run: Path) -> bool:
-    """Write the page of a run that has ended; whether it is there. What hinders it is said, and stops nothing."""
+    """Write the page of a run that has ended, finished or not, or of the rounds in its folder; whether it is there.
+
+    What hinders it is said, and stops nothing.
+    """
     try:
         write(collect.runs_in(run), run / NAME)
     except Exception as error:  # the run is worth more than its page
@@ -66,46 +70,49 @@ def place(paths: Sequence[Path]) -> Path:
 
 
 def write(
-    runs: Sequence[Path], out: Path, embed: bool = False, refresh: int = 0, tables: Sequence[list[list[str]]] = ()
+    runs: Sequence[Path],
+    out: Path,
+    embed: bool = False,
+    refresh: int = 0,
+    tables: Sequence[dict] = (),
+    running: Collection[Path] = (),
 ) -> None:
-    """Write the page on some runs to `out`, with `tables` on all of them, rows of cells with the head first.
+    """Write the page on some runs to `out`, with `tables` on all of them as `collect.tables_in` gives them.
 
-    `embed`: pictures in the page. `refresh`: it loads itself again after so many seconds. Raises ShardError for a file
-    of a run that cannot be read.
+    `embed`: pictures in the page. `refresh`: it loads itself again after so many seconds. `running`: those of the runs
+    that a process works on. Raises ShardError for a file of a run that cannot be read.
     """
+    running = {run.absolute() for run in running}
     runs = [run.absolute() for run in runs]
     shared = Path(os.path.commonpath([run.parent for run in runs]))
     names = [str(run.relative_to(shared)) if len(runs) > 1 else label(run) for run in runs]
 
     def chunks():
         title = escape(names[0] if len(runs) == 1 else f"{shared.name}: {len(runs)} runs")
-        again = f'<meta http-equiv="refresh" content="{refresh}">\n' if refresh else ""
         head, tail = asset("page.html").split("<!-- data -->\n")
         for name, text in {
             "POLICY": POLICY,
             "TITLE": title,
-            "REFRESH": again,
             "STYLE": asset("uPlot.min.css") + asset("page.css"),
         }.items():
             head = head.replace(f"<!-- {name} -->", text)
-        yield head.encode()
+        yield head.encode("utf-8", "replace")  # the name of a folder need not be text
         about = []
         for i, (run, name) in enumerate(zip(runs, names, strict=True)):
-            found = collect.overview(run, name)
-            source = collect.picture(run / "rollouts", out, embed)
-            found["parts"] = []
-            for path in shards.list_shards(run / "rollouts"):
-                step = int(path.stem.removeprefix("step-"))
-                found["parts"].append(step)
+            found = collect.overview(run, name, run in running)
+            home, shards, found["note"] = collect.shards_of(run, found["config"])
+            found["parts"] = [*shards]
+            source = collect.picture(home, out, embed)
+            for step, path in shards.items():
                 yield part(f"groups-{i}-{step}", packed(collect.groups(path, source))).encode()
-            rows = collect.changed(run, collect.picture(run / heldout.FOLDER, out, embed))
-            found["answers"] = len(rows)
+            rows = collect.changed(run, collect.picture(run / records.HELD_OUT, out, embed))
             yield part(f"answers-{i}", packed(rows)).encode()
             about.append(found)
-        yield part(
-            "about", as_json({"runs": about, "names": collect.CURVES, "tables": tables}), "application/json"
-        ).encode()
-        for name in ("uPlot.iife.min.js", "katex.min.js", "page.js"):
+        on_all = {"runs": about, "names": records.CURVES, "moves": records.MOVES, "tables": tables}
+        if refresh:
+            on_all |= {"refresh": refresh, "as_of": f"{datetime.now():%H:%M:%S}"}
+        yield part("about", as_json(on_all), "application/json").encode()
+        for name in SCRIPTS:
             yield f"<script>{asset(name)}</script>\n".encode()
         yield tail.encode()
 

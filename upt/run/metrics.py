@@ -12,10 +12,9 @@ from pathlib import Path
 
 from kernels.advantage import mean_of
 from upt.answers import answer_key
-from upt.errors import ShardError, in_words
 from upt.files import write_whole, writing
 from upt.groups.votes import abstentions, distinct, keys_of, majority_share
-from upt.run import health
+from upt.run import health, records
 
 
 class Clock:
@@ -58,13 +57,7 @@ class Metrics:
         self, path: Path, start: int, own: bool = True, writes: bool = True, tell: Callable = lambda row, groups: None
     ):
         self.path, self.writes, self.tell = path, writes, tell
-        # What follows the last line break was cut off when a run was killed; its step is done again.
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        try:
-            self.rows = [row for line in lines if (row := json.loads(line))["step"] < start]
-        except (ValueError, TypeError, KeyError) as error:
-            fix = "mend the line, or move the file away: the log then begins where the run goes on"
-            raise ShardError(f"{path}: a line is no record of a step ({in_words(error)}); {fix}") from error
+        self.rows = [row for row in records.steps(path.parent) if row["step"] < start]
         if writes:
             write_whole(path, [f"{json.dumps(row)}\n".encode() for row in self.rows])
         self.watch = health.Watch([row for row in self.rows if row.get("groups")], own)

@@ -1,0 +1,27 @@
+"use strict";
+// Starts the page, and follows its address.
+
+async function start() {
+  head();
+  curves();
+  groupControls();
+  changedControls();
+  const before = history.state;
+  const isLinked = !before && seen("uid");
+  await Promise.all([showGroups(), showChanged()]);
+  byId("loading").remove();
+  if (before?.open) takeUp(before);
+  else if (isLinked) byId("cards").scrollIntoView();
+  follow();
+  document.documentElement.dataset.ready = "yes";
+}
+
+addEventListener("pagehide", remember);
+addEventListener("hashchange", () => {
+  if (!location.hash.includes("=")) return remember(); // a part of the page, to which the browser has gone
+  view = addressed();
+  showCurves();
+  showChanged();
+  showGroups().then(() => seen("uid") && byId("cards").scrollIntoView());
+});
+start();
