@@ -103,8 +103,7 @@ def finished(folder: Path, planned: int) -> dict | None:
 
 def unfinished(folder: Path, planned: int) -> dict:
     """The same by its log: running, stopped, or diverged."""
-    log = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in log.read_text().split("\n")[:-1]] if log.is_file() else []
+    rows = steps_of(folder)
     made = rows[-1]["step"] + 1 if rows else 0
     said = "running" if is_held(folder) else "stopped"
     if rows and rows[-1].get("nonfinite_in_a_row", 0) >= health.NONFINITE:
@@ -117,6 +116,16 @@ def unfinished(folder: Path, planned: int) -> dict:
         "state": f"{said} at {made} of {planned}" + alarm({row["step"]: row.get("alarms", []) for row in rows}),
         **found,
     }
+
+
+def steps_of(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without one that is being written. Raises ShardError for one that is no JSON."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ShardError(f"{path}: a line is no record of a step ({in_words(error)})") from error
 
 
 def scores_in(path: Path) -> dict[str, float]:

@@ -119,7 +119,9 @@ def test_what_cannot_be_read_is_said_in_its_row(folder, capsys):
     found = {row["run"]: row for row in runs.main(runs.Config(folder))}
     assert len(found) == 5 and found["ablate/frequency/seed-1"]["state"] == "finished"
     assert found["b"]["state"].startswith("unreadable: summary.json: not JSON") and found["b"]["data"] == "shapes"
-    assert found["a"]["state"].startswith("unreadable: not JSON") and found["d"]["state"].startswith("unreadable: ")
+    assert found["a"]["state"].startswith("unreadable: metrics.jsonl: ") and found["d"]["state"].startswith(
+        "unreadable: "
+    )
     assert found["c"]["state"].startswith("unreadable: manifest.json: not JSON") and found["c"]["data"] is None
     (folder / "other" / "manifest.json").write_text("{}")  # of something else
     assert len(runs.main(runs.Config(folder))) == 5

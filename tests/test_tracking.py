@@ -12,6 +12,8 @@ from PIL import Image
 
 from tests.extras import extra
 from tests.test_shards import make_group
+from tests.test_team import ROOT, call, flags, script
+from tests.test_train import same
 from upt.errors import SettingError
 from upt.groups.shards import save_image
 from upt.run import tracking
@@ -104,20 +106,19 @@ def test_a_run_goes_on_in_the_same_tensorboard_and_what_is_made_again_counts_onc
 
 
 def test_a_run_goes_on_in_the_same_wandb_run_and_fails_there_when_it_fails(tmp_path, monkeypatch):
-    extra("wandb")
+    wandb = extra("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     out, found = tmp_path / "runs" / "ablate" / "frequency" / "seed-0", []
+    codes, end = [], wandb.Run.finish
+    monkeypatch.setattr(wandb.Run, "finish", lambda run, exit_code=None: codes.append(exit_code) or end(run, exit_code))
     for error in (RuntimeError("enough"), None):
         trackers = Trackers(["wandb"], out, {"reward": "frequency"})
-        run, codes = trackers.trackers["wandb"].tracker, []
-        monkeypatch.setattr(
-            run, "finish", lambda exit_code=None, end=run.finish: codes.append(exit_code) or end(exit_code)
-        )
+        run = trackers.trackers["wandb"].tracker
         found.append((run.id, run.name))
         trackers.log({"entropy": 1.0}, 0)
         trackers.finish(error)
-        assert codes == [1 if error else None] and [*trackers.trackers] == ["wandb"]
+    assert codes == [1, None] and [*trackers.trackers] == ["wandb"]
     assert found[0] == found[1] and found[0][1] == "ablate/frequency/seed-0"
     for folder in (out / tracking.FOLDER / "wandb").glob("offline-run-*"):
         assert f"-{found[0][0]}" in folder.name
@@ -262,6 +263,81 @@ def test_a_run_tells_its_trackers_and_its_caller(tiny, tmp_path, monkeypatch):
     assert logged[2][0]["entropy"] == rows[1]["entropy"] and "step" not in logged[2][0]
     after = json.loads((tmp_path / "r" / "summary.json").read_text())["after"]
     assert logged[4][0]["held_out"]["mean"] == after["mean"]["value"]
+
+
+def test_a_caller_is_told_again_of_what_is_made_again_and_of_a_finished_run_nothing(tiny, tmp_path):
+    """After an error of the caller's, before the first checkpoint, the run comes out as if nothing had happened."""
+    import train_upt
+
+    settings = {"steps": 3, "questions_per_step": 2, "group_size": 2, "max_new_tokens": 3, "lora_rank": 2}
+    settings |= {"eval_questions": 0, "reward": "random", "kl_coef": 0.0}
+
+    def run(out, on_step):
+        return train_upt.main(
+            train_upt.Config(model=tiny, out=tmp_path / out, device="cpu", **settings), on_step=on_step
+        )
+
+    seen = []
+
+    def told(row, groups):
+        seen.append(row["step"])
+        if len(seen) == 3:
+            raise RuntimeError("enough")
+
+    run("whole", None)
+    with pytest.raises(RuntimeError, match="enough"):
+        run("r", told)
+    assert run("r", told)["end"] == run("r", told)["end"]
+    assert seen == [0, 1, 2, 0, 1, 2] and same(tmp_path / "r", tmp_path / "whole")
+
+
+def test_a_caller_is_told_of_every_round(tiny, tmp_path):
+    import train_upt
+
+    settings = {"rounds": 2, "synthesize": "direct", "filters": "none", "limit": 8, "steps": 2, "eval_questions": 0}
+    settings |= {"questions_per_step": 2, "group_size": 2, "max_new_tokens": 3, "ask_max_new_tokens": 6, "lora_rank": 2}
+    seen = []
+
+    def told(row, groups):
+        seen.append(row["step"])
+        if len(seen) == 3:  # in the second round
+            raise RuntimeError("enough")
+
+    config = train_upt.Config(model=tiny, out=tmp_path / "r", device="cpu", reward="random", **settings)
+    with pytest.raises(RuntimeError, match="enough"):
+        train_upt.main(config, on_step=told)
+    summary = train_upt.main(config, on_step=told)
+    assert seen == [0, 1, 0, 0, 1] and len(summary["rounds"]) == 2
+
+
+TOLD = """
+import json, sys
+import train_upt
+from upt.run import cli
+
+def told(row, groups):
+    with open(sys.argv[0] + ".told", "a") as file:
+        file.write(json.dumps([row["step"], len(groups)]) + chr(10))
+    if FAILS and row["step"] == 1:
+        raise RuntimeError("enough")
+
+if __name__ == "__main__":
+    cli.launch(lambda config: train_upt.main(config, on_step=told), train_upt.Config)
+"""
+
+
+@pytest.mark.slow
+def test_of_several_processes_one_tells_and_its_error_ends_all(tiny, tmp_path):
+    settings = {"steps": 3, "questions_per_step": 2, "group_size": 2, "max_new_tokens": 3, "lora_rank": 2}
+    settings |= {"eval_questions": 0, "reward": "random", "save_every": 1, "model": tiny, "out": tmp_path / "r"}
+    path, told = tmp_path / "mine.py", tmp_path / "mine.py.told"
+    for fails in (True, False):
+        path.write_text(TOLD.replace("FAILS", str(fails)))
+        made = call(script(str(path), *flags(**settings), size=2), PYTHONPATH=str(ROOT))
+        assert (made.returncode == 0) == (not fails), made.stderr[-2000:]
+        assert made.stderr.count("RuntimeError: enough") == fails
+    steps = [json.loads(line)[0] for line in told.read_text().splitlines()]
+    assert steps == [0, 1, 1, 2] and json.loads(told.read_text().splitlines()[0])[1] == 2
 
 
 @pytest.mark.parametrize("handled", [False, True])
