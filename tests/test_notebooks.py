@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_the_first_cell_finds_the_project_or_says_what_is_missing(name, tmp_path
     import importlib.util
 
     first = "".join(cells(name)[0]["source"])
-    monkeypatch.setattr("sys.path", [])
+    monkeypatch.setattr("sys.path", [*sys.path])
     for start in (FOLDER, FOLDER.parent):
         monkeypatch.chdir(start)
         exec(first, {})
