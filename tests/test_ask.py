@@ -8,7 +8,7 @@ import ask
 import train_upt
 from ask import Answered, Config
 from upt.data import decode, shapes
-from upt.errors import DataError, SettingError, UserError
+from upt.errors import DataError, PolicyError, SettingError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +135,12 @@ def test_mistakes_are_said_before_a_model_is_loaded(tiny, monkeypatch, settings,
         given = ({} if "run" in settings else {"model": tiny}) | settings
         with pytest.raises(error, match=message):
             ask.main(Config(question=question, device="cpu", **given))
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(PolicyError, match=f"it is an adapter, so give its base as --model, and --adapter {tmp_path}"):
+        ask.main(Config(question="?", model=str(tmp_path), device="cpu"))
 
 
 def test_wide_characters_and_escapes_keep_the_columns_apart():
