@@ -4,22 +4,23 @@
     python ask.py --run runs/train --image x.png --choice 3 --choice 4 --choice 5 "How many?"
     python ask.py --run runs/train --image pictures/ "What is shown?"        # every picture of a folder
     python ask.py --run runs/train --image x.png                             # on the console, until an empty line
-    python ask.py --model Qwen/Qwen2.5-VL-3B-Instruct --image x.png "…"      # a model alone
+    python ask.py --run runs/train --image x.png < questions.txt             # a question a line
+    python ask.py --model Qwen/Qwen2.5-VL-3B-Instruct --image x.png "…"      # a model alone, or an export
 
 Of each model the greedy answer, then how often each answer was given by the samples. On the console `/image y.png`
-takes another picture.
+takes another picture, and an empty line, Ctrl-D or Ctrl-C ends. What is no picture in a folder is said and left out.
 """
 
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING
+from unicodedata import combining, east_asian_width
 
 import tyro
 
@@ -28,7 +29,7 @@ from upt import prompts, stages
 from upt.answers import vote_key
 from upt.data.images import decode
 from upt.data.questions import BadRow, Question
-from upt.errors import DataError, SettingError, suggest_path
+from upt.errors import DataError, SettingError, suggest_path, trouble
 from upt.ranges import Few, Name
 from upt.run import cli, trained
 from upt.run.settings import Rollout, hidden
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LAST = ("", "/quit", "/exit")  # what ends the console
+OTHER = "give another picture"
 
 
 @dataclass
@@ -83,21 +85,31 @@ class Answered:
     """the samples' vote keys with how often each was given, the most frequent first; None: no answer"""
 
 
-def pictures(path: Path | None) -> list[tuple[str, "Image | None"]]:
-    """The pictures that a path means, by name. Raises DataError for what is none."""
+def files(path: Path | None) -> list[Path | None]:
+    """The pictures that a path means, of which one at least can be read; [None] for no path. Raises DataError."""
     if path is None:
-        return [("no picture", None)]
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
-        if not files:
-            raise DataError(f"{path}: no pictures in this folder ({', '.join(PICTURES)})")
-        return [picture for file in files for picture in pictures(file)]
-    if not path.is_file():
+        return [None]
+    if not path.exists():
         raise DataError(f"{path}: no such file; give a picture or a folder of pictures{suggest_path(path)}")
+    folder = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES) if path.is_dir() else None
+    if folder == []:
+        raise DataError(f"{path}: no pictures in this folder ({', '.join(PICTURES)})")
+    wrong = []
+    for file in folder or [path]:
+        try:
+            opened(file)
+            return folder or [path]
+        except DataError as error:
+            wrong.append(error)
+    raise DataError(f"{f'{path}: none of {len(wrong)} pictures can be read: ' if folder else ''}{wrong[0]}; {OTHER}")
+
+
+def opened(path: Path | None) -> "Image | None":
+    """A picture of `files`. Raises DataError for what is none."""
     try:
-        return [(path.name, decode(path.name, path.read_bytes()))]
-    except BadRow as bad:
-        raise DataError(f"{path}: {bad.reason}; give another picture") from None
+        return None if path is None else decode(path.name, path.read_bytes())
+    except (BadRow, OSError) as error:
+        raise DataError(f"{path}: {error.reason if isinstance(error, BadRow) else trouble(error)}") from None
 
 
 def ask(policy: "Policy", question: str, picture: "Image | None", config: Config) -> dict[str, Answered]:
@@ -123,50 +135,93 @@ def ask(policy: "Policy", question: str, picture: "Image | None", config: Config
     return found
 
 
+def answer(policy: "Policy", question: str, paths: list[Path | None], config: Config) -> list[dict[str, Answered]]:
+    """Ask about each picture and print; what cannot be asked about is said. Raises DataError if nothing can."""
+    found = []
+    for path in paths:
+        try:
+            found.append(ask(policy, question, opened(path), config))
+        except DataError as error:
+            if len(paths) == 1:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        name, width = "no picture" if path is None else path.name, shutil.get_terminal_size((100, 20)).columns
+        print(f"{printable(f'{name}: {question}')}\n{shown(found[-1], width)}\n", flush=True)
+    if not found:
+        raise DataError(f"{paths[0].parent}: the question can be asked about none of {len(paths)} pictures")
+    return found
+
+
 def shown(found: dict[str, Answered], width: int) -> str:
     """The answers in columns beside each other."""
     each = max(20, (width - 3 * (len(found) - 1)) // len(found))
     columns = []
     for name, answered in found.items():
         votes = ", ".join(f"{count} × {'no answer' if key is None else key}" for key, count in answered.votes)
-        said = [line for part in answered.greedy.split("\n") for line in wrap(part, each) or [""]]
-        cells = [name, *said, *wrap(f"{len(answered.samples)} samples: {votes}", each)]
-        columns.append([printable(cell) for cell in cells])
-    return "\n".join(
-        " | ".join(cell.ljust(each) for cell in row).rstrip() for row in zip_longest(*columns, fillvalue="")
-    )
+        parts = [name, *answered.greedy.split("\n"), f"{len(answered.samples)} samples: {votes}"]
+        columns.append([line for part in parts for line in folded(printable(part).expandtabs(4), each)])
+    rows = zip_longest(*columns, fillvalue="")
+    return "\n".join(" | ".join(cell + " " * (each - width_of(cell)) for cell in row).rstrip() for row in rows)
 
 
-def questions(config: Config) -> Iterator[tuple[str, Path | None]]:
-    """The question of the command, or those of the console, each with the picture or folder it is about."""
+def folded(text: str, width: int) -> list[str]:
+    """A text in lines of at most `width` columns, broken at blanks where a line has some."""
+    lines, line = [], ""
+    for character in text:
+        line += character
+        if width_of(line) > width:
+            cut = line.rfind(" ") + 1 or len(line) - 1
+            lines.append(line[:cut].rstrip())
+            line = line[cut:]
+    return [*lines, line]
+
+
+def width_of(text: str) -> int:
+    """Columns that a text takes on a terminal: East Asian wide characters take two, marks on others none."""
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def questions(config: Config, paths: list[Path | None]) -> Iterator[tuple[str, list[Path | None]]]:
+    """The question of the command, or those of the console or a pipe, each with the pictures it is about."""
     if config.question is not None:
-        yield config.question, config.image
+        yield config.question, paths
         return
-    picture = config.image
-    print("ask, /image PATH takes another picture, an empty line ends", file=sys.stderr)
-    while True:
-        print("? ", end="", flush=True)
-        line = sys.stdin.readline().strip()
-        if line in LAST:
-            return
-        if line.startswith("/image"):
-            picture = Path(line.removeprefix("/image").strip())
-        else:
-            yield line, picture
+    if sys.stdin.isatty():
+        which = "a picture" if paths == [None] else "another picture"
+        print(f"ask; /image PATH takes {which}; an empty line ends", file=sys.stderr)
+        with suppress(ImportError):
+            import readline  # noqa: F401 - by which input() knows the arrow keys
+    while (line := next_line()) not in LAST:
+        if line.split()[0] != "/image":
+            yield line, paths
+            continue
+        try:
+            given = line.removeprefix("/image").strip()
+            paths = files(Path(given).expanduser() if given else None)
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def next_line() -> str:
+    """What is typed, or the next line of a pipe, which gets no prompt; at its end, or at Ctrl-C and Ctrl-D, ""."""
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    try:
+        return input("? " if terminal else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        print(end="\n" * terminal, file=sys.stderr)
+        return ""
 
 
 def main(config: Config) -> list[dict[str, Answered]]:
     """Answer and print; returns the answers to each question about each picture."""
     config = replace(config).resolve()
-    if config.question is not None:
-        pictures(config.image)  # a mistake is said before a model is loaded
+    given = files(config.image)  # a mistake is said before a model is loaded
     policy = trained.load_policy(config, questions_per_step=1, group_size=config.samples)
     found = []
-    for question, path in questions(config):
+    for question, paths in questions(config, given):
         try:
-            for name, picture in pictures(path):
-                found.append(ask(policy, question, picture, config))
-                print(f"{name}: {question}\n{shown(found[-1], shutil.get_terminal_size((100, 20)).columns)}\n")
+            found += answer(policy, question, paths, config)
         except DataError as error:
             if config.question is not None:
                 raise

@@ -4,10 +4,11 @@
     python check_data.py --data path/to/folder --split test --limit 1000 --out check.html
 
 Every row is read as training would read it. Printed: rows and pictures, sizes, lengths, options, gold, repeated
-questions, and the rows that cannot be used, by reason. The page has five questions with their pictures.
+questions, and the rows that cannot be used, by reason. The page has five questions with their pictures; it goes to
+runs/data-geoqa.html.
 """
 
-import sys
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -32,8 +33,8 @@ class Config(Data, Typed):
     """as in train_upt.py"""
     seed: Seed = 0
     """of the questions that are drawn, as in train_upt.py"""
-    out: Path = Path("runs/data.html")
-    """HTML file for the examples"""
+    out: Path | None = None
+    """HTML file for the examples; None: runs/data-NAME.html"""
 
 
 @dataclass
@@ -101,31 +102,44 @@ def lines(found: Found) -> list[str]:
     return said
 
 
-def page(questions: "data.Questions", said: list[str]) -> str:
-    """The first questions that can be used, spread over the set, as HTML."""
+def examples(questions: "data.Questions") -> list["data.Question"]:
+    """The first questions that can be used, spread over the set."""
     found, step = [], max(1, len(questions) // EXAMPLES)
     for start in range(0, len(questions), step):
         good = next((q for i in range(start, min(start + step, len(questions))) for q in questions.get([i])), None)
         if good is not None and len(found) < EXAMPLES:
             found.append(good)
+    return found
+
+
+def page(name: str, said: list[str], found: list["data.Question"]) -> str:
+    """Some questions and what was said of their set, as HTML."""
     cards = [
         show.card(q.uid, q.question, q.choices, show.embedded(q.image), "", f"gold: {q.gold}" if q.gold else "no gold")
         for q in found
     ]
-    return show.page(questions.name, said, cards)
+    return show.page(name, said, cards)
+
+
+def page_path(name: str) -> Path:
+    """Where the page of a data set goes, by the name or path that was given."""
+    word = re.sub(r"[^\w.-]+", "-", name).strip(".-")[-100:]
+    return Path("runs", f"data-{word}.html")
 
 
 def main(config: Config) -> Found:
     """Read, print and write the page; returns what was seen. Raises DataError for what is no data set."""
     config = replace(config)
-    check_file(config.out)
+    out = config.out or page_path(config.data)
+    check_file(out)
     questions = data.load(config.data, config.split, config.seed, config.limit)
-    print(questions.describe(), file=sys.stderr)
-    found = look(questions)
+    described = questions.describe()
+    print(show.printable(described))
+    found, some = look(questions), examples(questions)
     said = lines(found)
     print(show.printable("\n".join(said)))
-    write_whole(config.out, [page(questions, said).encode("utf-8", "replace")])
-    print(f"{EXAMPLES} of them, to be opened in a browser: {config.out}")
+    write_whole(out, [page(questions.name, [described, *said], some).encode("utf-8", "replace")])
+    print(f"{len(some)} of them, to be opened in a browser: {out}")
     return found
 
 

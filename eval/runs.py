@@ -4,23 +4,38 @@
     python -m eval.runs runs/ablate --sort mean
     python -m eval.runs --sort reward --reverse
 
-From manifests, summaries and logs alone. `mean` and `greedy` are held-out accuracy in per cent, before → after.
+From manifests, summaries and logs alone. `when` is the time at which the manifest was written; `mean` and `greedy` are
+held-out accuracy in per cent, before → after, of a run in the making before → at its last evaluation. What is not there
+is sorted last. On a terminal the lines are made to fit: what all runs share is said above, long values are shortened.
 """
 
+import json
+import os
+import re
+import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from eval.report import collect
-from upt.errors import SettingError, ShardError, suggest_path
-from upt.run import cli
+from upt.errors import SettingError, ShardError, in_words, suggest_path
+from upt.files import known_json
+from upt.groups import manifests
+from upt.run import cli, health, records
 from upt.run.locking import is_held
 from upt.run.typed import Typed
+from upt.show import printable
 
-COLUMNS = ("when", "run", "data", "model", "reward", "advantage", "seed", "steps", "mean", "greedy", "state")
+SETTINGS = ("data", "model", "reward", "advantage", "seed")
+SCORES = ("mean", "greedy")
+COLUMNS = ("when", "run", *SETTINGS, "steps", *SCORES, "state")
+FLEXIBLE = ("run", "data", "model", "reward", "advantage", "state")  # columns that may be shortened
+LEAST = 9  # characters that are left of them
+UNBOUNDED = 10**6  # columns of what is no terminal
+HEAD = 2**20  # bytes of a file of held-out scores, in which its rows begin
 
 
 @dataclass
@@ -33,76 +48,156 @@ class Config(Typed):
     """the other way round"""
 
 
-def folders(path: Path) -> list[Path]:
-    """Every folder of a training run at or under a path; not what lies inside of runs. Raises SettingError."""
-    if not path.is_dir():
-        raise SettingError(f"{path}: no such folder; give the one that runs are in{suggest_path(path)}")
-    if collect.is_run(path) and not any(path.glob("round-*")):
-        return [path]
-    inside = sorted(p for p in path.iterdir() if p.is_dir() and not p.is_symlink() and not p.name.startswith("."))
-    return [found for below in inside for found in folders(below)]
+def folders(path: Path) -> Iterator[Path]:
+    """Every folder of a training run at or under a path, of rounds the run of each; not what lies inside of runs."""
+    seen = set()
+    for here, inside, files in os.walk(path, followlinks=True):
+        real, folder = os.path.realpath(here), Path(here)
+        inside[:] = sorted(name for name in inside if not name.startswith(".")) if real not in seen else []
+        if real not in seen and "manifest.json" in files and is_run(folder):
+            inside[:] = [name for name in inside if (folder / name / "run" / "manifest.json").is_file()]
+            if not inside:
+                yield folder
+        seen.add(real)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a manifest is that of a training run, or cannot be read and lies beside the log of one."""
+    try:
+        return manifests.read(folder)["stage"] == "train"
+    except ShardError:
+        return (folder / "metrics.jsonl").is_file()
 
 
 def row_of(folder: Path, name: str) -> dict:
-    """What the table says of a run, by column; scores as [before, …, latest]."""
-    run = collect.overview(folder, name)
-    config = run["config"]
+    """What the table says of a run, by column; scores as [before, latest]. Why it cannot be read is its state."""
+    row = dict.fromkeys(COLUMNS) | {"when": (folder / "manifest.json").stat().st_mtime, "run": name}
+    row |= {score: [] for score in SCORES}
+    try:
+        config = manifests.read(folder)["config"]
+        row |= {column: config.get(column) for column in SETTINGS} | {"model": model_of(config)}
+        row |= finished(folder, config["steps"]) or unfinished(folder, config["steps"])
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        row["state"] = f"unreadable: {in_words(error)}".replace(f"{folder}/", "")
+    return row
+
+
+def model_of(config: dict) -> str | None:
+    """The model, with how it was loaded and by how many processes where that is not as usual."""
+    how = [config["quantize"]] if config.get("quantize") else []
+    how += [f"{config['gpus']} processes"] if config.get("gpus", 1) > 1 else []
+    return config.get("model") and config["model"] + (f" ({', '.join(how)})" if how else "")
+
+
+def finished(folder: Path, planned: int) -> dict | None:
+    """Steps, scores and state by a run's summary; None where there is none yet."""
+    summary = known_json(folder / "summary.json")
+    if summary is None:
+        return None
+    end = summary.get("end", {})
+    made, scores = end.get("steps", planned), [summary.get(when, {}) for when in ("before", "after")]
+    said = "finished" if made == planned else f"ended at {made} of {planned}"
+    found = {name: [of[name]["value"] for of in scores if name in of] for name in SCORES}
+    return {"steps": made, "state": said + alarm(end.get("alarms", {}))} | found
+
+
+def unfinished(folder: Path, planned: int) -> dict:
+    """The same by its log: running, stopped, or diverged."""
+    rows = records.steps(folder)
+    made = rows[-1]["step"] + 1 if rows else 0
+    said = "running" if is_held(folder) else "stopped"
+    if rows and rows[-1].get("nonfinite_in_a_row", 0) >= health.NONFINITE:
+        said = "diverged"
+    before = scores_in(folder / "before.json")
+    later = [row["held_out"] for row in rows if row.get("held_out")][-1:]
+    found = {name: [of[name] for of in (before, *later) if name in of] for name in SCORES}
     return {
-        "when": (folder / "manifest.json").stat().st_mtime,
-        "run": name,
-        **{column: config.get(column) for column in ("data", "model", "reward", "advantage", "seed")},
-        "steps": run["steps"],
-        **{score: [value for _, value in run["held_out"].get(score, ())] for score in ("mean", "greedy")},
-        "state": state(folder, run),
+        "steps": made,
+        "state": f"{said} at {made} of {planned}" + alarm({row["step"]: row.get("alarms", []) for row in rows}),
+        **found,
     }
 
 
-def state(folder: Path, run: dict) -> str:
-    """finished, running or stopped, and the first alarm that a policy may have collapsed."""
-    planned = run["config"]["steps"]
-    if run["finished"]:
-        said = "finished" if run["steps"] == planned else f"ended at {run['steps']} of {planned}"
-    else:
-        said = f"{'running' if is_held(folder) else 'stopped'} at {run['steps']} of {planned}"
-    return said + (f", collapse? at {run['collapse'][0] + 1}" if run["collapse"] else "")
+def scores_in(path: Path) -> dict[str, float]:
+    """The scores in a file of held-out scores, whose rows, nearly all of it, come last and are not read."""
+    if not path.is_file():
+        return {}
+    with open(path, encoding="utf-8", errors="replace") as file:
+        head, rows, _ = file.read(HEAD).partition('"rows":')
+    scores = json.loads(head.rstrip(", ") + "}" if rows else head)
+    return {name: scores[name]["value"] for name in SCORES if name in scores}
 
 
-def key(column: str):
-    """By which a row is sorted; what is not there goes first."""
+def alarm(alarms: dict) -> str:
+    """The first alarm that a policy may have collapsed, among the names by step."""
+    found = {int(step): health.collapses({"alarms": names}) for step, names in alarms.items()}
+    first = min((step for step, names in found.items() if names), default=None)
+    return "" if first is None else f", collapse? at {first + 1}: {' '.join(found[first])}"
 
-    def of(row: dict):
-        value = row[column]
-        value = (value or [None])[-1] if column in ("mean", "greedy") else value
-        return value is not None, value
 
-    return of
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+def value(row: dict, column: str):
+    """By what a row is sorted: a number, or the numbers and words of a text; None for what is not there."""
+    found = (row[column] or [None])[-1] if column in SCORES else row[column]
+    if column in ("when", "seed", "steps", *SCORES) or found is None:
+        return found
+    parts = re.split(r"(\d+)", str(found).lower())
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]  # seed-2 before seed-10
+
+
+def ordered(rows: list[dict], column: str, reverse: bool) -> list[dict]:
+    """The rows by a column, those without a value last."""
+    there = [row for row in rows if value(row, column) is not None]
+    there.sort(key=lambda row: value(row, column), reverse=reverse)
+    return there + [row for row in rows if value(row, column) is None]
 
 
 def cells(row: dict) -> list[str]:
-    shown = row | {"when": time.strftime("%Y-%m-%d %H:%M", time.localtime(row["when"]))}
-    for score in ("mean", "greedy"):
-        shown[score] = " → ".join(f"{100 * x:.1f}" for x in row[score][:: max(len(row[score]) - 1, 1)])
-    return ["" if shown[column] is None else str(shown[column]) for column in COLUMNS]
+    at = time.localtime(row["when"])
+    this_year = at.tm_year == time.localtime().tm_year
+    shown = row | {"when": time.strftime("%m-%d %H:%M" if this_year else "%Y-%m-%d", at)}
+    shown |= {score: " → ".join(f"{100 * x:.1f}" for x in row[score]) for score in SCORES}
+    return ["" if shown[name] is None else printable(" ".join(str(shown[name]).split())) for name in COLUMNS]
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as aligned text."""
-    lines = [COLUMNS, *map(cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+def table(rows: list[dict], width: int = UNBOUNDED) -> str:
+    """The rows as aligned text, in lines of `width` characters as far as that can be."""
+    columns = [*zip(COLUMNS, *map(cells, rows))]
+    widths = [max(map(len, column)) for column in columns]
+    gaps, said = 2 * (len(columns) - 1), ""
+    if sum(widths) + gaps > width and len(rows) > 1:
+        alike = [column for column in columns if column[0] in SETTINGS and len({*column[1:]}) == 1]
+        said = "all: " + ", ".join(f"{column[0]} {column[1]}" for column in alike) + "\n" if alike else ""
+        columns = [column for column in columns if column not in alike]
+        widths = [max(map(len, column)) for column in columns]
+        gaps = 2 * (len(columns) - 1)
+    flexible = [i for i, column in enumerate(columns) if column[0] in FLEXIBLE]
+    while sum(widths) + gaps > width:
+        widest = max(flexible, key=widths.__getitem__)
+        if widths[widest] <= LEAST:
+            break
+        widths[widest] -= 1
+    lines = ("  ".join(shorter(cell, room).ljust(room) for cell, room in zip(line, widths)) for line in zip(*columns))
+    return said + "\n".join(line.rstrip() for line in lines)
+
+
+def shorter(text: str, width: int) -> str:
+    """The start and the end of a text that is too long."""
+    end = (width - 1) // 2
+    return text if len(text) <= width else f"{text[: width - 1 - end]}…{text[-end:]}"
 
 
 def main(config: Config) -> list[dict]:
-    """Print the table and return its rows."""
-    rows, broken = [], []
-    for folder in folders(config.folder):
-        try:
-            rows.append(row_of(folder, str(folder.relative_to(config.folder)) if folder != config.folder else "."))
-        except (ShardError, KeyError, TypeError) as error:
-            broken.append(f"{folder} is left out: {error}")
-    rows.sort(key=key(config.sort), reverse=config.reverse)
-    print(table(rows) if rows else f"no runs in {config.folder}; make train begins one")
-    print(*broken, sep="\n", end="\n" * bool(broken))
+    """Print the table and return its rows. Raises SettingError for a folder that is not there."""
+    top = config.folder
+    if not top.is_dir() and top != Config.folder:
+        raise SettingError(f"{top}: no such folder; give the one that runs are in{suggest_path(top)}")
+    found = (row_of(folder, str(folder.relative_to(top)) if folder != top else folder.name) for folder in folders(top))
+    rows = ordered([*found], config.sort, config.reverse)
+    width = shutil.get_terminal_size((UNBOUNDED, 0)).columns
+    print(table(rows, width) if rows else f"no runs in {top}: make train begins one in runs/train")
     return rows
 
 

@@ -49,20 +49,24 @@ def find(name: str) -> tuple[str, Path | None, Tables]:
         known = f"neither {', '.join([*EMBEDDED, *NAMED])}, nor a hub id like org/name"
         near = suggest(name, [*EMBEDDED, *NAMED]) or suggest_path(name)
         weight = "; a weight needs several sets: a:3,b:1" if re.search(r":[\d.]+$", name) else ""
-        kinds = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file"
-        raise DataError(f"{name!r} is {known}, nor a folder, {kinds} that exists{weight}; give one as DATA={near}")
+        raise DataError(f"{name!r} is {known}, nor a folder or file that exists{weight}; give one as DATA={near}")
     label = {hub_id: short for short, hub_id in NAMED.items()}.get(repo, repo.split("/")[1])
     try:  # the copy in the hub cache first, so that a cached set needs no network
         snapshot = Path(snapshot_download(repo, repo_type="dataset", local_files_only=True))
         return label, snapshot, _folder(snapshot)
     except (OSError, ValueError) as error:  # not cached; cached in part or in another format; not an id at all
         cached = f" (the copy in the cache: {error})" if isinstance(error, DataError) else ""
-    fetch = f"Fetch it where there is a network:  hf download --repo-type dataset {repo} --local-dir DIR  then give "
-    fix = fetch + "that copy:  DATA=/path/to/DIR  (any folder of parquet, or of JSONL with image paths)"
-    path_too = "" if name in NAMED else "there is no such folder, and "
-    what = f"{path_too}{repo} is not in the cache and did not come from the hub{cached}"
+    what = f"{repo} is not in the cache and did not come from the hub{cached}"
+    fix = f"Fetch it where there is a network:  hf download --repo-type dataset {repo} --local-dir DIR  then give "
+    fix += "that copy:  DATA=/path/to/DIR  (any folder of parquet, or of JSONL with image paths)"
+    is_path = name not in NAMED and path.parent.is_dir()  # by its looks
+    if is_path:
+        what = f"{name}: no such folder or file{suggest_path(name)}; nor does the hub give it"
+        fix = f"Give a folder, a file, a hub id, or one of {', '.join([*EMBEDDED, *NAMED])}"
+    elif name not in NAMED:
+        what = f"there is no such folder, and {what}"
     if why := hub.why_unreachable(repo, "dataset"):
-        raise DataError(f"{what}: {why}. {fix}")
+        raise DataError(f"{what}: {'it does not answer' if is_path else why}. {fix}")
     return label, None, _load_dataset(what, fix, repo)
 
 

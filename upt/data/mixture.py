@@ -38,7 +38,8 @@ def load(name_or_path: str | Path, split: str = "train", seed: int = 0, limit: i
         name = named[0][0]
     if name in EMBEDDED:
         made = shapes.questions(split, seed, limit, name)
-        drawn = Questions(name, split, list(made.uids), made.__getitem__, True, f"seed {seed}", len(made.uids))
+        note = "; ".join(filter(None, (f"seed {seed}", sources.first_of(len(made.uids), shapes.SIZES[split]))))
+        drawn = Questions(name, split, list(made.uids), made.__getitem__, True, note, len(made.uids))
         drawn.stored = made.stored
         return drawn
     return sources.load_set(name, split, limit)

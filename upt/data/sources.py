@@ -40,7 +40,7 @@ def load_set(name: str, split: str, limit: int | None) -> Questions:
     tables = splits.by_split(label, found)
     uids_of = splits.uids(label, tables)
     source, chosen, note = splits.choose(split, uids_of)
-    table, chosen, uids = tables[source], chosen[:limit], uids_of[source]
+    table, total, chosen, uids = tables[source], len(chosen), chosen[:limit], uids_of[source]
     where = f"data set {label!r}, split {split!r}"
     columns = Columns.of(table.column_names)
     if columns.question is None and len(table) and BROKEN not in table.column_names:
@@ -60,12 +60,17 @@ def load_set(name: str, split: str, limit: int | None) -> Questions:
             f"{where}: column {' and '.join(map(repr, seen.unseen))} looks like pictures, and no column of that name "
             f"is read. Rename it to image{turns}; or take it out if questions are to be asked without it"
         )
-    notes = "; ".join(filter(None, (note, seen.note(counted))))
+    notes = "; ".join(filter(None, (note, first_of(len(chosen), total), seen.note(counted))))
     questions = Questions(label, split, [uids[i] for i in chosen], read, seen.golds > 0, notes, seen.pictures)
     questions.stored = lambda: rows_of(table, chosen, folder)
     if next(iter(questions), None) is None:
         raise DataError(f"{where}: {none_good(questions, name if len(table) == 0 else '')}")
     return questions
+
+
+def first_of(count: int, total: int) -> str:
+    """A word on a limit that leaves rows out."""
+    return f"the first {count} of {total} rows" if count < total else ""
 
 
 def classes_of(table: datasets.Dataset, columns: Columns) -> list[str] | None:

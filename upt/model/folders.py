@@ -41,7 +41,10 @@ def check_model(name: str) -> None:
     if not path.is_dir():
         return
     if not (path / "config.json").is_file():
-        raise PolicyError(f"{name} holds no model (config.json is missing); give a snapshot's folder, or a hub id")
+        fix = "give a snapshot's folder, or a hub id"
+        if (path / CONFIG).is_file():
+            fix = f"it is an adapter, so give its base as --model, and --adapter {name}"
+        raise PolicyError(f"{name} holds no model (config.json is missing); {fix}")
     if (path / CONFIG).is_file():  # transformers would put it on the model unasked
         raise PolicyError(f"{name} holds an adapter beside the model: move it to a folder of its own, for --adapter")
     if missing := [file.name for file in weight_files(path) if not file.is_file()]:

@@ -2,20 +2,26 @@
 
 Every step's metrics go there, the scores before and after, and every so many steps a few groups: a table with pictures
 in wandb, text and pictures in TensorBoard; the others take numbers alone. A tracker that fails is said once and left
-out from then on: it never stops a run.
+out from then on: it never stops a run. A run that goes on does so in its trackers, too, by what it was called there,
+which is kept in its folder; one that fails is marked as failed where a tracker has a mark for it.
 """
 
+import json
 import sys
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from upt.errors import SettingError, in_words, suggest
+from upt.files import known_json, write_whole
 from upt.groups.shards import open_image
 from upt.groups.votes import majority_key, majority_share
 from upt.run import progress
 
 NAMES = ("tensorboard", "wandb", "trackio", "mlflow")
 FOLDER = "tracking"  # of a run, for those that write files
+IDS = "ids.json"  # in it: by which each of them knows the run
+PROJECT = "upt"
 GROUPS = 4  # of a step that are shown
 COLUMNS = ("uid", "picture", "question", "gold", "majority", "share", "responses")
 
@@ -42,6 +48,7 @@ class Listeners:
     def __init__(self, config, on_step: Callable[[dict, list[dict]], None] | None, first: bool):
         self.on_step, self.every = on_step, config.track_groups_every
         self.pictures = config.from_shards or config.out / "rollouts"
+        self.handled = sys.exception()  # where the run is called, if it is from an `except`
         names = checked(config.track) if first else []
         self.trackers = Trackers(names, config.out, vars(config)) if names else None
 
@@ -61,63 +68,77 @@ class Listeners:
             self.trackers.log({"held_out": values}, step)
 
     def close(self) -> None:
-        """The run has ended, or stops."""
+        """The run has ended, or stops: inside of an exception, by that."""
         if self.trackers:
-            self.trackers.finish()
+            error = sys.exception()
+            self.trackers.finish(None if error is self.handled else error)
 
 
 class Trackers:
     """The trackers of a run, by name; each call goes to all that have not failed yet."""
 
     def __init__(self, names: Sequence[str], out: Path, settings: dict):
+        self.out, self.trackers, self.start = out, dict.fromkeys(names), 0
+        self._all(lambda name, _: self._start(name, settings))
+
+    def _start(self, name: str, settings: dict) -> None:
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        PartialState()  # which the trackers ask for their logging
-        self.out, self.trackers = out, {}
-        where = out / FOLDER
-        for name in names:
-            kind = LOGGER_TYPE_TO_CLASS[name]
-            arguments = {"logging_dir": str(where)} if kind.requires_logging_directory else {}
-            project = {"wandb": "upt", "trackio": "upt", "mlflow": "upt"}.get(name, out.name)
-            if name == "wandb":
-                arguments = {"name": out.name, "dir": str(where)}
-            elif name in ("trackio", "mlflow"):
-                arguments = {"name" if name == "trackio" else "run_name": out.name}
-            self.trackers[name] = None
-            self._all(lambda _: self._start(name, kind, project, arguments), [name])  # noqa: B023
-        self._all(lambda tracker: tracker.store_init_configuration(plain(settings)))
+        from upt.run.checkpoints import checkpoints, step_of  # which bring torch
 
-    def _start(self, name: str, kind: type, project: str, arguments: dict) -> None:
-        (self.out / FOLDER).mkdir(parents=True, exist_ok=True)
-        tracker = kind(project, **arguments)
+        PartialState()  # which the trackers ask for their logging
+        where = self.out / FOLDER
+        where.mkdir(parents=True, exist_ok=True)
+        ids = known_json(where / IDS) or {}
+        known, called = ids.get(name), name_of(self.out)
+        given, project = uuid.uuid4().hex[:12], PROJECT
+        if known and (saved := checkpoints(self.out / "checkpoints")):
+            self.start = step_of(saved[-1])
+        if name == "tensorboard":
+            project = name  # it calls a run by its folder
+            arguments = {"logging_dir": str(where), "purge_step": self.start if known else None}
+        elif name == "wandb":
+            arguments = {"name": called, "id": known or given, "resume": "allow", "dir": str(where)}
+        elif name == "trackio":
+            given = f"{called} {given[:4]}"  # of another run of that name it would go on, too
+            arguments = {"name": known or given, "resume": "allow"}
+        else:
+            arguments = {"run_name": called, "run_id": known}
+        tracker = LOGGER_TYPE_TO_CLASS[name](project, **arguments)
         getattr(tracker, "start", lambda: None)()  # before accelerate 1.11 it has started by now
         self.trackers[name] = tracker
+        if known is None:
+            tracker.store_init_configuration(plain(settings))
+            ids[name] = tracker.tracker.info.run_id if name == "mlflow" else given
+            write_whole(where / IDS, [json.dumps(ids).encode()])
 
-    def _all(self, work: Callable, names: Sequence[str] | None = None) -> None:
-        for name in [*(self.trackers if names is None else names)]:
+    def _all(self, work: Callable) -> None:
+        for name, tracker in [*self.trackers.items()]:
             try:
-                work(self.trackers[name])
+                work(name, tracker)
             except Exception as error:  # whatever it is, the run is worth more
                 del self.trackers[name]
                 progress.say(f"--track {name} has failed, and is left out: {in_words(error)}", file=sys.stderr)
 
     def log(self, values: dict, step: int) -> None:
-        """Numbers, nested ones as a/b, at a step."""
+        """Numbers, nested ones as a/b, at a step; those from before a run has gone on are there."""
+        if step < self.start:
+            return
         numbers = flat(values)
-        self._all(lambda tracker: tracker.log(numbers, step=step))
+        self._all(lambda _, tracker: tracker.log(numbers, step=step))
 
     def groups(self, groups: Sequence[dict], step: int, folder: Path) -> None:
         """The first few groups of a step, with their pictures, which lie in `folder`."""
         some = groups[:GROUPS]
 
-        def show(tracker) -> None:
-            if tracker.name == "wandb":
+        def show(name: str, tracker) -> None:
+            if name == "wandb":
                 import wandb
 
                 pictures = [g["image"] and wandb.Image(open_image(folder, g["image"])) for g in some]
                 tracker.log_table("groups", [*COLUMNS], [row_of(*pair) for pair in zip(some, pictures)], step=step)
-            elif tracker.name == "tensorboard":
+            elif name == "tensorboard":
                 import numpy as np
 
                 for i, g in enumerate(some):
@@ -128,9 +149,27 @@ class Trackers:
 
         self._all(show)
 
-    def finish(self) -> None:
-        """Close all of them."""
-        self._all(lambda tracker: tracker.finish())
+    def finish(self, error: BaseException | None = None) -> None:
+        """Close all of them; `error` is what has ended the run, if it has not ended by itself."""
+
+        def end(name: str, tracker) -> None:
+            if error is not None and name == "wandb":
+                tracker.tracker.finish(exit_code=1)
+            elif error is not None and name == "mlflow":
+                import mlflow
+
+                mlflow.end_run("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            else:
+                tracker.finish()
+
+        self._all(end)
+
+
+def name_of(out: Path) -> str:
+    """What a run is called: the path below `runs`, else its folder's last two parts, since many end in seed-0."""
+    parts = out.absolute().parts[1:]
+    below = len(parts) - parts[::-1].index("runs") if "runs" in parts[:-1] else max(len(parts) - 2, 0)
+    return "/".join(parts[below:])
 
 
 def plain(settings: dict) -> dict:
