@@ -2,7 +2,6 @@
 
 import base64
 import gzip
-import importlib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from PIL import Image
 import report
 import train_upt
 from eval.report import collect, page
+from tests.extras import extra, missing
 from tests.test_shards import make_group
 from upt.errors import SettingError, ShardError
 from upt.groups import shards
@@ -305,19 +305,6 @@ def test_a_run_ends_well_without_its_page(tiny, tmp_path, monkeypatch, capfd):
 
 
 # --------------------------------------------------------------------------------------------------------- in a browser
-
-
-def missing(what: str) -> None:
-    """Without it there is nothing to test, which `make test-extras` does not let pass."""
-    (pytest.fail if os.environ.get("EXTRAS") else pytest.skip)(what)
-
-
-def extra(name: str):
-    """A module that `make test-extras` installs."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        missing(f"{name} is not installed: make test-extras")
 
 
 @pytest.fixture(scope="module")
