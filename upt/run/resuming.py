@@ -32,6 +32,7 @@ def prepare(config):
         config = resumed(config)
     elif config.from_shards:
         adopt(config)
+    manifests.check_own(config.out, "train")
     recipe = {
         name: value for name, value in presets.PRESETS.get(config.preset, {}).items() if getattr(config, name) is None
     }
