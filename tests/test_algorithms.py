@@ -13,14 +13,14 @@ import torch
 import rewards
 import rollout
 from tests.test_train import SMALL, adapter, run, same
-from train_upt import Config, main, targets
+from train_upt import Config, main
 from upt import answers, data
 from upt.errors import SettingError, Stopped
 from upt.groups import shards
 from upt.model import update
 from upt.model.policy import Policy
 from upt.run import checkpoints, health, presets
-from upt.stages import sampling
+from upt.stages import sampling, steps
 
 
 def keyed(monkeypatch, keys=lambda text: str(len(text) % 3)):
@@ -234,7 +234,7 @@ def test_sft_is_cross_entropy_on_the_rewarded_well_formed_responses(tiny, tmp_pa
             response["reward"] = (1.0, 1.0, 0.0, 0.5)[i]
             if i != 1:
                 response["text"] = "<think>x</think>\\boxed{1}"
-    groups = targets(groups, "think-boxed")
+    groups = steps.targets(groups, "think-boxed")
     assert [[r["advantage"] for r in g["responses"]] for g in groups] == [[1.0, 0.0, 0.0, 0.5]] * len(groups)
     stats, _ = update.accumulate(policy, prompts, groups, None, config)
     mine = gradients(policy)

@@ -33,9 +33,16 @@ DEBUG = "--debug"
 
 
 def launch(
-    main: Callable, config_class: type, arguments: Sequence[str] | None = None, sort: Callable[[list], list] = list
+    main: Callable,
+    config_class: type,
+    arguments: Sequence[str] | None = None,
+    sort: Callable[[list], list] = list,
+    finished: Callable[..., bool] = lambda config: False,
 ) -> None:
-    """Run `main` on the Config that the command line gives; `sort` may rewrite its words first."""
+    """Run `main` on the Config that the command line gives; `sort` may rewrite its words first.
+
+    `finished(config)`: there is so little left to do that one process does it, whatever --gpus says.
+    """
     arguments = [*(sys.argv[1:] if arguments is None else arguments)]
     debug, voice, ours = DEBUG in arguments, sys.stderr, processes.is_ours()
     quiet()
@@ -45,7 +52,9 @@ def launch(
     try:
         config = parse(config_class, sort([word for word in arguments if word != DEBUG]))
         if getattr(config, "gpus", 1) > 1 and not processes.is_started():
-            raise SystemExit(processes.run(config.gpus, [sys.executable, *sys.orig_argv[1:]]))
+            if not finished(config):
+                raise SystemExit(processes.run(config.gpus, [sys.executable, *sys.orig_argv[1:]]))
+            config.gpus = 1
         main(config)
     except Stopped as stopped:
         raise SystemExit(128 + stopped.signal) from None
