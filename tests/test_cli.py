@@ -307,6 +307,21 @@ def test_every_config_takes_strings_for_paths():
         assert issubclass(config, Typed), script
 
 
+def test_errors_name_the_variables_of_make_where_it_gave_the_command(shell, tmp_path, monkeypatch):
+    monkeypatch.delenv(cli.BY_MAKE, raising=False)
+    assert cli.of_make("--run x") == ""
+    monkeypatch.setenv(cli.BY_MAKE, "1")
+    for text, said in (
+        ("--run x: give its --out, or --run y", " (make: RUN is --run, OUT is --out)"),
+        ("--learning-rate 3", " (make: others go into ARGS)"),
+        ("--data-file, --rewards a--run", " (make: REWARDS is --rewards, others go into ARGS)"),
+        ("no flag - in -- it", ""),
+    ):
+        assert cli.of_make(text) == said
+    done = shell("-m", "eval.heldout", "--run", str(tmp_path))
+    assert done.stderr.endswith("that was its --out (make: RUN is --run, OUT is --out)\n")
+
+
 def test_near_names():
     assert suggest("Majority", ["majority"]) == "; did you mean 'majority'?" and suggest("xyz", ["majority"]) == ""
 

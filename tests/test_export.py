@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 import export
+from eval import heldout
 from tests.test_adapters import filled, rewrite
 from tests.test_train import SMALL
 from train_upt import Config, main
@@ -289,6 +290,14 @@ def test_what_cannot_be_exported_is_said(run, tmp_path):
         export.main(export.Config(run=run, out=tmp_path / "full"))
     with pytest.raises(SettingError, match="no run of train_upt.py there"):
         export.main(export.Config(run=tmp_path, out=tmp_path / "new"))
+
+
+def test_an_export_is_no_run(base, exported):
+    for only, how in ((False, rf"--model {exported[False]}$"), (True, rf"--model {base} --adapter {exported[True]}$")):
+        with pytest.raises(SettingError, match=f"an export, and no run: ask or evaluate it by {how}"):
+            trained.trained(exported[only])
+    config = heldout.Config(model=base, adapter=str(exported[True]), device="cpu")  # as it says
+    assert config.resolve().adapter == str(exported[True])
 
 
 def test_a_snapshot_that_was_not_written_as_it_was_meant(run, tmp_path, monkeypatch):

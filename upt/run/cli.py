@@ -30,6 +30,11 @@ from upt.run.team import leave
 from upt.run.typed import flag, meant
 
 DEBUG = "--debug"
+BY_MAKE = "UPT_BY_MAKE"  # in the environment of a command that make gives
+VARIABLES = {  # of the Makefile, by the flag that they become
+    f"--{name}": name.upper()
+    for name in "data model reward advantage steps seed rewards seeds out run image gpus".split()
+} | {"--benchmark": "BENCH"}
 
 
 def launch(
@@ -67,7 +72,7 @@ def launch(
     except (Elsewhere, Broken) as error:
         if debug or not error.expected:
             print(error.trace, end="", file=sys.stderr)
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}{of_make(str(error))}", file=sys.stderr)
         raise SystemExit(processes.TOLD if ours else 2 if error.expected else 1) from None
     except Lost as error:
         if debug:
@@ -79,7 +84,7 @@ def launch(
         if debug:
             sys.stderr = voice
             raise
-        print(f"error: {one_line(error)}", file=voice)
+        print(f"error: {one_line(error)}{of_make(str(error))}", file=voice)
         raise SystemExit(1 if isinstance(error, RunsFailed) else 2) from None
     except Exception:
         sys.stderr = voice  # what nobody expected is told by whomever it happens to
@@ -93,6 +98,14 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return ": ".join(str(part) for part in (error.filename, trouble(error)) if part)
     return " ".join(str(error).split())
+
+
+def of_make(text: str) -> str:
+    """ " (make: RUN is --run; others go into ARGS)" on the flags in a message, where make has given the command."""
+    flags = dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) if os.environ.get(BY_MAKE) else ()
+    said = [f"{VARIABLES[name]} is {name}" for name in flags if name in VARIABLES]
+    said += ["others go into ARGS"] * (len(said) < len(flags))
+    return f" (make: {', '.join(said)})" if said else ""
 
 
 def quiet() -> None:
