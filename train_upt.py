@@ -334,7 +334,8 @@ def shown_if_stopped(out: Path, team: Team):
 
 @alone
 def main(config: Config, on_step: Callable[[dict, list[dict]], None] | None = None) -> dict:
-    """Run the loop and return its summary. Stopped by a signal, it saves its state and raises `Stopped`.
+    """Run the loop and return its summary, of a finished run as summary.json has it. Stopped by a signal, it saves its
+    state and raises `Stopped`.
 
     `on_step(row, groups)` is called after every step, with its line of metrics.jsonl and its groups; what it raises
     ends the run.

@@ -321,7 +321,7 @@ def test_a_collapsing_run_ends_with_its_last_healthy_checkpoint(tiny, tmp_path, 
     config = Config(model=tiny, out=out, **SMALL | stop).resolve()
     assert heldout.without_rows(heldout.evaluate(policy, held_out, config, 2, 2)) == summary["after"]
     again = main(Config(model=tiny, out=out, **SMALL | stop | {"eval_questions": 2, "eval_samples": 2}))
-    assert again["end"] == summary["end"]
+    assert json.dumps(again["end"]) == json.dumps(summary["end"]) and (out / "report.html").is_file()
 
 
 def test_a_checkpoint_is_chosen_without_labels(tiny, tmp_path, monkeypatch):

@@ -208,7 +208,8 @@ def test_folders_in_which_a_stage_may_begin(tmp_path):
         ("train", "before.json"),
         ("train", "start/base.json"),
         ("ablate", "majority/seed-0/log.txt"),
-        ("ablate", "variants.csv"),
+        ("ablate", "table.md"),
+        ("ablate", "variants.md"),
         ("eval", "wemath/responses.jsonl"),
     ):
         folder = holds(f"{stage}-{file.replace('/', '-')}", file, "notes.md")

@@ -25,7 +25,7 @@ BEGUN = {  # what a stage leaves in a folder before its manifest, or where it wr
     "rollout": ("fingerprint.json",),
     "synthesize": ("fingerprint.json",),
     "eval": ("*/responses.jsonl",),
-    "ablate": ("*/seed-*", "variants.csv"),
+    "ablate": ("*/seed-*", "table.md", "variants.md"),
 }
 LOGS = ("log.txt", "*.log", "*.out", "*.err")  # which may be in a folder before anything is begun there
 SHOWN = 3  # of the files in a folder that is somebody else's
