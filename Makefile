@@ -25,16 +25,18 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready-$(subst /,-,$(subst =,-,$(TORCH)))
 TINY   := models/tiny
 TAUGHT := boxed think-boxed judge-tiny ask-direct ask-in-context
-flag    = $(if $(2),--$(1) "$(2)")
+# A flag with the blank before it, or nothing, so that what make prints is as one would type it.
+flag    = $(if $(2), --$(1) "$(2)")
+MORE    = $(if $(ARGS), $(ARGS))
 # The embedded model is warmed up when it is what will be used.
 comma  := ,
 DRAWN  := shapes shapes-hard
 NEEDS_TINY = $(if $(MODEL),$(filter $(TINY),$(patsubst %/,%,$(MODEL))),$(filter $(DRAWN) $(DRAWN:%=%:%),$(subst $(comma), ,$(DATA))))
 MODEL_READY = $(if $(NEEDS_TINY),$(TINY)/warmup.json)
-SAMPLING = --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,seed,$(SEED))
+SAMPLING = --data "$(DATA)"$(call flag,model,$(MODEL))$(call flag,seed,$(SEED))
 PROCESSES = $(call flag,gpus,$(filter-out 1,$(GPUS)))
 # A run brings its own model, seed and held-out data; what is given here goes before them.
-OF_RUN = --run "$(RUN)" $(if $(filter file,$(origin DATA)),,--data "$(DATA)") $(call flag,model,$(MODEL)) $(call flag,seed,$(SEED))
+OF_RUN = --run "$(RUN)"$(if $(filter file,$(origin DATA)),,$(call flag,data,$(DATA)))$(call flag,model,$(MODEL))$(call flag,seed,$(SEED))
 
 SCRIPTS := train_upt.py rollout.py judge.py rewards.py synthesize.py warmup.py ablate.py report.py ask.py check_data.py export.py
 CODE    := $(SCRIPTS) upt kernels eval bench examples notebooks tests
@@ -92,44 +94,46 @@ $(READY): requirements.txt
 	touch $@
 
 $(TINY)/warmup.json: warmup.py $(wildcard upt/warmup/*.py) upt/data/shapes.py $(TAUGHT:%=prompts/%.md) | $(READY)
-	$(PY) warmup.py --out $(TINY) $(call flag,seed,$(SEED))
+	$(PY) warmup.py --out $(TINY)$(call flag,seed,$(SEED))
 
 warmup: $(READY)  ## (re)make the embedded default model in models/tiny
-	$(PY) warmup.py --out $(TINY) $(call flag,seed,$(SEED)) $(ARGS)
+	$(PY) warmup.py --out $(TINY)$(call flag,seed,$(SEED))$(MORE)
 
-train: $(READY) $(MODEL_READY)  ## label-free training with a before/after table
-	$(PY) train_upt.py $(SAMPLING) $(call flag,reward,$(REWARD)) $(call flag,advantage,$(ADVANTAGE)) \
-	  $(call flag,steps,$(STEPS)) --out "$(or $(OUT),runs/train)" $(PROCESSES) $(ARGS)
+# An error then says which of its flags are variables here (upt/run/cli.py).
+train rollout judge score eval synth ablate export report runs ask check-data: export UPT_BY_MAKE := 1
+
+train: $(READY) $(MODEL_READY)  ## label-free training with a before/after table (GPUS=4: on all of a node; on a CPU: processes)
+	$(PY) train_upt.py $(SAMPLING)$(call flag,reward,$(REWARD))$(call flag,advantage,$(ADVANTAGE))$(call flag,steps,$(STEPS)) \
+	  --out "$(or $(OUT),runs/train)"$(PROCESSES)$(MORE)
 
 rollout: $(READY) $(MODEL_READY)  ## sample responses into shards
-	$(PY) rollout.py $(SAMPLING) $(call flag,steps,$(STEPS)) --out "$(or $(OUT),runs/rollouts)" $(PROCESSES) $(ARGS)
+	$(PY) rollout.py $(SAMPLING)$(call flag,steps,$(STEPS)) --out "$(or $(OUT),runs/rollouts)"$(PROCESSES)$(MORE)
 
 judge: $(READY)  ## a frozen judge's scores for the shards in runs/rollouts (ARGS="--rollouts DIR" for others)
-	$(PY) judge.py --rollouts runs/rollouts $(call flag,model,$(MODEL)) --out "$(or $(OUT),runs/judged)" $(PROCESSES) $(ARGS)
+	$(PY) judge.py --rollouts runs/rollouts$(call flag,model,$(MODEL)) --out "$(or $(OUT),runs/judged)"$(PROCESSES)$(MORE)
 
 score: $(READY)  ## rewards and advantages for the shards in runs/rollouts (ARGS="--rollouts DIR" for others)
 	$(PY) rewards.py --rollouts runs/rollouts --reward "$(or $(REWARD),majority)" \
-	  --advantage "$(or $(ADVANTAGE),group-norm)" $(call flag,seed,$(SEED)) --out "$(or $(OUT),runs/scored)" $(ARGS)
+	  --advantage "$(or $(ADVANTAGE),group-norm)"$(call flag,seed,$(SEED)) --out "$(or $(OUT),runs/scored)"$(MORE)
 
 eval: $(READY) $(if $(RUN),,$(MODEL_READY))  ## held-out accuracy of a model; with BENCH=mathvision (or all) DATA=DIR [RUN=runs/train], a benchmark's
 ifneq ($(BENCH),)
 	@test -z '$(filter $(DRAWN),$(DATA))' || { echo "BENCH=$(BENCH): give its folder, DATA=..."; exit 2; }
-	$(PY) -m eval.run --benchmark "$(BENCH)" $(SAMPLING) $(call flag,run,$(RUN)) \
-	  --out "$(or $(OUT),$(or $(RUN),runs)/benchmarks$(if $(filter all,$(BENCH)),,/$(BENCH)))" $(PROCESSES) $(ARGS)
+	$(PY) -m eval.run --benchmark "$(BENCH)" $(SAMPLING)$(call flag,run,$(RUN)) \
+	  --out "$(or $(OUT),$(or $(RUN),runs)/benchmarks$(if $(filter all,$(BENCH)),,/$(BENCH)))"$(PROCESSES)$(MORE)
 else
-	$(PY) -m eval.heldout $(if $(RUN),$(OF_RUN),$(SAMPLING)) $(call flag,out,$(OUT)) $(PROCESSES) $(ARGS)
+	$(PY) -m eval.heldout $(if $(RUN),$(OF_RUN),$(SAMPLING))$(call flag,out,$(OUT))$(PROCESSES)$(MORE)
 endif
 
 synth: $(READY) $(MODEL_READY)  ## the model writes questions of its own to the pictures of DATA
-	$(PY) synthesize.py $(SAMPLING) --out "$(or $(OUT),runs/questions)" $(PROCESSES) $(ARGS)
+	$(PY) synthesize.py $(SAMPLING) --out "$(or $(OUT),runs/questions)"$(PROCESSES)$(MORE)
 
 ablate: $(READY) $(if $(findstring --rollouts,$(ARGS)),,$(MODEL_READY))  ## compare REWARDS="majority frequency ..." over SEEDS=3, or on shards (ARGS="--rollouts DIR")
-	$(PY) ablate.py --data "$(DATA)" $(call flag,model,$(MODEL)) $(call flag,rewards,$(REWARDS)) \
-	  $(call flag,advantage,$(ADVANTAGE)) $(call flag,steps,$(STEPS)) $(call flag,seeds,$(SEEDS)) \
-	  --out "$(or $(OUT),runs/ablate)" $(PROCESSES) $(ARGS)
+	$(PY) ablate.py --data "$(DATA)"$(call flag,model,$(MODEL))$(call flag,rewards,$(REWARDS))$(call flag,advantage,$(ADVANTAGE))$(call flag,steps,$(STEPS))$(call flag,seeds,$(SEEDS)) \
+	  --out "$(or $(OUT),runs/ablate)"$(PROCESSES)$(MORE)
 
 export: $(READY)  ## the model of RUN=runs/train merged, with a model card, to serve (ARGS=--adapter-only)
-	$(PY) export.py --run "$(or $(RUN),runs/train)" --out "$(or $(OUT),exports/model)" $(ARGS)
+	$(PY) export.py --run "$(or $(RUN),runs/train)" --out "$(or $(OUT),exports/model)"$(MORE)
 
 report: $(READY)  ## a page on RUN=runs/train for the browser: curves, groups, what changed (RUN="runs/a runs/b": side by side)
 	$(PY) report.py $(or $(RUN),runs/train) $(call flag,out,$(OUT)) $(ARGS)
@@ -145,14 +149,14 @@ check-data: $(READY)  ## what DATA holds: rows, pictures, gold, what cannot be u
 	$(PY) check_data.py --data "$(DATA)" $(call flag,seed,$(SEED)) $(call flag,out,$(OUT)) $(ARGS)
 
 results: $(READY)  ## all that docs/results.md and README show, again: hours (ARGS="--only rewards,long" for some)
-	$(PY) -m bench.studies $(ARGS)
+	$(PY) -m bench.studies$(MORE)
 
 test: $(READY)  ## the tests; ARGS="-m slow" for those that take minutes
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal$(MORE)
 
 test-trl: $(READY)  ## our rewards in TRL, and the example; installs TRL
 	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep ^trl requirements-bench.txt)"
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_trl.py $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_trl.py$(MORE)
 
 test-extras: $(READY)  ## the page on a run in headless Chromium, which has to be there, trackers, notebooks; installs what they take
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-extras.txt
@@ -165,7 +169,7 @@ lint: $(READY)  ## ruff, check and format
 bench: $(READY) $(TINY)/warmup.json  ## the kernels beside naive PyTorch, our loop beside TRL's, judging beside separate calls
 	$(PY) -m bench.kernels
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
-	$(PY) -m bench.loop $(ARGS)
+	$(PY) -m bench.loop$(MORE)
 	$(PY) -m bench.judging
 
 bench-gpu: $(READY)  ## all that needs an NVIDIA GPU: its tests; decoding, a step and the update at full size; the kernels beside their peers

@@ -150,6 +150,7 @@ def online(config: Config) -> dict:
 def main(config: Config) -> dict:
     """Compare offline where there are --rollouts, else online."""
     config = replace(config)
+    manifests.check_own(config.out, "ablate")
     return offline(config) if config.rollouts else online(config)
 
 

@@ -1,6 +1,6 @@
 """A run's model to serve: its adapter merged into a snapshot, or the adapter alone, with a model card.
 
-    python export.py --run runs/train --out exports/mine                   # a merged snapshot in bf16
+    python export.py --run runs/train --out exports/mine                   # a merged snapshot, in bf16 where that does
     python export.py --run runs/train --out exports/mine --dtype fp32
     python export.py --run runs/train --out exports/lora --adapter-only
 
@@ -12,7 +12,8 @@
 All of it happens in .NAME.partial beside --out, which is then renamed: a folder of that name is whole and checked.
 
 Merging rounds. A bf16 weight has 8 binary digits, and early updates change it by less than half of the last one: how
-far the weights are off is measured, printed and written in the card, as a share of the adapter's change.
+far that puts the weights off is measured, as a share of the adapter's change, and written in the card. Where it is more
+than half of it the snapshot is written in float32, unless --dtype says what to write.
 """
 
 import json
@@ -42,7 +43,6 @@ OURS = ("base.json", "warmup.json")  # of ours, about the base
 TERMS = ("LICENSE", "NOTICE")  # how files begin that go wherever the weights go
 SMALL = (".json", ".jinja", ".txt")  # files of a snapshot besides its weights
 LIMITS = "the area of a picture"
-OFF = 0.5  # of the adapter's change, from which on a merge is warned of
 
 
 @dataclass
@@ -53,8 +53,8 @@ class Config(Typed):
     """a folder that is not there yet, or empty"""
     adapter_only: bool = False
     """write the PEFT adapter, for a server that takes adapters, in place of a merged snapshot"""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """of the merged weights"""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """of the merged weights; None: bf16, or fp32 where rounding to bf16 would lose too much of what was learned"""
     device: Name = "cpu"
     """where they are merged"""
     any_base: bool = False
@@ -94,7 +94,8 @@ def check(out: Path, meant: dict, opened: dict) -> None:
 
 
 def main(config: Config) -> dict:
-    """Write the folder; returns {"out", "error"}, how far rounding put the weights off (None: not merged)."""
+    """Write the folder; returns {"out", "dtype", "error"}: of an adapter alone the dtype is None, and error is how far
+    rounding to bf16 puts the weights off (None: not measured)."""
     check_folder(config.out)
     if config.out.is_dir() and any(config.out.iterdir()):
         raise SettingError(f"--out {config.out} has files in it: give a new folder")
@@ -108,23 +109,18 @@ def main(config: Config) -> dict:
             with writing(config.out):
                 folder.mkdir()
                 fetch_terms(found.settings["model"])
-                error = adapter(found, config, folder) if config.adapter_only else snapshot(found, config, folder)
-                text = card.card(found, config.adapter_only, config.dtype, error)
+                dtype, error = (adapter if config.adapter_only else snapshot)(found, config, folder)
+                text = card.card(found, dtype, error)
                 write_whole(folder / card.NAME, [text.encode()])
                 folder.replace(out)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
         draft.rmdir()  # where it was there before
-    what = "adapter" if config.adapter_only else f"{config.dtype} snapshot"
-    print(f"{what} with its card in {config.out}")
-    if error is not None and error > OFF:
-        print(
-            f"rounding to {config.dtype} put the weights off by {100 * error:.0f} % of the adapter's change: serve the "
-            "adapter (--adapter-only), or export --dtype fp32",
-            file=sys.stderr,
-        )
-    return {"out": str(config.out), "error": error}
+    print(f"{f'{dtype} snapshot' if dtype else 'adapter'} with its card in {config.out}")
+    if error is not None and error > card.OFF:
+        print(f"{card.rounding(dtype, error)}", file=sys.stderr)
+    return {"out": str(config.out), "dtype": dtype, "error": error}
 
 
 def limits_of(found: trained.Trained) -> dict[str, int | None]:
@@ -142,7 +138,7 @@ def fetch_terms(base: str) -> None:
         print(f"the licence of {base} is not known, and is missing in the card: {why}", file=sys.stderr)
 
 
-def adapter(found: trained.Trained, config: Config, folder: Path) -> None:
+def adapter(found: trained.Trained, config: Config, folder: Path) -> tuple[None, None]:
     """Copy the adapter, write the processor beside it, and open both again."""
     from safetensors.torch import load_file
 
@@ -158,18 +154,34 @@ def adapter(found: trained.Trained, config: Config, folder: Path) -> None:
     meant, opened = (digests(load_file(Path(of) / ADAPTER)) for of in (found.adapter, folder))
     limits = (of.area_limits() for of in (family, family_class(str(folder))))
     check(config.out, *(of | {LIMITS: area} for of, area in zip((meant, opened), limits, strict=True)))
+    return None, None
 
 
-def snapshot(found: trained.Trained, config: Config, folder: Path) -> float:
-    """Write the merged weights with all that belongs to them, and open them again; how far rounding put them off."""
-    policy = model.Policy.load(found.model, dtype=config.dtype, device=config.device, **limits_of(found))
+def snapshot(found: trained.Trained, config: Config, folder: Path) -> tuple[str, float | None]:
+    """Write the merged weights with all that belongs to them, and open them again.
+
+    Returns their dtype, and how far rounding to bf16 puts them off, None where that was not tried.
+    """
+    dtype = config.dtype or "bf16"
+    error = merge(found, config, dtype, folder)
+    if config.dtype is None and error > card.OFF:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        dtype = "fp32"
+        merge(found, config, dtype, folder)
+    return dtype, None if config.dtype == "fp32" else error
+
+
+def merge(found: trained.Trained, config: Config, dtype: str, folder: Path) -> float:
+    """Write the snapshot in `dtype`, and open it again; how far rounding has put its weights off."""
+    policy = model.Policy.load(found.model, dtype=dtype, device=config.device, **limits_of(found))
     policy.load_adapter(found.adapter, config.any_base)
     if base := snapshot_folder(found.settings["model"]) or snapshot_folder(found.model):
         copy_rest(base, folder)
     error = policy.export(folder)
     meant = contents(policy)
     del policy  # two of them need not fit
-    check(config.out, meant, contents(model.Policy.load(str(folder), dtype=config.dtype, device=config.device)))
+    check(config.out, meant, contents(model.Policy.load(str(folder), dtype=dtype, device=config.device)))
     return error
 
 

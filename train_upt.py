@@ -26,10 +26,9 @@ metrics.jsonl, rollouts/ (shards), checkpoints/. With `--rounds` the model also 
 
 import inspect
 import json
-import shutil
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,9 +39,9 @@ import synthesize
 from eval import heldout
 from eval.follow import Followed
 from eval.report import page
-from upt import answers, data, model, prompts, run, stages
+from upt import data, model, prompts, run, stages
 from upt.data import names, views
-from upt.errors import SettingError, Stopped
+from upt.errors import Diverged, SettingError, Stopped
 from upt.files import known_json, read_json, write_whole, writing
 from upt.groups import manifests, scoring, shards, variants
 from upt.model.folders import check_adapter
@@ -177,7 +176,7 @@ def check_questions(questions, held_out, config: Config) -> None:
             print(without)
         if config.questions_per_step > len(questions):
             print(f"{config.data} has {len(questions)} questions: that many a step, not {config.questions_per_step}")
-    print(plan(config, questions))
+    print(run.starting.plan(config, questions))
     if held_out is not None:
         print(f"held out: {held_out.describe()}")
 
@@ -198,15 +197,6 @@ def rewarded(policy: "Policy", found: "Step", config: Config, clock: Clock, chec
     score = partial(rewards.score, **variants.band(config))
     with clock("reward"):
         return team.once(score, groups, config.reward, config.advantage, config.seed)
-
-
-def targets(groups: list[dict], style: str) -> list[dict]:
-    """The groups with, as advantage, each response's weight in cross-entropy: its reward, 0 if it is ill-formed."""
-
-    def target(response: dict) -> float:
-        return max(0.0, response["reward"]) if answers.keeps_format(response["text"], style) else 0.0
-
-    return [group | {"responses": [r | {"advantage": target(r)} for r in group["responses"]]} for group in groups]
 
 
 def train(
@@ -285,7 +275,7 @@ def train(
                 leave_out(step, len(left_out), looked)
                 continue
             if config.algorithm == "sft":
-                groups = targets(groups, config.prompt)
+                groups = stages.steps.targets(groups, config.prompt)
             if not paths:
                 team.once(shards.write_shard, shards.shard_path(config.out / "rollouts", step), groups)
             measure_kl = config.kl_coef == 0 and config.kl_every > 0 and step % config.kl_every == 0
@@ -309,136 +299,117 @@ def train(
     return run.ending.finish(policy, config, metrics.rows, team)
 
 
-def scored(
-    policy: "Policy", questions: "data.Questions", name: str, config: Config, clock: Clock, check, team: Team
-) -> dict:
-    """Held-out scores before or after training, measured once for a run and kept in OUT/<name>.json."""
-    path = config.out / f"{name}.json"
-    if known := team.once(known_json, path):
-        return known
-    count = min(config.eval_questions, len(questions))
-    with (
-        clock(f"eval_{name}"),
-        progress.bar(total=count * (1 + config.eval_samples), desc=f"held-out, {name}", unit="response") as bar,
-    ):
-
-        def tick(responses: int) -> None:
-            progress.advance(bar, responses, team)
-            check()
-
-        pictures = config.out / heldout.FOLDER
-        scores = heldout.evaluate(policy, questions, config, count, config.eval_samples, tick, team, pictures)
-    print(f"held out, {name} training: {heldout.headline(scores)}")
-    team.once(write_whole, path, [json.dumps(scores).encode()])
-    return scores
-
-
-def starting_policy(config: Config, team: Team) -> "Policy":
-    """The model that the run starts from: --adapter is merged into it, in OUT/start, --init-adapter put on it."""
-    samples = config.from_shards is None or config.eval_questions or config.eval
-    judges = config.reward != STORED and rewards.needs_judge(config.reward)
-    model.check_room(config, ["update", *["rollout"] * bool(samples), *["judging"] * judges])
-    options, name, start = config.loading("adapter"), config.model, config.out / "start"
-    if config.adapter:
-        team.once(make_start, config, start)
-        name = str(start)
-    options |= {"feature_cache_gib": config.feature_cache_gib}
-    options |= {"gradient_checkpointing": config.gradient_checkpointing}
-    policy = team.here(partial(model.Policy.load, name, **options))
-    if config.init_adapter:
-        policy.load_adapter(config.init_adapter, config.any_base)
-    return policy
-
-
-def make_start(config: Config, start: Path) -> None:
-    """Write the model with --adapter merged into it, unless it is there."""
-    if not (config.out / "manifest.json").exists():  # left by a command that never came to be a run
-        shutil.rmtree(start, ignore_errors=True)
-    if not start.exists():
-        draft, options = config.out / ".start.partial", config.loading()
-        if config.quantize:  # rounded once, to 4 bits; the full weights need not fit on the device
-            options |= {"quantize": None, "dtype": "fp32", "device": "cpu"}
-        model.Policy.load(config.model, **options).export(draft)
-        draft.rename(start)
-
-
-def plan(config: Config, questions) -> str:
-    """One line on what the run will do."""
-    source = f"the shards of {config.from_shards}" if questions is None else questions.describe()
-    count = config.questions_per_step if questions is None else min(config.questions_per_step, len(questions))
-    much = f"{config.steps} steps of {count} questions x {config.group_size} responses"
-    rounds = f"{config.rounds} rounds of " if config.rounds else ""
-    how = (
-        f"reward {config.reward}, advantage {config.advantage}"
-        if config.algorithm == "grpo"
-        else f"cross-entropy weighted by the reward {config.reward}"
-    )
-    start = config.init_adapter or config.adapter
-    what = config.model + (f" with {start}" if start else "")
-    return f"training {what} on {source}: {how}, {rounds}{much}, into {config.out}"
-
-
 def write_questions(**settings) -> dict:
     """What a round asks with: synthesize.py, given its settings."""
     return synthesize.main(synthesize.Config(**settings))
 
 
+def is_finished(config: Config) -> bool:
+    """Whether the run in --out has ended; of rounds, as many as are asked for."""
+    summary = known_json(config.out / "summary.json")
+    made = summary is not None and (config.out / "adapter" / "adapter_config.json").is_file()
+    return made and len(summary.get("rounds", ())) == config.rounds
+
+
+def show(out: Path) -> None:
+    """Write the page on a run that has made steps, and say where it is."""
+    logs = [*out.glob("metrics.jsonl"), *out.glob("round-*/run/metrics.jsonl")]
+    if any(path.stat().st_size for path in logs) and page.at_end(out):
+        print(f"what happened, to be opened in a browser: {out / page.NAME}")
+
+
+@contextmanager
+def shown_if_stopped(out: Path, team: Team):
+    """Inside, whatever ends a run early leaves a page on the steps that it has made."""
+    try:
+        yield
+    except (Stopped, Diverged):  # which all processes come to
+        team.once(show, out)
+        raise
+    except Exception:
+        if team.first:
+            show(out)
+        raise
+
+
 @alone
 def main(config: Config, on_step: Callable[[dict, list[dict]], None] | None = None) -> dict:
-    """Run the loop and return its summary. Stopped by a signal, it saves its state and raises `Stopped`.
+    """Run the loop and return its summary, of a finished run as summary.json has it. Stopped by a signal, it saves its
+    state and raises `Stopped`.
 
     `on_step(row, groups)` is called after every step, with its line of metrics.jsonl and its groups; what it raises
     ends the run.
     """
     config = prepare(config)
-    team = assemble(config.device)
-    if (config.out / "summary.json").is_file() and not config.rounds:  # of which more may follow
+    team, clock = assemble(config.device), Clock()
+    if finished := team.once(is_finished, config):
         print(f"the run in {config.out} is finished: nothing more is trained")
-    clock = Clock()
     with clock("setup"):
         questions, held_out = team.in_turn(load_questions, config)
-        check_questions(questions, held_out, config)
+        if not finished:
+            check_questions(questions, held_out, config)
         supervised = questions is not None and rewards.needs_gold(config.reward)
         taken = team.once(fingerprints, questions, held_out, config, supervised)
         if supervised:
             questions = questions.with_gold()
+    if finished:
+        summary = read_json(config.out / "summary.json")
+    else:
         followed = Followed(config.eval, config.eval_limit, held_out, team)
-        if config.rounds:
-            return stages.rounds.evolve(config, partial(main, on_step=on_step), write_questions, taken, team)
-        policy = starting_policy(config, team)
+        with shown_if_stopped(config.out, team):
+            if config.rounds:
+                summary = stages.rounds.evolve(config, partial(main, on_step=on_step), write_questions, taken, team)
+            else:
+                summary = learn(config, questions, held_out, followed, taken, clock, team, on_step)
+    for source in filter(None, (questions, held_out)):
+        if bad := source.report_bad():
+            print(bad, file=sys.stderr)
+    if "rounds" in summary:
+        print(stages.rounds.table(summary["rounds"]))
+    elif held_out:
+        print(heldout.table({name: read_json(config.out / f"{name}.json") for name in ("before", "after")}))
+    for name, curve in summary.get("benchmarks", {}).items():
+        print(f"{name} by steps: " + ", ".join(f"{step} {100 * value:.1f}" for step, value in curve.items()))
+    print(f"adapter in {config.out / 'adapter'}, summary in {config.out / 'summary.json'}")
+    team.once(show, config.out)
+    return summary
+
+
+def learn(
+    config: Config,
+    questions: "data.Questions | None",
+    held_out: "data.Questions | None",
+    followed: Followed,
+    taken: dict[str, dict],
+    clock: Clock,
+    team: Team,
+    on_step: Callable[[dict, list[dict]], None] | None,
+) -> dict:
+    """Evaluate, train, evaluate; the summary, which is written at the end. `taken` are the data's fingerprints."""
+    with clock("setup"):
+        judges = config.reward != STORED and rewards.needs_judge(config.reward)
+        policy = run.starting.starting_policy(config, judges, team)
         team.once(claim, config, taken)
         told = tracking.Listeners(config, on_step, team.first)
     with stop_on_signal(config.out) as check, closing(told):
         summary = {}
         if held_out:
-            summary["before"] = scored(policy, held_out, "before", config, clock, check, team)
+            summary["before"] = heldout.scored(policy, held_out, "before", config, clock, check, team)
             told.scores(summary["before"], 0)
         summary["end"] = train(policy, questions, followed, config, clock, check, team, told.step)
         if held_out:
-            summary["after"] = scored(policy, held_out, "after", config, clock, check, team)
+            summary["after"] = heldout.scored(policy, held_out, "after", config, clock, check, team)
             told.scores(summary["after"], summary["end"]["steps"])
         if config.eval:
             summary["benchmarks"] = followed.curves(policy, config, clock, check)
-    measured = {name: summary[name] for name in ("before", "after") if name in summary}
-    summary |= {name: heldout.without_rows(scores) for name, scores in measured.items()}
+    summary |= {name: heldout.without_rows(summary[name]) for name in ("before", "after") if name in summary}
     warmup = Path(config.model) / "warmup.json"
     if warmup.is_file():
         summary["warmup"] = read_json(warmup, "make the model again")
     summary |= {"config": jsonable(config), "seconds": clock.seconds}
     team.once(write_whole, config.out / "summary.json", [json.dumps(summary, indent=1).encode()])
-    made = team.once(page.at_end, config.out)
-    for source in filter(None, (questions, held_out)):
-        if bad := source.report_bad():
-            print(bad, file=sys.stderr)
-    if held_out:
-        print(heldout.table(measured))
-    for name, curve in summary.get("benchmarks", {}).items():
-        print(f"{name} by steps: " + ", ".join(f"{step} {100 * value:.1f}" for step, value in curve.items()))
-    print(f"adapter in {config.out / 'adapter'}, summary in {config.out / 'summary.json'}")
-    if made:
-        print(f"what happened, to be opened in a browser: {config.out / page.NAME}")
     return summary
 
 
 if __name__ == "__main__":
-    cli.launch(main, Config)
+    cli.launch(main, Config, finished=is_finished)

@@ -27,11 +27,12 @@ import numpy as np
 from upt import data, prompts, stages
 from upt.answers import Grade, grade, vote_key
 from upt.errors import DataError
-from upt.files import check_file, write_whole
+from upt.files import check_file, known_json, write_whole
 from upt.groups.shards import save_image
 from upt.groups.stats import FEW, FEW_NOTE, counted
 from upt.ranges import Count, Few, Name
 from upt.run import cli, progress, records, trained
+from upt.run.metrics import Clock
 from upt.run.settings import Rollout, hidden
 from upt.run.team import ALONE, Team, assemble
 
@@ -197,6 +198,33 @@ def evaluate(
     if left_out:
         print(f"held out: {len(left_out)} prompts over --max-prompt-tokens are left out", file=sys.stderr)
     return scores | {"questions": len(rows), "graded": len(graded), "too_long": len(left_out), "rows": rows}
+
+
+def scored(
+    policy: "Policy", questions: "data.Questions", name: str, config, clock: Clock, check: Callable, team: Team
+) -> dict:
+    """Scores before or after training, by `name`, measured once for a run and kept in OUT/<name>.json.
+
+    `config` is a train_upt.Config; `check` may raise, to stop.
+    """
+    path = config.out / f"{name}.json"
+    if known := team.once(known_json, path):
+        return known
+    count = min(config.eval_questions, len(questions))
+    with (
+        clock(f"eval_{name}"),
+        progress.bar(total=count * (1 + config.eval_samples), desc=f"held-out, {name}", unit="response") as bar,
+    ):
+
+        def tick(responses: int) -> None:
+            progress.advance(bar, responses, team)
+            check()
+
+        pictures = config.out / FOLDER
+        scores = evaluate(policy, questions, config, count, config.eval_samples, tick, team, pictures)
+    print(f"held out, {name} training: {headline(scores)}")
+    team.once(write_whole, path, [json.dumps(scores).encode()])
+    return scores
 
 
 def headline(scores: dict) -> str:

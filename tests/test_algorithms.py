@@ -13,14 +13,14 @@ import torch
 import rewards
 import rollout
 from tests.test_train import SMALL, adapter, run, same
-from train_upt import Config, main, targets
+from train_upt import Config, main
 from upt import answers, data
 from upt.errors import SettingError, Stopped
 from upt.groups import shards
 from upt.model import update
 from upt.model.policy import Policy
 from upt.run import checkpoints, health, presets
-from upt.stages import sampling
+from upt.stages import sampling, steps
 
 
 def keyed(monkeypatch, keys=lambda text: str(len(text) % 3)):
@@ -234,7 +234,7 @@ def test_sft_is_cross_entropy_on_the_rewarded_well_formed_responses(tiny, tmp_pa
             response["reward"] = (1.0, 1.0, 0.0, 0.5)[i]
             if i != 1:
                 response["text"] = "<think>x</think>\\boxed{1}"
-    groups = targets(groups, "think-boxed")
+    groups = steps.targets(groups, "think-boxed")
     assert [[r["advantage"] for r in g["responses"]] for g in groups] == [[1.0, 0.0, 0.0, 0.5]] * len(groups)
     stats, _ = update.accumulate(policy, prompts, groups, None, config)
     mine = gradients(policy)
@@ -321,7 +321,7 @@ def test_a_collapsing_run_ends_with_its_last_healthy_checkpoint(tiny, tmp_path, 
     config = Config(model=tiny, out=out, **SMALL | stop).resolve()
     assert heldout.without_rows(heldout.evaluate(policy, held_out, config, 2, 2)) == summary["after"]
     again = main(Config(model=tiny, out=out, **SMALL | stop | {"eval_questions": 2, "eval_samples": 2}))
-    assert again["end"] == summary["end"]
+    assert json.dumps(again["end"]) == json.dumps(summary["end"]) and (out / "report.html").is_file()
 
 
 def test_a_checkpoint_is_chosen_without_labels(tiny, tmp_path, monkeypatch):

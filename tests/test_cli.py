@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 
 import ablate
 from upt.errors import RunsFailed, SettingError, Stopped, UserError, suggest, suggest_path
-from upt.run import cli, presets
+from upt.groups import manifests
+from upt.run import cli, presets, resuming
 from upt.run.settings import Data, Typed, hidden
 
 ROOT = Path(__file__).parents[1]
@@ -147,7 +149,7 @@ def test_files_of_a_run_that_are_damaged(tiny, tmp_path):
         ("checkpoints/step-000001/optimizer.safetensors", "its state cannot be read"),
         ("manifest.json", "manifest.json: no usable 'stage' in it"),
     ):
-        shutil.copytree(tmp_path / "run", tmp_path / name)
+        shutil.copytree(tmp_path / "run", tmp_path / name, ignore=shutil.ignore_patterns("summary.json"))
         (tmp_path / name / name).write_text('{"schema": "upt.group/1"}\n' if name == "manifest.json" else "{\n")
         with pytest.raises(UserError, match=said):
             train_upt.main(train_upt.Config(out=tmp_path / name, **small))
@@ -305,6 +307,21 @@ def test_every_config_takes_strings_for_paths():
         assert issubclass(config, Typed), script
 
 
+def test_errors_name_the_variables_of_make_where_it_gave_the_command(shell, tmp_path, monkeypatch):
+    monkeypatch.delenv(cli.BY_MAKE, raising=False)
+    assert cli.of_make("--run x") == ""
+    monkeypatch.setenv(cli.BY_MAKE, "1")
+    for text, said in (
+        ("--run x: give its --out, or --run y", " (make: RUN is --run, OUT is --out)"),
+        ("--learning-rate 3", " (make: others go into ARGS)"),
+        ("--data-file, --rewards a--run", " (make: REWARDS is --rewards, others go into ARGS)"),
+        ("no flag - in -- it", ""),
+    ):
+        assert cli.of_make(text) == said
+    done = shell("-m", "eval.heldout", "--run", str(tmp_path))
+    assert done.stderr.endswith("that was its --out (make: RUN is --run, OUT is --out)\n")
+
+
 def test_near_names():
     assert suggest("Majority", ["majority"]) == "; did you mean 'majority'?" and suggest("xyz", ["majority"]) == ""
 
@@ -342,11 +359,31 @@ def test_a_finished_run_says_how_to_go_on(tiny, tmp_path):
         train_upt.main(train_upt.Config(model=tiny, steps=3, out=out, **small))
     with pytest.raises(
         SettingError, match=rf"a finished run with 1 steps.*--init-adapter {out}/adapter --steps 5 --out"
-    ):
+    ) as refused:
         train_upt.main(train_upt.Config(out=out, resume=True, steps=6))
-    # As it says: the adapter that was trained goes on, in a run of its own.
-    further = train_upt.Config(model=tiny, steps=1, out=tmp_path / "more", init_adapter=str(out / "adapter"), **small)
-    assert train_upt.main(further)["end"]["steps"] == 1
+    # As it says, word for word: the adapter that was trained goes on, in a run of its own.
+    command = str(refused.value).partition("further: ")[2]
+    assert command.endswith(f"--init-adapter {out}/adapter --steps 5 --out {out}-further")
+    given = shlex.split(command)
+    assert given[:2] == ["python", "train_upt.py"]
+    config = cli.parse(train_upt.Config, given[2:])
+    assert {name: getattr(config, name) for name in small} == small and config.model == tiny
+    assert train_upt.main(config)["end"]["steps"] == 5
+
+
+def test_the_command_that_trains_further_has_what_was_set(tmp_path):
+    """Without what a preset, or the model, brings by itself; after --adapter the model is the merged one."""
+    import train_upt
+
+    mine = dict(data="a:2,b:1", preset="mm-upt", eval=("mathvision=x y",), mask_truncated=True, group_size=5)
+    config = train_upt.Config(model="org/vlm", steps=4, out=tmp_path / "run", adapter="mine", **mine)
+    presets.fill(config)
+    manifests.write(config.out, stage="train", config=resuming.jsonable(config), seed=0, model="org/vlm")
+    assert resuming.further(config, 2) == (
+        f"python train_upt.py --data a:2,b:1 --model {tmp_path}/run/start --group-size 5 --preset mm-upt "
+        f"--mask-truncated --eval 'mathvision=x y' --init-adapter {tmp_path}/run/adapter --steps 2 "
+        f"--out {tmp_path}/run-further"
+    )
 
 
 OWN = """

@@ -104,3 +104,10 @@ def test_readme_reward_of_ones_own_runs_as_written(tmp_path):
 
 def dedented(block: str) -> str:
     return re.sub(r"^    ", "", block, flags=re.M)
+
+
+def test_there_is_one_version_of_trl():
+    """The one that the tests install, and the example's."""
+    (pinned,) = re.findall(r"^trl(==[\d.]+)$", (ROOT / "requirements-bench.txt").read_text(), re.M)
+    for name in ("README.md", "train.py"):
+        assert f'"trl[vllm]{pinned}"' in (ROOT / "examples/trl_multinode" / name).read_text()

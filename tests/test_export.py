@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 import export
+from eval import heldout
 from tests.test_adapters import filled, rewrite
 from tests.test_train import SMALL
 from train_upt import Config, main
@@ -69,7 +70,7 @@ def ours(base: str, run: Path, image) -> str:
     """Our greedy answer to the question in the card."""
     policy = Policy.load(base, dtype="fp32", device="cpu", max_pixels=7056)
     policy.load_adapter(run / "adapter")
-    question = Question("u", "How many are there?", None, image, None)
+    question = Question("u", "How many red shapes are there?", None, image, None)
     encoded, _ = policy.encode([question], prompts.template("think-boxed"))
     (found,) = generate(policy, encoded, [0], Rollout(temperature=0.0, top_p=1.0, max_new_tokens=12, seed=0))
     return policy.tokenizer.decode(found.ids, skip_special_tokens=True)
@@ -81,8 +82,7 @@ def test_the_cards_script_gives_our_answer_in_a_fresh_process(base, run, exporte
     (item,) = shapes.questions("test", 0, 1)
     image = item.image.resize((140, 112))
     image.save(folder / "picture.png")
-    said = re.search(r"AutoProcessor.*?\n\n((?:    .*\n|\n)+)", (folder / "README.md").read_text())[1]
-    code = "\n".join(line[4:] for line in said.splitlines())
+    code = re.search(r"AutoProcessor.*?\n\n```python\n(.*?)```\n", (folder / "README.md").read_text(), re.S)[1]
     made = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-2000:]
     answer = ours(base, run, image)
@@ -114,6 +114,10 @@ def test_the_card(base, run, exported):
         assert "| reward | random |" in text and "| steps | 2 |" in text and "| rounds |" not in text
         assert "    {question}\n    Reason in <think>" in text and "Licence: that of the base, apache-2.0." in text
         assert ("--enable-lora --max-lora-rank 16 " in text) is only and "Rounding" not in text
+        command = re.search(r"\n```sh\n(vllm serve .*)\n```\n", text)[1]
+        assert command.endswith("--lora-modules mine=." if only else " --dtype float32")
+        assert f"\n# {'LoRA adapter for ' * only}model, trained on shapes with the reward random\n" in text
+        assert "trained by upt with the reward `random`, without labels.\n" in text
         assert ("merged and in fp32, as here, it may score otherwise" in text) is not only
         assert json.loads((folder / "preprocessor_config.json").read_text())["size"]["longest_edge"] == 7056
 
@@ -127,6 +131,11 @@ def test_small_files_of_the_base_go_along(base, exported):
     assert nested == {"processor_class": "Qwen2_5_VLProcessor", "video_processor": {"a": 1}}
     assert not any((out / name).exists() for name in ("warmup.json", "base.json", "model.safetensors.index.json"))
     assert Policy.load(str(out), device="cpu").family.area_limits()["max_pixels"] == 7056
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """The sizes of its files, but for the card."""
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix != ".md"}
 
 
 def text_of(run: Path, out: Path, **settings) -> str:
@@ -207,7 +216,7 @@ def test_ranks_that_vllm_takes(run, tmp_path, rank, room):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"r": rank}))
     found = trained.trained(run)._replace(adapter=str(folder))
-    assert f"--max-lora-rank {room} " in card.serve(found, adapter_only=True)
+    assert f"--max-lora-rank {room} " in card.serve(found, None)
 
 
 def test_rounding_is_measured_and_said(base, run, tmp_path, capsys):
@@ -225,11 +234,42 @@ def test_rounding_is_measured_and_said(base, run, tmp_path, capsys):
     assert found["error"] == pytest.approx(float(off / size) ** 0.5, rel=1e-3) and 0 < found["error"] < 0.1 and not said
     small = shutil.copytree(run, tmp_path / "run")
     rewrite(small / "adapter", lambda tensors: {name: 1e-2 * tensor for name, tensor in tensors.items()})
-    found = export.main(export.Config(run=small, out=tmp_path / "little"))
+    found = export.main(export.Config(run=small, out=tmp_path / "little", dtype="bf16"))
     assert 0.9 < found["error"] < 1.5  # nearly nothing of it is left
-    off = f"put the {{}}weights off by {100 * found['error']:.0f} % of "
-    assert f"rounding to bf16 {off.format('')}the adapter's change: serve the adapter" in capsys.readouterr().err
-    assert f"Rounding to bf16 {off.format('merged ')}what" in (tmp_path / "little" / "README.md").read_text()
+    said = f"Rounding to bf16 put the merged weights off by {100 * found['error']:.0f} % of what the adapter changes"
+    for text in (capsys.readouterr().err, (tmp_path / "little" / "README.md").read_text()):
+        assert said in text and "; serve the adapter (--adapter-only), or export it with --dtype fp32." in text
+    # Nothing said of the dtype: where bf16 loses that much it is fp32, which loses nothing.
+    chosen = export.main(export.Config(run=small, out=tmp_path / "chosen"))
+    export.main(export.Config(run=small, out=tmp_path / "asked", dtype="fp32"))
+    assert chosen == {"out": str(tmp_path / "chosen"), "dtype": "fp32", "error": found["error"]}
+    said = said.replace(" put ", " would put ")
+    shown = capsys.readouterr()
+    for text in (shown.err, (tmp_path / "chosen" / "README.md").read_text()):
+        assert said in text and ", so they are in fp32: serve them so, or the adapter" in text
+    assert shown.err.count("\n") == 1 and "fp32 snapshot with its card" in shown.out
+    one, two = (sizes(tmp_path / name) for name in ("chosen", "asked"))
+    assert one == two and (tmp_path / "little" / "model.safetensors").stat().st_size < one["model.safetensors"]
+    name = "model.safetensors"
+    assert (tmp_path / "chosen" / name).read_bytes() == (tmp_path / "asked" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "settings, title, how",
+    [
+        ({"data": "a/geoqa:3,~/mine/b:1", "model": "org/vlm"}, "vlm, trained on geoqa and b with", "."),
+        ({"data": "geoqa", "quantize": "nf4"}, "trained on geoqa with", ", with 4-bit weights."),
+        ({"from_shards": "x", "gpus": 2, "quantize": "nf4"}, "on shards", ", with 4-bit weights, on 2 processes."),
+        ({"gpus": 2, "reward": "supervised"}, "trained on shapes with", "`supervised`, on 2 processes."),
+    ],
+)
+def test_the_card_says_how_it_was_trained(run, tmp_path, settings, title, how):
+    found = trained.trained(run)
+    text = card.card(found._replace(settings=found.settings | settings), None)
+    (heading,) = re.findall(r"^# (.*)$", text.partition("## Training")[0], re.M)[-1:]
+    assert title in heading and re.search(r"trained by upt .*\.\n", text)[0].strip().endswith(how)
+    assert ("without labels" in text) is ("reward" not in settings)
+    assert ("beside the 4-bit weights and not merged" in text) is ("quantize" in settings)
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -250,6 +290,14 @@ def test_what_cannot_be_exported_is_said(run, tmp_path):
         export.main(export.Config(run=run, out=tmp_path / "full"))
     with pytest.raises(SettingError, match="no run of train_upt.py there"):
         export.main(export.Config(run=tmp_path, out=tmp_path / "new"))
+
+
+def test_an_export_is_no_run(base, exported):
+    for only, how in ((False, rf"--model {exported[False]}$"), (True, rf"--model {base} --adapter {exported[True]}$")):
+        with pytest.raises(SettingError, match=f"an export, and no run: ask or evaluate it by {how}"):
+            trained.trained(exported[only])
+    config = heldout.Config(model=base, adapter=str(exported[True]), device="cpu")  # as it says
+    assert config.resolve().adapter == str(exported[True])
 
 
 def test_a_snapshot_that_was_not_written_as_it_was_meant(run, tmp_path, monkeypatch):

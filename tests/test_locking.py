@@ -18,7 +18,9 @@ import synthesize
 import train_upt
 import warmup
 from eval import run as eval_run
-from upt.errors import FolderInUse, SettingError
+from upt.errors import FolderInUse, SettingError, ShardError
+from upt.groups import manifests
+from upt.model.policy import Policy
 from upt.run import locking
 from upt.run.locking import holding
 
@@ -145,6 +147,85 @@ def test_without_locks_the_work_goes_on(tmp_path, monkeypatch, capsys):
         (tmp_path / "run" / "kept").write_text("")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["kept"]
     assert "no lock here (Operation not supported)" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- whose a folder is
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny, tmp_path_factory) -> Path:
+    """The shards of one step."""
+    out, few = tmp_path_factory.mktemp("sampled") / "rollouts", dict(questions_per_step=2, group_size=2)
+    rollout.main(rollout.Config(model=tiny, out=out, steps=1, max_new_tokens=4, **few))
+    return out
+
+
+WRITERS = {
+    "train": lambda out, tiny, shards: train_upt.main(train_upt.Config(model=tiny, out=out, reward="random")),
+    "rollout": lambda out, tiny, shards: rollout.main(rollout.Config(model=tiny, out=out)),
+    "judge": lambda out, tiny, shards: judge.main(judge.Config(rollouts=shards, out=out)),
+    "rewards": lambda out, tiny, shards: rewards.main(rewards.Config(rollouts=shards, out=out)),
+    "synthesize": lambda out, tiny, shards: synthesize.main(synthesize.Config(model=tiny, out=out)),
+    "ablate": lambda out, tiny, shards: ablate.main(ablate.Config(rollouts=shards, out=out)),
+    "online": lambda out, tiny, shards: ablate.main(ablate.Config(model=tiny, out=out)),
+    "eval": lambda out, tiny, shards: eval_run.main(eval_run.Config(model=tiny, data=str(shards), out=out)),
+}
+
+
+@pytest.mark.parametrize("stage", WRITERS)
+def test_nothing_is_written_into_the_folder_of_somebody_else(stage, tiny, sampled, tmp_path, monkeypatch):
+    monkeypatch.setattr(Policy, "load", lambda *_, **how: pytest.fail("a model is loaded"))
+    docs = tmp_path / "docs"
+    for name in ("README.md", "a/b/c.txt", ".git/config", "one.png", "two.png", "manifest.md"):
+        (docs / name).parent.mkdir(parents=True, exist_ok=True)
+        (docs / name).touch()
+    before = sorted(docs.rglob("*"))
+    said = rf"docs holds README.md, a/, manifest.md and 2 more, which no \w+ stage has left.*--out {docs}/new"
+    with pytest.raises(ShardError, match=said) as error:
+        WRITERS[stage](docs, tiny, sampled)
+    assert "rm -r" not in str(error.value) and sorted(docs.rglob("*")) == before
+
+
+def test_folders_in_which_a_stage_may_begin(tmp_path):
+    def holds(name: str, *files: str, **stages: str) -> Path:
+        folder = tmp_path / name
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).touch()
+        for inside, stage in stages.items():
+            manifests.write(folder / inside, stage=stage, config={}, seed=0, model=None)
+        return folder
+
+    (tmp_path / "empty" / "rollouts").mkdir(parents=True)  # as a run leaves it that was killed early
+    hidden = holds("hidden", ".DS_Store", ".lock", ".start.partial/model.safetensors", "log.txt", "slurm-7.out")
+    stages = holds("stages", rollouts="rollout", scored="rewards")
+    for folder in (tmp_path / "none", tmp_path / "empty", hidden, stages):
+        for stage in ("train", "rollout", "judge", "rewards", "synthesize", "eval", "ablate"):
+            manifests.check_own(folder, stage)
+    # Begun, but without a manifest so far, or where there is none ever; notes of the user's beside it.
+    for stage, file in (
+        ("train", "fingerprint.json"),
+        ("train", "before.json"),
+        ("train", "start/base.json"),
+        ("ablate", "majority/seed-0/log.txt"),
+        ("ablate", "table.md"),
+        ("ablate", "variants.md"),
+        ("eval", "wemath/responses.jsonl"),
+    ):
+        folder = holds(f"{stage}-{file.replace('/', '-')}", file, "notes.md")
+        manifests.check_own(folder, stage)
+        with pytest.raises(ShardError, match="give a new folder"):
+            manifests.check_own(folder, "judge")
+    # Where runs lie is no place for one.
+    for folder in (holds("runs", train="train", rollouts="rollout"), holds("more", "ablate/majority/seed-0/log.txt")):
+        with pytest.raises(ShardError, match=r"holds (train|ablate)/, which no train stage"):
+            manifests.check_own(folder, "train")
+
+
+def test_all_benchmarks_leave_the_summary_of_a_run_alone(tiny, tmp_path):
+    manifests.write(tmp_path / "run", stage="train", config={}, seed=0, model=None)
+    with pytest.raises(ShardError, match="holds the output of a train stage, not of a eval stage"):
+        eval_run.main(eval_run.Config(model=tiny, data=str(tmp_path), out=tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

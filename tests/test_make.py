@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 from tests.hubcache import make_hub_dataset
 from upt.data import shapes
 from upt.groups import shards
+from upt.run.cli import BY_MAKE
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +29,30 @@ def commands(*arguments: str) -> str:
     done = make("-n", "--no-print-directory", "-o", ".venv/.ready-torch--2.13.0", *arguments)
     assert done.returncode == 0, done.stderr
     return " ".join(done.stdout.replace("\\\n", " ").split())
+
+
+ALL = "MODEL=a/b REWARD=r ADVANTAGE=v STEPS=3 SEED=5 REWARDS=r SEEDS=2 OUT=o RUN=u GPUS=2 ARGS=--x".split()
+GIVEN = {target: [given for given in ALL if given.split("=")[0] in of.split()] for target, of in {
+    "train": "MODEL REWARD ADVANTAGE STEPS SEED OUT GPUS ARGS", "rollout": "MODEL STEPS SEED OUT GPUS ARGS",
+    "judge": "MODEL OUT GPUS ARGS", "score": "REWARD ADVANTAGE SEED OUT ARGS", "eval": "MODEL SEED OUT RUN GPUS ARGS",
+    "synth": "MODEL SEED OUT GPUS ARGS", "ablate": "MODEL REWARDS ADVANTAGE STEPS SEEDS OUT GPUS ARGS",
+    "export": "RUN OUT ARGS", "warmup": "SEED ARGS",
+}.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", GIVEN)
+def test_what_make_prints_is_as_one_would_type_it(target):
+    """One blank between two words, whatever is given, and the name of nothing that is not."""
+    for given in ([], *([one] for one in GIVEN[target]), GIVEN[target]):
+        done = make("-n", "--no-print-directory", "-o", ".venv/.ready-torch--2.13.0", "-o", "models/tiny/warmup.json",
+                    target, *given)  # fmt: skip
+        line = done.stdout.replace("\\\n\t", "\\\n").replace(" \\\n  ", " ").strip("\n")
+        assert "  " not in line and line == line.strip() and '""' not in line, line
+
+
+def test_a_script_knows_that_make_started_it():
+    rules = make("-pn", "train").stdout
+    assert f"{BY_MAKE} := 1" in rules.partition("\ntrain:")[2].partition("\n\n")[0]
 
 
 def test_help_is_the_default_and_lists_every_target():

@@ -281,7 +281,7 @@ def test_a_run_is_judged_in_4_bits(tiny, tmp_path, monkeypatch):
     """By the judge that judge.py is by itself, and by one with the weights in full that the 4 bits stand for."""
     monkeypatch.setattr(judging.answers, "keeps_format", lambda text, style: True)  # else none would be judged
     out = run(tiny, tmp_path / "run", steps=1, quantize="nf4", reward="judged")
-    in_full(tiny, load(tiny, quantize="nf4")).export(tmp_path / "rounded")
+    in_full(tiny, load(tiny, quantize="nf4")).export(tmp_path / "model")
 
     def scores(folder: Path) -> list[float]:
         groups = read_shard(folder / "step-000000.jsonl")
@@ -289,7 +289,7 @@ def test_a_run_is_judged_in_4_bits(tiny, tmp_path, monkeypatch):
 
     for name, given in (
         ("nf4", {}),
-        ("rounded", {"model": str(tmp_path / "rounded"), "quantize": "none"}),
+        ("rounded", {"model": str(tmp_path / "model"), "quantize": "none"}),
         ("full", {"quantize": "none"}),
     ):
         judge.main(judge.Config(rollouts=out / "rollouts", out=tmp_path / name, **given))

@@ -17,6 +17,8 @@ from train_upt import Config
 from upt import data
 from upt.groups import manifests, shards
 from upt.model.policy import Policy
+from upt.run import starting
+from upt.run.metrics import Clock
 from upt.run.team import ALONE
 from upt.stages import rounds, sampling
 
@@ -66,6 +68,10 @@ def test_each_round_asks_with_the_adapter_of_the_last_and_goes_on_training_it(ti
     Policy.load(tiny, adapter=str(evolved / "adapter"))
 
 
+def test_all_rounds_have_a_page(evolved):
+    assert "round-01" in (text := (evolved / "report.html").read_text()) and "round-02" in text
+
+
 def test_a_round_trains_on_the_data_and_its_own_questions(evolved):
     summary = json.loads((evolved / "summary.json").read_text())
     for number, done in enumerate(summary["rounds"], start=1):
@@ -95,14 +101,14 @@ def test_the_scores_after_a_round_are_those_before_the_next(tiny, evolved):
     settings = manifests.read(evolved / "round-02/run")["config"]
     own = {field.name for field in fields(Config)} - {"out", "lora_targets"}
     run = Config(**{name: value for name, value in settings.items() if name in own})
-    policy = train_upt.starting_policy(replace(run, out=evolved / "unused"), ALONE)
+    policy = starting.starting_policy(replace(run, out=evolved / "unused"), False, ALONE)
     held_out = data.load("shapes", "test", 0)
-    measured = train_upt.scored(
+    measured = heldout.scored(
         policy,
         held_out,
         "before",
         replace(run, out=evolved / "round-02/run"),
-        train_upt.Clock(),
+        Clock(),
         lambda *_: None,
         ALONE,
     )

@@ -294,6 +294,7 @@ def test_questions_to_the_same_picture_know_each_other(tmp_path, tiny):
 def test_nothing_kept_is_a_warning(tmp_path, tiny, capsys):
     out = tmp_path / "questions"
     (out / "data").mkdir(parents=True)
+    (out / "fingerprint.json").write_text("{}")
     (out / "data/train-00000-of-00001.parquet").write_bytes(b"of an earlier run")  # to be written over
     summary = synthesize.main(config(out, tiny, filters="all", limit=2, per_image=3))
     assert summary["kept"] == 0 and "no question was kept" in capsys.readouterr().err

@@ -17,13 +17,14 @@ from transformers import AutoModelForImageTextToText
 import rewards
 import rollout
 from eval import follow, heldout
-from train_upt import Config, main
+from train_upt import Config, is_finished, main
 from upt import data
 from upt.data import shapes
-from upt.errors import Diverged, PolicyError, SettingError, ShardError, Stopped
+from upt.errors import DataError, Diverged, PolicyError, SettingError, ShardError, Stopped
 from upt.groups import shards, variants
 from upt.model import update
 from upt.model.policy import Policy
+from upt.run import cli, processes, starting
 from upt.run.metrics import graded, status
 from upt.stages import sampling
 
@@ -335,8 +336,9 @@ def test_interrupted_and_resumed_is_uninterrupted(tiny, two_steps, tmp_path, whe
     stopped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert stopped.returncode == code, stopped.stderr[-2000:]
     assert not (out / "summary.json").exists()
+    assert (out / "report.html").exists() == (number == signal.SIGTERM)  # on the step that was made
     if number == signal.SIGTERM:
-        assert "goes on from" in stopped.stderr
+        assert "goes on from" in stopped.stderr and f"in a browser: {out}/report.html" in stopped.stdout
         # Here by --resume, below by the same command: both ways of going on.
         main(Config(out=out, resume=True))
     else:
@@ -360,12 +362,69 @@ def test_resume_takes_the_settings_of_the_run(tiny, two_steps, tmp_path):
         run(tiny, two_steps, steps=2, slots=3, update_tokens=150, lora_rank=3)
 
 
+def test_what_a_run_resumes_with_may_be_none(tiny, two_steps, tmp_path):
+    """--quantize none is full weights, which a run has written down as nothing."""
+    assert main(Config(out=two_steps, resume=True, quantize="none"))["config"]["quantize"] is None
+    out = shutil.copytree(two_steps, tmp_path / "run")
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["config"]["quantize"] = "nf4"
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SettingError, match="--resume takes quantize='nf4' from the run in .*, not 'none'"):
+        main(Config(out=out, resume=True, quantize="none"))
+
+
+def test_a_finished_run_takes_no_model_and_no_other_processes(tiny, tmp_path, monkeypatch, capsys):
+    """It says that it is finished, and what it ended with; with another number of processes the same words."""
+    out = run(tiny, tmp_path / "r", steps=1, eval_questions=2, eval_samples=1)
+    ended = capsys.readouterr().out.partition("held out, after training")[2].partition("\n")[2]
+    assert "greedy" in ended and f"adapter in {out}/adapter" in ended and ended.endswith("report.html\n")
+    kept = {path: path.read_bytes() for path in out.rglob("*.json*")}
+    monkeypatch.setattr(Policy, "load", lambda *_, **how: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(processes, "run", lambda *_: pytest.fail("processes are started"))
+    for more in ([], ["--gpus=2"]):
+        given = ["--resume", f"--out={out}", *more]
+        cli.launch(main, Config, given, finished=is_finished)
+        assert capsys.readouterr().out == f"the run in {out} is finished: nothing more is trained\n{ended}"
+    assert kept == {path: path.read_bytes() for path in out.rglob("*.json*")}
+    # Another one is refused by one process, too; without its adapter a run has not ended.
+    with pytest.raises(SystemExit):
+        cli.launch(main, Config, [*given, "--lora-rank=3"], finished=is_finished)
+    assert "lora_rank=2 from the run" in capsys.readouterr().err
+    shutil.rmtree(out / "adapter")
+    assert not is_finished(Config(out=out))
+
+
+def test_an_error_after_a_step_leaves_a_page(tiny, tmp_path, capsys):
+    def stop(row: dict, groups: list[dict]) -> None:
+        if row["step"] == 1:
+            raise ZeroDivisionError
+
+    config = Config(model=tiny, out=tmp_path / "r", **SMALL | {"steps": 3})
+    with pytest.raises(ZeroDivisionError):
+        main(config, stop)
+    assert (tmp_path / "r" / "report.html").is_file() and "in a browser" in capsys.readouterr().out
+    with pytest.raises(ZeroDivisionError):
+        main(replace(config, out=tmp_path / "none"), lambda row, groups: 1 / 0)
+    assert (tmp_path / "none" / "report.html").is_file()  # its one step is written before anybody is told
+    with pytest.raises(DataError):
+        main(replace(config, out=tmp_path / "bad", eval_questions=2, max_prompt_tokens=1))
+    assert not (tmp_path / "bad" / "report.html").exists()
+
+
+def test_the_start_says_what_is_not_usual(tiny):
+    config = Config(model=tiny, quantize="nf4", **SMALL).resolve()
+    assert starting.plan(config, None).endswith("4 responses, with 4-bit weights, into runs/train")
+    config.gpus = 2
+    assert starting.plan(config, None).endswith("4 responses, with 4-bit weights, on 2 processes, into runs/train")
+    assert starting.means("none", 1) == starting.means(None, None) == ""
+
+
 def test_a_checkpoint_that_is_a_pickle_is_not_opened(tiny, two_steps, tmp_path):
     class Bomb:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "exploded",))
 
-    out = shutil.copytree(two_steps, tmp_path / "r")
+    out = shutil.copytree(two_steps, tmp_path / "r", ignore=shutil.ignore_patterns("summary.json"))
     for path in (out / "checkpoints").glob("step-*"):
         (path / "state.json").unlink()
         torch.save({"step": 2, "optimizer": Bomb()}, path / "state.pt")
@@ -647,6 +706,7 @@ def test_updates_that_stay_non_finite_end_the_run(tiny, tmp_path, monkeypatch, c
     assert all(value.isfinite().all() for value in adapter(out / "checkpoints" / "step-000005").values())
     # The same command again says the same, and neither samples nor trains.
     calls = len(made)
+    assert (out / "report.html").is_file()
     with pytest.raises(Diverged, match="has stopped at step 5 of 9"):
         run(tiny, out, **settings)
     assert len(made) == calls and not (out / "adapter").exists()

@@ -20,6 +20,15 @@ PACKAGES = ("torch", "transformers", "peft", "triton", "datasets", "numpy")
 MODEL_FILES = (".json", ".txt", ".jinja", ".model", ".safetensors", ".bin", ".pt", ".pth")
 MIB = 1 << 20
 FOREIGN = {"_file": "file", "_code": "function"}  # ends of settings that are digests of what others wrote
+BEGUN = {  # what a stage leaves in a folder before its manifest, or where it writes none
+    "train": ("fingerprint.json", "before.json", "start/base.json"),
+    "rollout": ("fingerprint.json",),
+    "synthesize": ("fingerprint.json",),
+    "eval": ("*/responses.jsonl",),
+    "ablate": ("*/seed-*", "table.md", "variants.md"),
+}
+LOGS = ("log.txt", "*.log", "*.out", "*.err")  # which may be in a folder before anything is begun there
+SHOWN = 3  # of the files in a folder that is somebody else's
 
 
 def _git(*arguments: str) -> str | None:
@@ -137,6 +146,7 @@ def check(folder: Path | str, stage: str, config: dict, ignore: Iterable[str] = 
     if not (folder / "manifest.json").exists():
         if list_shards(folder):
             raise ShardError(f"{folder}: shards of unknown settings (no manifest.json there); use another --out")
+        check_own(folder, stage)
         return None
     check_stage(folder, stage)
     manifest = read(folder)
@@ -158,6 +168,37 @@ def check_stage(folder: Path | str, stage: str) -> None:
     folder = Path(folder)
     if (folder / "manifest.json").exists() and (found := read(folder)["stage"]) != stage:
         raise ShardError(f"{folder} holds the output of a {found} stage, not of a {stage} stage: use another --out")
+
+
+def check_own(folder: Path | str, stage: str) -> None:
+    """ShardError for a folder that is somebody else's: no stage has begun there, and yet it has files or runs in it.
+
+    Hidden files and logs may be there, and folders of other stages, as of rollouts that a run is to train on.
+    """
+    folder = Path(folder)
+    patterns = ("manifest.json", *BEGUN.get(stage, ()))
+    if not folder.is_dir() or any(path for pattern in patterns for path in folder.glob(pattern)):
+        return
+    others = [path for path in sorted(folder.iterdir()) if not _may_stay(path)]
+    if others:
+        names = ", ".join(f"{path.name}/" if path.is_dir() else path.name for path in others[:SHOWN])
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        raise ShardError(
+            f"{folder} holds {names}{more}, which no {stage} stage has left there: give a new folder, such as "
+            f"--out {folder / 'new'}"
+        )
+
+
+def _may_stay(path: Path) -> bool:
+    """Whether a new stage may write beside this: see `check_own`."""
+    if path.name.startswith(".") or any(path.match(pattern) for pattern in LOGS):
+        return True
+    if not path.is_dir():
+        return False
+    try:
+        return read(path)["stage"] != "train"
+    except ShardError:
+        return not any(inside.is_file() for inside in path.rglob("*"))
 
 
 def check_owner(folder: Path) -> None:

@@ -7,49 +7,53 @@ from pathlib import Path
 import yaml
 
 from upt import prompts
+from upt.data import names
 from upt.files import read_json
 from upt.groups import manifests
 from upt.groups.stats import markdown
 from upt.model.folders import is_hub_id, lora_of
 from upt.model.origin import snapshot_folder
+from upt.run.starting import means
 from upt.run.trained import Trained
 
 NAME = "README.md"
 SCORES = {"mean": "right among samples", "greedy": "right greedily", "maj": "right by majority", "pass": "right in any"}
 SETTINGS = "adapter init_adapter rounds data split reward advantage algorithm group_size questions_per_step".split()
 SETTINGS += "learning_rate kl_coef lora_rank lora_alpha quantize seed".split()
+OFF = 0.5  # of the adapter's change: up to this much rounding may put merged weights off
 LICENCE = ("license", "license_name", "license_link")  # of a card's head
 RANKS = (16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes (vllm.config.lora); 1 and 8 save nothing
 OPEN = {  # how plain transformers opens it
     False: """model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="auto", device_map="auto")""",
     True: """model = AutoModelForImageTextToText.from_pretrained(BASE, dtype="auto", device_map="auto")
-    model = PeftModel.from_pretrained(model, FOLDER)""",
+model = PeftModel.from_pretrained(model, FOLDER)""",
 }
 ASK = """
-    import torch
-    from PIL import Image
-    {peft}from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+import torch
+from PIL import Image
+{peft}from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-    {names}
-    {open}
-    tokenizer, look = AutoTokenizer.from_pretrained({source}), AutoImageProcessor.from_pretrained(FOLDER)
-    prompt = {prompt}
-    chat = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": prompt}}]}}]
-    seen = look(images=[Image.open("picture.png").convert("RGB")], return_tensors="pt")
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    text = text.replace("<|image_pad|>", "<|image_pad|>" * (int(seen["image_grid_thw"].prod()) // look.merge_size**2))
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    kinds = (inputs["input_ids"] == model.config.image_token_id).int()
-    inputs = {{**inputs, **seen, "mm_token_type_ids": kinds}}
-    inputs = {{name: value.to(model.device) for name, value in inputs.items()}}
-    ids = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False)
-    print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+PICTURE, QUESTION = "picture.png", "{question}"  # yours
+{names}
+{open}
+tokenizer, look = AutoTokenizer.from_pretrained({source}), AutoImageProcessor.from_pretrained(FOLDER)
+prompt = {prompt}.replace("{{question}}", QUESTION)
+chat = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": prompt}}]}}]
+seen = look(images=[Image.open(PICTURE).convert("RGB")], return_tensors="pt")
+text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+text = text.replace("<|image_pad|>", "<|image_pad|>" * (int(seen["image_grid_thw"].prod()) // look.merge_size**2))
+inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+kinds = (inputs["input_ids"] == model.config.image_token_id).int()
+inputs = {{**inputs, **seen, "mm_token_type_ids": kinds}}
+inputs = {{name: value.to(model.device) for name, value in inputs.items()}}
+ids = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False)
+print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
 
 
-def card(found: Trained, adapter_only: bool, dtype: str, error: float | None = None) -> str:
-    """Markdown. `error` is how far rounding put the merged weights off, as a share of the adapter's change."""
-    settings, base, name = found.settings, found.settings["model"], found.folder.resolve().name
+def card(found: Trained, dtype: str | None, error: float | None = None) -> str:
+    """Markdown on a merged snapshot in `dtype`, or on the adapter alone (None). `error`: see `rounding`."""
+    settings, base, adapter_only = found.settings, found.settings["model"], dtype is None
     started, known = settings.get("adapter"), terms(base)
     head = {"library_name": "peft" if adapter_only else "transformers", "pipeline_tag": "image-text-to-text"}
     if is_hub_id(base) and not (adapter_only and started):  # else it belongs to a model that no hub has
@@ -69,22 +73,23 @@ def card(found: Trained, adapter_only: bool, dtype: str, error: float | None = N
         *((role, (made[role] or {}).get("fingerprint")) for role in ("model", "adapter") if made[role]),
     ]
     parts = [
-        f"# {name}",
+        title(settings, adapter_only),
         f"{what}, trained by upt with the reward `{settings['reward']}`"
-        + ("." if settings["reward"] == "supervised" else ", without labels."),
-        *([rounding(dtype, error)] if error is not None and dtype == "bf16" else []),
+        + ("" if settings["reward"] == "supervised" else ", without labels")
+        + f"{means(settings.get('quantize'), settings.get('gpus'))}.",
+        *([rounding(dtype, error)] if error is not None else []),
         "## Training",
         markdown([("setting", ""), *rows]),
         "## Scores",
-        scores(found, summary, measured_on(settings, adapter_only, dtype)),
+        scores(found, summary, measured_on(settings, dtype)),
         "## Use",
         "The prompt, in the user's turn behind the picture:",
         indented(prompts.template(settings["prompt"])),
         "With plain transformers, started in this folder (where torchvision is installed, AutoProcessor does in one "
         "call what the lines about `look` and `text` do):",
-        ask(found, adapter_only).strip("\n"),
+        f"```python\n{ask(found, adapter_only)}\n```",
         "With vLLM, started in this folder:",
-        indented(serve(found, adapter_only)),
+        f"```sh\n{serve(found, dtype)}\n```",
         "## Origin",
         markdown([("", ""), *((key, str(value)) for key, value in origin)]),
         f"Licence: that of the base, {licence(known)}.",
@@ -101,9 +106,23 @@ def step_of(adapter: Path, summary: dict) -> int | None:
     return summary.get("end", {}).get("adapter_step")
 
 
+def title(settings: dict, adapter_only: bool) -> str:
+    """What it is, in a heading: of a path the last part, since the rest says nothing elsewhere."""
+    data = settings["data"]
+    sets = [part for part, _ in names.parts(data)] if names.is_mixture(data) else [data]
+    of = f"{'LoRA adapter for ' * adapter_only}{Path(settings['model']).name}"
+    trained_on = "shards" if settings.get("from_shards") else " and ".join(Path(part).name for part in sets)
+    return f"# {of}, trained on {trained_on} with the reward {settings['reward']}"
+
+
 def rounding(dtype: str, error: float) -> str:
-    off = f"{100 * error:.0f} % of what the adapter changes them by (root mean square)"
-    return f"Rounding to {dtype} put the merged weights off by {off}."
+    """How far rounding to bf16 puts the merged weights off, as a share of the adapter's change, and what to make of it
+    where they are in `dtype`."""
+    off = f"the merged weights off by {100 * error:.0f} % of what the adapter changes them by (root mean square)"
+    if dtype == "fp32":
+        return f"Rounding to bf16 would put {off}, so they are in fp32: serve them so, or the adapter (--adapter-only)."
+    advice = "; serve the adapter (--adapter-only), or export it with --dtype fp32" if error > OFF else ""
+    return f"Rounding to bf16 put {off}{advice}."
 
 
 def indented(text: str) -> str:
@@ -156,11 +175,11 @@ def held_out(path: Path, step: int) -> dict[str, dict]:
     return {name: {"value": value} for name, value in found.items() if value is not None}
 
 
-def measured_on(settings: dict, adapter_only: bool, dtype: str) -> str:
+def measured_on(settings: dict, dtype: str | None) -> str:
     """What the scores are of."""
     weights = "4-bit weights" if settings.get("quantize") else "weights of the base"
-    here = "" if adapter_only else f"; merged and in {dtype}, as here, it may score otherwise"
-    if adapter_only and settings.get("quantize"):
+    here = f"; merged and in {dtype}, as here, it may score otherwise" if dtype else ""
+    if dtype is None and settings.get("quantize"):
         here = "; on full ones it may score otherwise"
     return f"They were measured in the run, the adapter beside the {weights} and not merged{here}."
 
@@ -173,23 +192,24 @@ def opened_as(model: str) -> str:
 def ask(found: Trained, adapter_only: bool) -> str:
     """A script of plain transformers that asks the model about a picture, greedily."""
     settings = found.settings
-    prompt = prompts.template(settings["prompt"]).replace("{question}", "How many are there?")
-    return ASK.format(
-        peft="from peft import PeftModel\n    " if adapter_only else "",
-        names=f'BASE, FOLDER = "{opened_as(found.model)}", "."' if adapter_only else 'FOLDER = "."',
+    embedded = settings["data"] in names.EMBEDDED
+    return ASK.strip("\n").format(
+        question="How many red shapes are there?" if embedded else "What is shown?",
+        peft="from peft import PeftModel\n" if adapter_only else "",
+        names=f'BASE, FOLDER = {json.dumps(opened_as(found.model))}, "."' if adapter_only else 'FOLDER = "."',
         open=OPEN[adapter_only],
         source="BASE" if adapter_only else "FOLDER",
-        prompt=repr(prompt),
+        prompt=repr(prompts.template(settings["prompt"])),
         tokens=settings["max_new_tokens"],
     )
 
 
-def serve(found: Trained, adapter_only: bool) -> str:
-    """What to type for vLLM."""
+def serve(found: Trained, dtype: str | None) -> str:
+    """What to type for vLLM, which by itself takes float32 weights down to 16 bits."""
     settings = found.settings
     length = f"--max-model-len {settings['max_prompt_tokens'] + settings['max_new_tokens']}"
-    if not adapter_only:
-        return f"vllm serve . {length}"
+    if dtype is not None:
+        return f"vllm serve . {length}" + (" --dtype float32" if dtype == "fp32" else "")
     rank, _, _ = lora_of(found.adapter)
     room = next((most for most in RANKS if rank <= most), None)
     if room is None:

@@ -30,12 +30,24 @@ from upt.run.team import leave
 from upt.run.typed import flag, meant
 
 DEBUG = "--debug"
+BY_MAKE = "UPT_BY_MAKE"  # in the environment of a command that make gives
+VARIABLES = {  # of the Makefile, by the flag that they become
+    f"--{name}": name.upper()
+    for name in "data model reward advantage steps seed rewards seeds out run image gpus".split()
+} | {"--benchmark": "BENCH"}
 
 
 def launch(
-    main: Callable, config_class: type, arguments: Sequence[str] | None = None, sort: Callable[[list], list] = list
+    main: Callable,
+    config_class: type,
+    arguments: Sequence[str] | None = None,
+    sort: Callable[[list], list] = list,
+    finished: Callable[..., bool] = lambda config: False,
 ) -> None:
-    """Run `main` on the Config that the command line gives; `sort` may rewrite its words first."""
+    """Run `main` on the Config that the command line gives; `sort` may rewrite its words first.
+
+    `finished(config)`: there is so little left to do that one process does it, whatever --gpus says.
+    """
     arguments = [*(sys.argv[1:] if arguments is None else arguments)]
     debug, voice, ours = DEBUG in arguments, sys.stderr, processes.is_ours()
     quiet()
@@ -45,7 +57,9 @@ def launch(
     try:
         config = parse(config_class, sort([word for word in arguments if word != DEBUG]))
         if getattr(config, "gpus", 1) > 1 and not processes.is_started():
-            raise SystemExit(processes.run(config.gpus, [sys.executable, *sys.orig_argv[1:]]))
+            if not finished(config):
+                raise SystemExit(processes.run(config.gpus, [sys.executable, *sys.orig_argv[1:]]))
+            config.gpus = 1
         main(config)
     except Stopped as stopped:
         raise SystemExit(128 + stopped.signal) from None
@@ -58,7 +72,7 @@ def launch(
     except (Elsewhere, Broken) as error:
         if debug or not error.expected:
             print(error.trace, end="", file=sys.stderr)
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}{of_make(str(error))}", file=sys.stderr)
         raise SystemExit(processes.TOLD if ours else 2 if error.expected else 1) from None
     except Lost as error:
         if debug:
@@ -70,7 +84,7 @@ def launch(
         if debug:
             sys.stderr = voice
             raise
-        print(f"error: {one_line(error)}", file=voice)
+        print(f"error: {one_line(error)}{of_make(str(error))}", file=voice)
         raise SystemExit(1 if isinstance(error, RunsFailed) else 2) from None
     except Exception:
         sys.stderr = voice  # what nobody expected is told by whomever it happens to
@@ -84,6 +98,14 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return ": ".join(str(part) for part in (error.filename, trouble(error)) if part)
     return " ".join(str(error).split())
+
+
+def of_make(text: str) -> str:
+    """ " (make: RUN is --run; others go into ARGS)" on the flags in a message, where make has given the command."""
+    flags = dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) if os.environ.get(BY_MAKE) else ()
+    said = [f"{VARIABLES[name]} is {name}" for name in flags if name in VARIABLES]
+    said += ["others go into ARGS"] * (len(said) < len(flags))
+    return f" (make: {', '.join(said)})" if said else ""
 
 
 def quiet() -> None:

@@ -4,6 +4,7 @@
 """
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
@@ -15,6 +16,7 @@ from upt.files import read_json, write_whole
 from upt.groups import manifests, shards, variants
 from upt.run import presets
 from upt.run.settings import Rollout
+from upt.run.typed import flag
 
 STORED = "stored"  # the rewards and advantages that the shards carry
 # Settings that may change when a run goes on. The token budgets change the last bits of what follows.
@@ -32,6 +34,7 @@ def prepare(config):
         config = resumed(config)
     elif config.from_shards:
         adopt(config)
+    manifests.check_own(config.out, "train")
     recipe = {
         name: value for name, value in presets.PRESETS.get(config.preset, {}).items() if getattr(config, name) is None
     }
@@ -85,14 +88,30 @@ def refuse_steps(config, made: int, asked: int) -> None:
     state, first = "a run that was planned", f"let it end, --steps {made}; "
     if (config.out / "summary.json").is_file():
         state, first = "a finished run", ""
-    steps, further = asked - made, f"--init-adapter {config.out / 'adapter'}"
-    if config.adapter:
-        further += f" --model {config.out / 'start'}"  # which it was merged into
     raise SettingError(
-        f"{config.out} holds {state} with {made} steps, over which its learning rate falls, and --steps says "
-        f"{asked}; {first}to train its adapter further: {further} --steps {steps} --out ANOTHER "
-        f"(make train STEPS={steps} OUT=ANOTHER ARGS='{further}')"
+        f"{config.out} holds {state} with {made} steps, over which its learning rate falls, and --steps says {asked}; "
+        f"{first}to train its adapter further: {further(config, asked - made)}"
     )
+
+
+def further(config, steps: int) -> str:
+    """The command that trains the adapter of a finished run for so many more steps, with the run's other settings."""
+    known, out = manifests.read(config.out)["config"], config.out
+    shown = [field.name for field in fields(config) if field.name in known and not field.metadata.get("hidden")]
+    own = {name: _typed(name, known[name]) for name in shown if name not in ("init_adapter", "steps", "out")}
+    usual = type(config)(**{name: own[name] for name in ("model", "data", "preset")})
+    presets.fill(usual)
+    usual = replace(usual, model=None, data=None, preset=None)  # so that these are named
+    if own.pop("adapter"):
+        own["model"] = str(out / "start")  # which that was merged into
+    own |= {"init_adapter": str(out / "adapter"), "steps": steps, "out": out.with_name(f"{out.name}-further")}
+    words = ["python", "train_upt.py"]
+    for name, value in own.items():
+        if isinstance(value, bool) and value != getattr(usual, name):
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        elif value is not None and value != getattr(usual, name):
+            words += [flag(name), *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join(words)
 
 
 def resumed(config):
@@ -100,6 +119,8 @@ def resumed(config):
     manifest, default = manifests.read(config.out)["config"], type(config)()
     own = {field.name for field in fields(config)} - {"out", "resume", "gpus"}  # of which there are as many as now
     known = {name: _typed(name, value) for name, value in manifest.items() if name in own}
+    if known.get("quantize") is None and config.quantize == "none":  # which a run without 4 bits has not written down
+        config = replace(config, quantize=None)
     given = {name for name in known if getattr(config, name) != getattr(default, name)}
     if other := [name for name in sorted(given - {*FREE}) if getattr(config, name) != known[name]]:
         if other == ["steps"]:

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from upt import model
-from upt.errors import SettingError, ShardError
+from upt.errors import SettingError, ShardError, suggest_path
 from upt.groups import manifests
-from upt.model.folders import lora_of
+from upt.model.folders import CONFIG, lora_of
+from upt.model.origin import made_for, where_it_fits
 
 if TYPE_CHECKING:
     from upt.model import Policy
@@ -64,7 +65,19 @@ def run_folder(path: Path) -> tuple[Path, dict]:
                         fix = "bring back the file that the run wrote, or give --model and --adapter"
                         raise ShardError(f"{folder / 'manifest.json'}: no usable {name!r} in its config; {fix}")
                 return folder, manifest
-    raise SettingError(f"--run {path}: no run of train_upt.py there; give the folder that was its --out")
+    raise SettingError(f"--run {path}: {_instead(path)}")
+
+
+def _instead(path: Path) -> str:
+    """What a folder is that is no run's, and what to give."""
+    if (path / CONFIG).is_file():
+        base = made_for(path)
+        model = where_it_fits(path, base) or base["name"] or "ITS_MODEL"
+        fix = f"ask or evaluate it by --model {model} --adapter {path}"
+        return f"an adapter by itself, such as an export, and no run: {fix}"
+    if (path / "config.json").is_file():
+        return f"a model by itself, such as an export, and no run: ask or evaluate it by --model {path}"
+    return f"no run of train_upt.py there; give the folder that was its --out{suggest_path(path)}"
 
 
 def take(config, settings: dict, names: dict[str, str]) -> None:

@@ -60,8 +60,6 @@ def evolve(config, train: Callable, ask: Callable, taken: dict[str, dict], team:
     summary = {"rounds": rounds, "config": jsonable(config)}
     summary |= {name: rounds[i][name] for name, i in (("before", 0), ("after", -1)) if name in rounds[i]}
     team.once(finish, adapter, summary, config.out)
-    print(table(rounds))
-    print(f"adapter in {config.out / 'adapter'}, summary in {config.out / 'summary.json'}")
     return summary
 
 

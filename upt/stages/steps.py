@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from upt import answers
 from upt.groups import shards
 from upt.model import update
 from upt.run.team import Team
@@ -45,3 +46,12 @@ def placed(policy, found: Step, groups: list[dict], folder: Path, config, team: 
     moved = [group for group in own if group["uid"] not in found.prompts]
     prompts = found.prompts | {p.uid: p for p in prompts_of(policy, moved, folder, config)}
     return [prompts[g["uid"]] if owner == team.rank else None for g, owner in zip(groups, owners, strict=True)]
+
+
+def targets(groups: list[dict], style: str) -> list[dict]:
+    """The groups with, as advantage, each response's weight in cross-entropy: its reward, 0 if it is ill-formed."""
+
+    def target(response: dict) -> float:
+        return max(0.0, response["reward"]) if answers.keeps_format(response["text"], style) else 0.0
+
+    return [group | {"responses": [r | {"advantage": target(r)} for r in group["responses"]]} for group in groups]
