@@ -13,6 +13,7 @@ from upt.groups import manifests
 from upt.groups.stats import markdown
 from upt.model.folders import is_hub_id, lora_of
 from upt.model.origin import snapshot_folder
+from upt.run import records
 from upt.run.starting import means
 from upt.run.trained import Trained
 
@@ -155,7 +156,7 @@ def scores(found: Trained, summary: dict, how: str) -> str:
     step, last = (step_of(path, summary) for path in (Path(found.adapter), found.folder / "adapter"))
     before, after = summary.get("before", {}), summary.get("after", {})
     if step != last:
-        after = held_out(found.folder / "metrics.jsonl", step)
+        after = held_out(found.folder, step)
     shown = [name for name in SCORES if name in before and name in after]
     if not shown:
         return "Not measured."
@@ -168,10 +169,9 @@ def scores(found: Trained, summary: dict, how: str) -> str:
     return f"Per cent of {before['graded']} held-out questions. {how}\n\n{markdown([('', 'before', 'after'), *rows])}"
 
 
-def held_out(path: Path, step: int) -> dict[str, dict]:
+def held_out(run: Path, step: int) -> dict[str, dict]:
     """The held-out scores {name: {"value": …}} that a run measured after so many steps; {} where it did not."""
-    rows = map(json.loads, path.read_text("utf-8").splitlines()) if path.is_file() else ()
-    found = next((row["held_out"] for row in rows if row["step"] == step and "held_out" in row), {})
+    found = next((row["held_out"] for row in records.steps(run) if row["step"] == step and "held_out" in row), {})
     return {name: {"value": value} for name, value in found.items() if value is not None}
 
 
