@@ -136,17 +136,16 @@ export: $(READY)  ## the model of RUN=runs/train merged, with a model card, to s
 	$(PY) export.py --run "$(or $(RUN),runs/train)" --out "$(or $(OUT),exports/model)"$(MORE)
 
 report: $(READY)  ## a page on RUN=runs/train for the browser: curves, groups, what changed (RUN="runs/a runs/b": side by side)
-	$(PY) report.py $(or $(RUN),runs/train) $(call flag,out,$(OUT)) $(ARGS)
+	$(PY) report.py $(or $(RUN),runs/train)$(call flag,out,$(OUT))$(MORE)
 
 runs: $(READY)  ## a line for each run in runs/ (ARGS="--sort mean")
-	$(PY) -m eval.runs $(ARGS)
+	$(PY) -m eval.runs$(MORE)
 
 ask: $(READY)  ## what RUN=runs/train, or MODEL, answers: IMAGE=x.png QUESTION="How many ...?"; without a question, a console
-	$(PY) ask.py $(if $(MODEL),--model "$(MODEL)",--run "$(or $(RUN),runs/train)") $(call flag,image,$(IMAGE)) \
-	  $(if $(QUESTION),"$(QUESTION)") $(ARGS)
+	$(PY) ask.py $(if $(MODEL),--model "$(MODEL)",--run "$(or $(RUN),runs/train)")$(call flag,image,$(IMAGE))$(if $(QUESTION), "$(QUESTION)")$(MORE)
 
 check-data: $(READY)  ## what DATA holds: rows, pictures, gold, what cannot be used; five examples as a page
-	$(PY) check_data.py --data "$(DATA)" $(call flag,seed,$(SEED)) $(call flag,out,$(OUT)) $(ARGS)
+	$(PY) check_data.py --data "$(DATA)"$(call flag,seed,$(SEED))$(call flag,out,$(OUT))$(MORE)
 
 results: $(READY)  ## all that docs/results.md and README show, again: hours (ARGS="--only rewards,long" for some)
 	$(PY) -m bench.studies$(MORE)
@@ -160,7 +159,7 @@ test-trl: $(READY)  ## our rewards in TRL, and the example; installs TRL
 
 test-extras: $(READY)  ## the page on a run in headless Chromium, which has to be there, trackers, notebooks; installs what they take
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-extras.txt
-	EXTRAS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_report.py tests/test_tracking.py tests/test_notebooks.py $(ARGS)
+	EXTRAS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_report.py tests/test_tracking.py tests/test_notebooks.py$(MORE)
 
 lint: $(READY)  ## ruff, check and format
 	$(PY) -m ruff check $(CODE)
