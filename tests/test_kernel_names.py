@@ -68,6 +68,11 @@ assert kernels.__all__ == list(kernels.MODULES)
 """
 
 
+def slowly(*values: str) -> list:
+    """More cases of the same, each seconds of importing transformers."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 HELD = "all of it held"  # said last, by code whose own assertions have passed
 
 
@@ -114,7 +119,7 @@ def test_ours_first():
     )
 
 
-@pytest.mark.parametrize("first", ["import kernels\n", "", "from kernels import loss\n"])
+@pytest.mark.parametrize("first", ["import kernels\n", *slowly("", "from kernels import loss\n")])
 def test_ours_first_and_then_transformers(first):
     assert HELD in run(first + TRANSFORMERS + BOTH, ROOT, BESIDE)
 
@@ -185,7 +190,7 @@ assert sys.modules["kernels"] is ours
     run(THEIRS + "held = get_kernel\n" + LATE + BOTH + same, tmp_path, BESIDE)
 
 
-@pytest.mark.parametrize("module", ["train_upt", "rollout", "rewards", "ablate", "upt"])
+@pytest.mark.parametrize("module", ["train_upt", "upt", *slowly("rollout", "rewards", "ablate")])
 def test_a_script_imported_after_theirs(tmp_path, module):
     """As in a notebook: theirs is imported, by transformers say, or would be found first, and then comes a script."""
     ask = f"import {module}\n" + BOTH

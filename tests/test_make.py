@@ -37,6 +37,7 @@ GIVEN = {target: [given for given in ALL if given.split("=")[0] in of.split()] f
     "judge": "MODEL OUT GPUS ARGS", "score": "REWARD ADVANTAGE SEED OUT ARGS", "eval": "MODEL SEED OUT RUN GPUS ARGS",
     "synth": "MODEL SEED OUT GPUS ARGS", "ablate": "MODEL REWARDS ADVANTAGE STEPS SEEDS OUT GPUS ARGS",
     "export": "RUN OUT ARGS", "warmup": "SEED ARGS",
+    "report": "RUN OUT ARGS", "runs": "ARGS", "ask": "RUN MODEL ARGS", "check-data": "SEED OUT ARGS",
 }.items()}  # fmt: skip
 
 

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -347,18 +349,25 @@ def mixed(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, mixed, tmp_path_factory) -> dict[int, Path]:
-    """The same run by 1, 2 and 3 processes."""
+def run_by(tiny, mixed, tmp_path_factory) -> Callable[[int], Path]:
+    """From how many processes to the run that so many have made; the same run each time."""
     root = tmp_path_factory.mktemp("by")
-    for size in (1, 2, 3):
+
+    @cache
+    def run(size: int) -> Path:
         notes = {"SCRIPT": "train_upt.py", "NOTES": str(root / f"{size}.notes")}
         done("-c", SPY, *flags(**STEPS, data=mixed, model=tiny, out=root / str(size)), size=size, **notes)
-    return {size: root / str(size) for size in (1, 2, 3)}
+        return root / str(size)
+
+    return run
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_run_is_the_same_by_several(runs, size):
-    one, several = runs[1], runs[size]
+SEVERAL = [2, pytest.param(3, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("size", SEVERAL)
+def test_a_run_is_the_same_by_several(run_by, size):
+    one, several = run_by(1), run_by(size)
     assert tokens(several / "rollouts") == tokens(one / "rollouts") and len(tokens(one / "rollouts")) == 2
     assert apart(one, several) < 1e-6
     for name in ("before.json", "after.json"):
@@ -375,12 +384,10 @@ def test_a_run_is_the_same_by_several(runs, size):
             assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-6), name
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_the_work_of_a_run_is_shared(runs, size):
-    notes, groups = (
-        runs[size].with_suffix(".notes"),
-        [group for step in tokens(runs[size] / "rollouts") for group in step],
-    )
+@pytest.mark.parametrize("size", SEVERAL)
+def test_the_work_of_a_run_is_shared(run_by, size):
+    notes = run_by(size).with_suffix(".notes")
+    groups = [group for step in tokens(run_by(size) / "rollouts") for group in step]
     sampled = noted(notes, "sample")
     for (step, _), of in sampled.items():
         counts = [len(of[rank]["uids"]) for rank in range(size)]
@@ -391,23 +398,23 @@ def test_the_work_of_a_run_is_shared(runs, size):
     check_even(noted(notes, "update"), size, len(groups))
 
 
-def test_figures_are_those_of_all(runs):
-    first, second = map(json.loads, (runs[2] / "metrics.jsonl").read_text().splitlines())
+def test_figures_are_those_of_all(run_by):
+    first, second = map(json.loads, (run_by(2) / "metrics.jsonl").read_text().splitlines())
     assert first["seconds"]["rollout"] >= 1 and first["peak_memory_gib"] == second["peak_memory_gib"] == 2000
-    length = sum(len(ids) for _, responses in tokens(runs[2] / "rollouts")[0] for ids in responses)
+    length = sum(len(ids) for _, responses in tokens(run_by(2) / "rollouts")[0] for ids in responses)
     assert first["tokens_per_second"] == pytest.approx(length / first["seconds"]["rollout"])
 
 
 @pytest.mark.parametrize("size, before", [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
-def test_a_run_goes_on_in_another_number(tiny, mixed, runs, tmp_path, size, before):
-    out, left = tmp_path / "run", runs[before]
+def test_a_run_goes_on_in_another_number(tiny, mixed, run_by, tmp_path, size, before):
+    out, left = tmp_path / "run", run_by(before)
     shutil.copytree(left, out, ignore=shutil.ignore_patterns("step-000002", "adapter", "summary.json", "after.json"))
     shutil.copytree(left / "checkpoints/step-000001/adapter", out / "checkpoints/step-000001/adapter")
     (out / "rollouts" / "step-000001.jsonl").unlink()
     again = ["--resume"] if size == 1 else flags(**STEPS, data=mixed, model=tiny)
     said = done("train_upt.py", *again, f"--out={out}", size=size)
     assert "going on after step 1 of 2" in said
-    assert tokens(out / "rollouts") == tokens(runs[1] / "rollouts") and apart(out, runs[1]) < 1e-6
+    assert tokens(out / "rollouts") == tokens(run_by(1) / "rollouts") and apart(out, run_by(1)) < 1e-6
 
 
 class Begun:
