@@ -748,7 +748,8 @@ def test_pictures_of_the_page(run, tmp_path, opened):
     shown.locator("#answers .card").first.wait_for()
     shown.locator("#flag").select_option("split" if of else "")
     shown.wait_for_timeout(400)
-    for name, selector in (("page", "#scores"), ("group", "#cards .card"), ("changed", "#answers .card")):
+    places = {"page": "#scores", "curves": "#curves", "group": "#cards .card", "changed": "#answers .card"}
+    for name, selector in places.items():
         shown.locator(selector).first.scroll_into_view_if_needed()
         shown.wait_for_timeout(300)
         shown.locator(selector).first.screenshot(path=folder / f"{name}.png")
