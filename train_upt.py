@@ -41,7 +41,7 @@ from eval.follow import Followed
 from eval.report import page
 from upt import data, model, prompts, run, stages
 from upt.data import names, views
-from upt.errors import Diverged, SettingError, Stopped
+from upt.errors import Diverged, SettingError, Stopped, StorageError
 from upt.files import known_json, read_json, write_whole, writing
 from upt.groups import manifests, scoring, shards, variants
 from upt.model.folders import check_adapter
@@ -311,24 +311,38 @@ def is_finished(config: Config) -> bool:
     return made and len(summary.get("rounds", ())) == config.rounds
 
 
-def show(out: Path) -> None:
-    """Write the page on a run that has made steps, and say where it is."""
-    logs = [*out.glob("metrics.jsonl"), *out.glob("round-*/run/metrics.jsonl")]
-    if any(path.stat().st_size for path in logs) and page.at_end(out):
-        print(f"what happened, to be opened in a browser: {out / page.NAME}")
+def logged(out: Path) -> int:
+    """How many steps stand in the log of a run, or in those of its rounds."""
+    logs = (*out.glob("metrics.jsonl"), *out.glob("round-*/run/metrics.jsonl"))
+    return sum(log.read_bytes().count(b"\n") for log in logs)
+
+
+def show(out: Path, since: int = 0) -> None:
+    """Write the page on a run that has made more than `since` steps, or has none yet, and say where it is."""
+    made, path = logged(out), out / page.NAME
+    if made > (since if path.is_file() else 0) and not page.at_end(out):
+        return
+    if path.is_file():
+        print(f"what happened, to be opened in a browser: {path}")
 
 
 @contextmanager
 def shown_if_stopped(out: Path, team: Team):
-    """Inside, whatever ends a run early leaves a page on the steps that it has made."""
+    """Inside, what ends a run early leaves a page on the steps that it has made, where there is room for one.
+
+    Several processes make it where all of them come to the end: of an error the others do not wait for the first one.
+    """
+    since = logged(out)
     try:
         yield
-    except (Stopped, Diverged):  # which all processes come to
-        team.once(show, out)
+    except StorageError:
+        raise
+    except (Stopped, Diverged):
+        team.once(show, out, since)
         raise
     except Exception:
-        if team.first:
-            show(out)
+        if team.size == 1:
+            show(out, since)
         raise
 
 
@@ -371,7 +385,7 @@ def main(config: Config, on_step: Callable[[dict, list[dict]], None] | None = No
     for name, curve in summary.get("benchmarks", {}).items():
         print(f"{name} by steps: " + ", ".join(f"{step} {100 * value:.1f}" for step, value in curve.items()))
     print(f"adapter in {config.out / 'adapter'}, summary in {config.out / 'summary.json'}")
-    team.once(show, config.out)
+    team.once(show, config.out, logged(config.out) if finished else 0)
     return summary
 
 

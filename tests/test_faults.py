@@ -73,6 +73,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file(tiny, undisturbed, tmp_path
         go(tiny, run)
     said = "no larger files may be written here .ulimit -f.; what was written before is whole: make room and .*same"
     assert re.match(f"{re.escape(str(run))}/{file}: {said}", str(error.value)) and "\n" not in str(error.value)
+    assert "page" not in capsys.readouterr().err  # for which there is no room, either
     assert is_like(go(tiny, run), undisturbed)
 
 

@@ -16,16 +16,18 @@ from transformers import AutoModelForImageTextToText
 
 import rewards
 import rollout
+import train_upt
 from eval import follow, heldout
 from train_upt import Config, is_finished, main
 from upt import data
 from upt.data import shapes
-from upt.errors import DataError, Diverged, PolicyError, SettingError, ShardError, Stopped
+from upt.errors import DataError, Diverged, PolicyError, SettingError, ShardError, Stopped, StorageError, UserError
 from upt.groups import shards, variants
 from upt.model import update
 from upt.model.policy import Policy
 from upt.run import cli, processes, starting
 from upt.run.metrics import graded, status
+from upt.run.team import Team
 from upt.stages import sampling
 
 ROOT = Path(__file__).parent.parent
@@ -399,16 +401,41 @@ def test_an_error_after_a_step_leaves_a_page(tiny, tmp_path, capsys):
         if row["step"] == 1:
             raise ZeroDivisionError
 
-    config = Config(model=tiny, out=tmp_path / "r", **SMALL | {"steps": 3})
+    config = Config(model=tiny, out=tmp_path / "r", **SMALL | {"steps": 3, "save_every": 1})
     with pytest.raises(ZeroDivisionError):
         main(config, stop)
     assert (tmp_path / "r" / "report.html").is_file() and "in a browser" in capsys.readouterr().out
+    # What is refused before another step leaves it as it is.
+    drawn = (tmp_path / "r" / "report.html").stat().st_mtime_ns
+    (tmp_path / "r" / "checkpoints" / "step-000001" / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="its state cannot be read"):
+        main(config)
+    assert (tmp_path / "r" / "report.html").stat().st_mtime_ns == drawn
     with pytest.raises(ZeroDivisionError):
         main(replace(config, out=tmp_path / "none"), lambda row, groups: 1 / 0)
     assert (tmp_path / "none" / "report.html").is_file()  # its one step is written before anybody is told
     with pytest.raises(DataError):
         main(replace(config, out=tmp_path / "bad", eval_questions=2, max_prompt_tokens=1))
     assert not (tmp_path / "bad" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "error, size, made",
+    [
+        (ValueError(), 1, True),
+        (ValueError(), 2, False),  # the others have gone, and who started them waits for seconds only
+        (Stopped(15, "SIGTERM"), 2, True),
+        (Diverged(), 2, True),
+        (StorageError(), 1, False),
+    ],
+)
+def test_a_page_on_what_ended_early_is_made_where_all_come_to_it_and_there_is_room(monkeypatch, error, size, made):
+    shown = []
+    monkeypatch.setattr(train_upt, "show", lambda out, since: shown.append(out))
+    monkeypatch.setattr(Team, "once", lambda team, work, *arguments: work(*arguments))
+    with pytest.raises(type(error)), train_upt.shown_if_stopped(Path("run"), Team(0, size)):
+        raise error
+    assert shown == [Path("run")] * made
 
 
 def test_the_start_says_what_is_not_usual(tiny):
