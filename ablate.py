@@ -26,6 +26,7 @@ from pathlib import Path
 import rewards
 from upt import compare, model
 from upt.errors import SettingError
+from upt.files import known_json
 from upt.groups import manifests, shards
 from upt.groups.variants import split_variants
 from upt.ranges import Count, Name, Share
@@ -138,6 +139,11 @@ def online(config: Config) -> dict:
 
     def settings(flags: list[str]) -> train_upt.Config:
         asked = cli.parse(train_upt.Config, flags)
+        made = (known_json(asked.out / "summary.json") or {}).get("config", {}).get("steps")
+        if made is not None and asked.steps not in (None, made):
+            raise SettingError(
+                f"{config.out} holds a comparison of {made} steps, and --steps says {asked.steps}: give another --out"
+            )
         found = train_upt.prepare(replace(asked, gpus=1))  # which has no other processes
         found.gpus = asked.gpus
         model.model_config(found.model)  # raises PolicyError for what is no model, before any run begins

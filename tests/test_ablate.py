@@ -404,7 +404,7 @@ def test_a_sweep_of_tiny_runs(tiny, tmp_path, capsys):
     assert "held out, before" not in (lost / "log.txt").read_text()
     assert "3 of 4 runs are finished already" in capsys.readouterr().err
     # Other settings want another folder.
-    with pytest.raises(ValueError, match="a finished run with 2 steps, .*--steps says 3"):
+    with pytest.raises(ValueError, match="sweep holds a comparison of 2 steps, and --steps says 3: give another --out"):
         main(Config(**vars(config) | {"steps": 3}))
 
 

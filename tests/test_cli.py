@@ -381,7 +381,7 @@ def test_the_command_that_trains_further_has_what_was_set(tmp_path):
     manifests.write(config.out, stage="train", config=resuming.jsonable(config), seed=0, model="org/vlm")
     assert resuming.further(config, 2) == (
         f"python train_upt.py --data a:2,b:1 --model {tmp_path}/run/start --group-size 5 --preset mm-upt "
-        f"--mask-truncated --eval 'mathvision=x y' --init-adapter {tmp_path}/run/adapter --steps 2 "
+        f"--seed 1 --mask-truncated --eval 'mathvision=x y' --init-adapter {tmp_path}/run/adapter --steps 2 "
         f"--out {tmp_path}/run-further"
     )
 

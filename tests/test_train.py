@@ -18,6 +18,7 @@ import rewards
 import rollout
 import train_upt
 from eval import follow, heldout
+from tests.datafiles import jsonl
 from train_upt import Config, is_finished, main
 from upt import data
 from upt.data import shapes
@@ -599,6 +600,16 @@ def test_without_gold_the_metrics_are_label_free(tiny, tmp_path, monkeypatch, ca
         run(tiny, tmp_path / "s", steps=1, reward="supervised")
 
 
+def test_accuracy_is_that_of_the_questions_with_gold(tiny, tmp_path):
+    """The tiny model says nothing that has an answer; a gold answer that is none either is right for no response."""
+    rows = [{"problem": "How many?", "answer": "7"}, {"problem": "How much?", "answer": None}]
+    jsonl(tmp_path / "data" / "train.jsonl", rows)
+    jsonl(tmp_path / "data" / "test.jsonl", rows)
+    out = run(tiny, tmp_path / "r", data=str(tmp_path / "data"), steps=1, questions_per_step=2, eval_questions=0)
+    (row,) = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert (row["accuracy"], row["pass"]) == (0, 0) and row["groups"] == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -763,6 +774,7 @@ def test_right_responses_and_groups_with_one_by_hand():
     assert graded([group("9", None, None), group("7", "B", None)]) == {"accuracy": 1 / 4, "pass": 1 / 2}
     groups = [group("7", "B", "B", "A", "B"), group("5", "B"), group("5", "A", None, "B")]
     assert graded(groups) == {"accuracy": 4 / 8, "pass": 2 / 3}
+    assert graded([]) == {}
 
 
 def test_a_reward_of_a_notebook_that_changed_is_noticed(tiny, tmp_path, monkeypatch):

@@ -49,9 +49,11 @@ def decode(uid: str, content: bytes) -> Image.Image:
     except BadRow:
         raise
     except Exception as error:  # decoders meet damaged bytes with nearly anything, struct.error and SyntaxError too
-        kinds = {Image.DecompressionBombError: "over the pixel limit", Image.UnidentifiedImageError: "not an image"}
+        if isinstance(error, Image.UnidentifiedImageError):  # which says but an address in memory
+            raise BadRow(uid, "not an image") from error
         kind = "truncated image" if "truncated" in str(error).lower() else "undecodable image"
-        raise BadRow(uid, f"{kinds.get(type(error), kind)}: {first_line(error)}") from error
+        kind = "over the pixel limit" if isinstance(error, Image.DecompressionBombError) else kind
+        raise BadRow(uid, f"{kind}: {first_line(error)}") from error
 
 
 def _scaled(values: np.ndarray) -> Image.Image:

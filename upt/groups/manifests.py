@@ -151,14 +151,15 @@ def check(folder: Path | str, stage: str, config: dict, ignore: Iterable[str] = 
     check_stage(folder, stage)
     manifest = read(folder)
     if differ := differences(manifest["config"], config, ignore):
-        said = "; ".join(
+        said = [
             f"{name}: the {FOREIGN[name[-5:]]} has changed"
             if name[-5:] in FOREIGN
             else f"{name}: {there!r} there, {now!r} now"
             for name, (there, now) in differ.items()
-        )
-        fix = "use another --out, or the same settings to go on where it stopped"
-        raise ShardError(f"{folder} was written with other settings: {said}; {fix}")
+            if name[-5:] not in FOREIGN or name[:-5] not in differ  # another one has other contents
+        ]
+        fix = "use another --out, or the settings that are there"
+        raise ShardError(f"{folder} was written with other settings: {'; '.join(said)}; {fix}")
     check_files(folder, manifest, {role: config.get(role) for role in ("model", "adapter")})
     return manifest
 

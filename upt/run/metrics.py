@@ -91,8 +91,7 @@ class Metrics:
             "peak_memory_gib": peak_memory_gib(),
             **extra,
         }
-        if all(group["gold"] is not None for group in groups):  # a diagnostic, never trained on
-            row |= graded(groups)
+        row |= graded([group for group in groups if group["gold"] is not None])  # a diagnostic, never trained on
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         row["alarms"] = self.watch.add(row)
         self._append(row, groups)
@@ -118,8 +117,10 @@ def judged(responses: list[dict]) -> dict[str, float]:
 def graded(groups: list[dict]) -> dict[str, float]:
     """`accuracy`, the share of responses whose key is that of gold, and `pass`, the share of groups with such a one.
 
-    An abstention is never right.
+    An abstention is never right. Without groups there is neither.
     """
+    if not groups:
+        return {}
     golds = [(answer_key(group["gold"], group["choices"]), group["responses"]) for group in groups]
     right = [[r["key"] is not None and r["key"] == gold for r in responses] for gold, responses in golds]
     return {"accuracy": sum(map(sum, right)) / sum(map(len, right)), "pass": sum(map(any, right)) / len(right)}

@@ -90,12 +90,15 @@ def refuse_steps(config, made: int, asked: int) -> None:
         state, first = "a finished run", ""
     raise SettingError(
         f"{config.out} holds {state} with {made} steps, over which its learning rate falls, and --steps says {asked}; "
-        f"{first}to train its adapter further: {further(config, asked - made)}"
+        f"{first}to train its adapter further, on other questions: {further(config, asked - made)}"
     )
 
 
 def further(config, steps: int) -> str:
-    """The command that trains the adapter of a finished run for so many more steps, with the run's other settings."""
+    """The command that trains the adapter of a finished run for so many more steps, with the run's other settings.
+
+    The next seed has another order of the questions, or other ones: the same would ask the first ones again.
+    """
     known, out = manifests.read(config.out)["config"], config.out
     shown = [field.name for field in fields(config) if field.name in known and not field.metadata.get("hidden")]
     own = {name: _typed(name, known[name]) for name in shown if name not in ("init_adapter", "steps", "out")}
@@ -104,7 +107,12 @@ def further(config, steps: int) -> str:
     usual = replace(usual, model=None, data=None, preset=None)  # so that these are named
     if own.pop("adapter"):
         own["model"] = str(out / "start")  # which that was merged into
-    own |= {"init_adapter": str(out / "adapter"), "steps": steps, "out": out.with_name(f"{out.name}-further")}
+    own |= {
+        "init_adapter": str(out / "adapter"),
+        "seed": own["seed"] + 1,
+        "steps": steps,
+        "out": out.with_name(f"{out.name}-further"),
+    }
     words = ["python", "train_upt.py"]
     for name, value in own.items():
         if isinstance(value, bool) and value != getattr(usual, name):

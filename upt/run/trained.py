@@ -34,8 +34,11 @@ def trained(path: Path) -> Trained:
         if (folder / "adapter").is_dir():
             raise SettingError(f"--run {path} holds no adapter: give the folder of the run, {folder}")
         made = sorted(folder.glob("checkpoints/step-*"))
-        fix = f"give its latest checkpoint, {made[-1]}" if made else "or give --model and --adapter"
-        raise SettingError(f"{path} has no adapter yet: let the run end, {fix}")
+        instead = f"or give its latest checkpoint, {made[-1]}" if made else "or give --model and --adapter"
+        raise SettingError(
+            f"{path} has no adapter yet: let the run end (where it was stopped, the command that began it goes on), "
+            f"{instead}"
+        )
     settings, start = manifest["config"], folder / "start"
     if settings.get("adapter") and not start.is_dir():
         how = ", dtype='fp32', device='cpu'" if settings.get("quantize") else ""
@@ -77,7 +80,9 @@ def _instead(path: Path) -> str:
         return f"an adapter by itself, such as an export, and no run: {fix}"
     if (path / "config.json").is_file():
         return f"a model by itself, such as an export, and no run: ask or evaluate it by --model {path}"
-    return f"no run of train_upt.py there; give the folder that was its --out{suggest_path(path)}"
+    inside = sorted(log.parent for depth in ("*", "*/*") for log in path.glob(f"{depth}/metrics.jsonl"))
+    one = f", such as {inside[0]}, one of {len(inside)} in it" if inside else suggest_path(path)
+    return f"no run of train_upt.py there; give the folder that was its --out{one}"
 
 
 def take(config, settings: dict, names: dict[str, str]) -> None:
