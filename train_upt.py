@@ -247,7 +247,7 @@ def train(
             save(step + 1)
 
     run.ending.check_finite(policy, config, metrics.rows)
-    left = range(start, config.steps)
+    left, told_of = range(start, config.steps), {}
     if sampled_before := team.once(stages.steps.sampled_before, config.out, left):
         first, last = sampled_before[0], sampled_before[-1]
         which = f"step {first}" if first == last else f"steps {first} to {last}"
@@ -269,8 +269,9 @@ def train(
             except Stopped:
                 save(step)  # nothing of this step has touched the adapter yet
                 raise
-            for uid, reason in left_out.items():
-                progress.say(f"left out {uid}: {reason}", file=sys.stderr)
+            for uid in [uid for uid in left_out if uid not in told_of]:
+                progress.say(f"left out {uid}: {left_out[uid]}", file=sys.stderr)
+            told_of |= left_out
             if not groups:
                 leave_out(step, len(left_out), looked)
                 continue

@@ -600,6 +600,16 @@ def test_without_gold_the_metrics_are_label_free(tiny, tmp_path, monkeypatch, ca
         run(tiny, tmp_path / "s", steps=1, reward="supervised")
 
 
+def test_a_bad_row_is_told_of_once(tiny, tmp_path, capsys):
+    rows = [{"problem": "How many?", "answer": "7"}, {"problem": "How much?", "answer": "8", "image": "gone.png"}]
+    jsonl(tmp_path / "data" / "train.jsonl", rows)
+    jsonl(tmp_path / "data" / "test.jsonl", rows)
+    out = run(tiny, tmp_path / "r", data=str(tmp_path / "data"), steps=2, questions_per_step=2, eval_questions=0)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["left_out"] for line in lines] == [1, 1]
+    assert capsys.readouterr().err.count("left out data/train/000001: missing image file") == 1
+
+
 def test_accuracy_is_that_of_the_questions_with_gold(tiny, tmp_path):
     """The tiny model says nothing that has an answer; a gold answer that is none either is right for no response."""
     rows = [{"problem": "How many?", "answer": "7"}, {"problem": "How much?", "answer": None}]
