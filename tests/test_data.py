@@ -811,3 +811,10 @@ def test_a_description_counts_the_questions_that_have_a_picture(tmp_path):
     assert load(tmp_path / "hub", "test").pictures == 2 and load(tmp_path / "hub", limit=1).pictures == 0
     assert "3 questions, all with a picture" in load("shapes", limit=3).describe()
     assert "1 questions, none with a picture" in load(tmp_path / "text", "test").describe()
+
+
+@pytest.mark.parametrize("name, kind", [("notes.md", "a .md file"), ("NOTES", "a file without an ending")])
+def test_a_file_of_another_kind_is_said_to_be_one(tmp_path, name, kind):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError, match=f"{name}: {kind} is not read as data; give a file of .parquet, .jsonl, .csv"):
+        load(str(tmp_path / name), "train")

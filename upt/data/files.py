@@ -45,6 +45,11 @@ def find(name: str) -> tuple[str, Path | None, Tables]:
         return path.name, path, _folder(path)
     if is_file and path.is_file():
         return path.stem, path.parent, _files([path], path.parent)
+    if path.is_file() and not is_file:
+        kind = f"a {path.suffix} file" if path.suffix else "a file without an ending"
+        raise DataError(
+            f"{name}: {kind} is not read as data; give a file of {', '.join(SUFFIXES)}, or a folder of them"
+        )
     if is_file or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
         known = f"neither {', '.join([*EMBEDDED, *NAMED])}, nor a hub id like org/name"
         near = suggest(name, [*EMBEDDED, *NAMED]) or suggest_path(name)
