@@ -816,5 +816,5 @@ def test_a_description_counts_the_questions_that_have_a_picture(tmp_path):
 @pytest.mark.parametrize("name, kind", [("notes.md", "a .md file"), ("NOTES", "a file without an ending")])
 def test_a_file_of_another_kind_is_said_to_be_one(tmp_path, name, kind):
     (tmp_path / name).write_text("{}")
-    with pytest.raises(DataError, match=f"{name}: {kind} is not read as data; give a file of .parquet, .jsonl, .csv"):
+    with pytest.raises(DataError, match=f"{name}: {kind} is not read as data; give .parquet, .jsonl, .csv"):
         load(str(tmp_path / name), "train")

@@ -47,9 +47,7 @@ def find(name: str) -> tuple[str, Path | None, Tables]:
         return path.stem, path.parent, _files([path], path.parent)
     if path.is_file() and not is_file:
         kind = f"a {path.suffix} file" if path.suffix else "a file without an ending"
-        raise DataError(
-            f"{name}: {kind} is not read as data; give a file of {', '.join(SUFFIXES)}, or a folder of them"
-        )
+        raise DataError(f"{name}: {kind} is not read as data; give {', '.join(SUFFIXES)}, or a folder of these")
     if is_file or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
         known = f"neither {', '.join([*EMBEDDED, *NAMED])}, nor a hub id like org/name"
         near = suggest(name, [*EMBEDDED, *NAMED]) or suggest_path(name)
