@@ -115,7 +115,9 @@ def examples(questions: "data.Questions") -> list["data.Question"]:
 def page(name: str, said: list[str], found: list["data.Question"]) -> str:
     """Some questions and what was said of their set, as HTML."""
     cards = [
-        show.card(q.uid, q.question, q.choices, show.embedded(q.image), "", f"gold: {q.gold}" if q.gold else "no gold")
+        show.card(
+            q.uid, q.question, q.choices, show.embedded(q.image), "", ["gold: ", q.gold] if q.gold else ["no gold"]
+        )
         for q in found
     ]
     return show.page(name, said, cards)

@@ -3,8 +3,10 @@
 import base64
 import gzip
 import json
+import os
 import re
 import shutil
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from tests.test_shards import make_group
 from upt.errors import SettingError, ShardError
 from upt.groups import shards
 from upt.groups.shards import open_image
-from upt.run import locking
+from upt.run import locking, records
 
 HOSTILE = [
     "<script>document.title = 'taken'</script>",
@@ -123,6 +125,12 @@ def test_the_page_is_made_with_the_run_and_holds_all_of_it(run):
     assert [step for step, _ in about["held_out"]["mean"]] == [0, 2, 3]
     summary = json.loads((run / "summary.json").read_text())
     assert about["table"][0]["before"].startswith(f"{100 * summary['before']['greedy']['value']:.1f} [")
+    assert {row["questions"] for row in about["table"]} == {"4*"}
+    assert about["after"] == "after" and about["note_on_scores"].startswith("* fewer than 30: ")
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert about["versions"].items() <= manifest["versions"].items() and "torch" in about["versions"]
+    begun = time.localtime((run / "manifest.json").stat().st_mtime)
+    assert about["begun"] == time.strftime("%Y-%m-%d %H:%M", begun)
     for step in range(3):
         (path,) = (p for p in shards.list_shards(run / "rollouts") if p.stem == f"step-{step:06d}")
         groups = shards.read_shard(path)
@@ -147,13 +155,18 @@ def test_a_run_in_the_making_and_one_without_held_out_scores(run, tmp_path):
     assert (about["state"], about["finished"], about["parts"]) == ("stopped after step 2 of 3", False, [0, 1])
     assert about["command"].startswith("python train_upt.py --resume --out ")
     train_upt.prepare(train_upt.Config(resume=True, out=begun))  # which is taken, whatever the settings were
-    assert "difference" not in about["table"][0]
+    # The last evaluation is the one after two steps, which is said.
+    assert about["after"] == "after 2 of 3 steps" and "difference" in about["table"][0]
     rows = json.loads((begun / "held-out" / "step-000002.json").read_text())["rows"]
     assert [row["after"] for row in found["answers-0"]] == [row["responses"] for row in rows]
     for path in (begun / "before.json", *(begun / "held-out").glob("*.json")):
         path.unlink()
     found = parts(report.main(report.Config(runs=(begun,))))
-    assert found["answers-0"] == [] and found["about"]["runs"][0]["table"] == []
+    (about,) = found["about"]["runs"]
+    assert found["answers-0"] == [] and about["table"] == [] and about["after"] == ""
+    shutil.copy(run / "before.json", begun)
+    (about,) = parts(report.main(report.Config(runs=(begun,))))["about"]["runs"]
+    assert about["table"][0]["before"] and "after" not in about["table"][0] and about["after"] == ""
 
 
 def test_several_runs_and_a_folder_of_runs(run, tmp_path):
@@ -163,8 +176,8 @@ def test_several_runs_and_a_folder_of_runs(run, tmp_path):
     made = report.main(report.Config(runs=(folder,)))
     assert made == folder / "report.html"
     about = parts(made)["about"]["runs"]
-    assert [one["name"] for one in about] == ["seed-0", "seed-1"]
-    assert [one["variant"] for one in about] == ["random", "random"]
+    assert [one["name"] for one in about] == ["majority/seed-0", "majority/seed-1"]
+    assert [one["variant"] for one in about] == ["majority", "majority"]
     with locking.holding(folder):  # a comparison that is between two runs
         assert report.make(report.Config(runs=(folder,), out=made, watch=True))
     assert not report.make(report.Config(runs=(folder,), out=made, watch=True))
@@ -172,6 +185,48 @@ def test_several_runs_and_a_folder_of_runs(run, tmp_path):
     found = parts(both)
     assert len(found["about"]["runs"]) == 2 and "groups-1-2" in found
     assert (both.parent / found["groups-0-0"][0]["image"]).is_file()
+
+
+def test_runs_of_every_kind_in_a_folder(run, tmp_path):
+    """Beside each other: a run, one in rounds, seeds of a comparison, and what is none."""
+    many = tmp_path / "many"
+    kinds = ["evolve/round-01/run", "evolve/round-02/run", "majority/seed-0", "majority/seed-1", "plain"]
+    for name in kinds:
+        shutil.copytree(run, many / name)
+    shutil.copy(run / "manifest.json", many / "evolve")
+    (many / "nothing" / "seed-0").mkdir(parents=True)
+    assert collect.runs_in(many) == [many / name for name in kinds]
+    assert [*collect.named([many]).values()] == kinds
+    with locking.holding(many / "evolve"):  # rounds that are between two of them
+        assert report.make(report.Config(runs=(many,), out=many / "report.html"))
+
+
+def test_a_run_keeps_its_name_while_others_come(run, tmp_path, monkeypatch):
+    folder = tmp_path / "ablate"
+    shutil.copytree(run, folder / "majority/seed-0")
+    first = {folder / "majority/seed-0": "majority/seed-0"}
+    assert collect.named([folder]) == first and collect.title([folder], first) == "ablate: 1 run"
+    for name in ("majority/seed-1", "random/seed-0"):
+        shutil.copytree(run, folder / name)
+        found = collect.named([folder])
+        assert first.items() <= found.items() and found[folder / name] == name
+    assert collect.named([folder / "random/seed-0", run]).keys() == {folder / "random/seed-0", run}
+    monkeypatch.chdir(folder / "random")
+    alone = folder / "random/seed-0"
+    assert collect.named([Path("seed-0")]) == {alone: "seed-0"}
+    monkeypatch.chdir(alone)
+    assert collect.named([Path(".")]) == {alone: "seed-0"} and collect.title([Path(".")], {alone: ""}) == "seed-0"
+
+
+def test_names_of_folders_that_are_no_text(run, tmp_path, capsys):
+    other = Path(os.fsdecode(os.fsencode(tmp_path) + b"/x\xff"))
+    shutil.copytree(run, other)
+    shutil.copytree(run, tmp_path / "y")
+    found = parts(report.main(report.Config(runs=(tmp_path,))))
+    assert [one["name"] for one in found["about"]["runs"]] == ["x\\xff", "y"]
+    assert found["groups-0-0"][0]["image"].startswith("x%FF/rollouts/images/")
+    made = report.main(report.Config(runs=(other,)))
+    assert made == other / "report.html" and "x\\udcff/report.html" in capsys.readouterr().out
 
 
 def test_pictures_in_the_page(run, tmp_path):
@@ -272,10 +327,30 @@ def test_groups_of_shards_that_lie_elsewhere(run, tmp_path):
 def test_what_is_no_run_is_refused(run, tmp_path):
     with pytest.raises(SettingError, match="nowhere: no run of train_upt.py there; give the folder that was its --out"):
         report.main(report.Config(runs=(tmp_path / "nowhere",)))
+    with pytest.raises(SettingError, match="a/manifest.json is a file; give the folder of a run, as .*/a$"):
+        report.main(report.Config(runs=(run / "manifest.json",)))
     broken = shutil.copytree(run, tmp_path / "broken")
     (broken / "rollouts" / "step-000001.jsonl").write_text("{")
     with pytest.raises(ShardError, match="step-000001.jsonl:1: not a JSON record"):
         report.main(report.Config(runs=(broken,)))
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    (b'{"step": 1}\xff', "'utf-8' codec can't decode byte 0xff"),
+    (b'{"step": Infinity}', "its step is None"),
+    (b'{"step": 1e999}', "its step is inf"),
+    (b'{"step": "1"}', "its step is '1'"),
+    (b'{"loss": 1}', "it has no 'step'"),
+    (b"[1]", "list indices"),
+    (b"[" * 100_000, "not JSON"),
+])  # fmt: skip
+def test_a_damaged_log_is_said(tmp_path, line, said):
+    """By whoever reads it, a run that goes on among them."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0, "kl": NaN}\n' + line + b"\n")
+    with pytest.raises(ShardError, match=f"metrics.jsonl:2: a line is no record of a step .*{said}.*; mend the line"):
+        records.steps(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0, "kl": NaN}\n' + line)  # it is being written
+    assert records.steps(tmp_path) == [{"step": 0, "kl": None}]
 
 
 def test_a_run_ends_well_without_its_page(tiny, tmp_path, monkeypatch, capfd):
