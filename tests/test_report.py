@@ -347,7 +347,9 @@ def test_what_is_no_run_is_refused(run, tmp_path):
 def test_a_damaged_log_is_said(tmp_path, line, said):
     """By whoever reads it, a run that goes on among them."""
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0, "kl": NaN}\n' + line + b"\n")
-    with pytest.raises(ShardError, match=f"metrics.jsonl:2: a line is no record of a step .*{said}.*; mend the line"):
+    with pytest.raises(
+        ShardError, match=f"metrics.jsonl: a line is no record of a step .line 2: .*{said}.*; mend the line"
+    ):
         records.steps(tmp_path)
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0, "kl": NaN}\n' + line)  # it is being written
     assert records.steps(tmp_path) == [{"step": 0, "kl": None}]

@@ -82,7 +82,8 @@ def group(run: Path | str, step: int = 0, index: int = 0, uid: str | None = None
     """A group of a run or of a folder of shards: the one at `index` of a step, or the one with a uid."""
     folder, steps = steps_of(run)
     if step not in steps:
-        there = f"there are {shards.shard_path('', min(steps)).stem} to {max(steps):06d}" if steps else "there are none"
+        ends = [shards.shard_path("", at).stem for at in (min(steps), max(steps))] if steps else []
+        there = f"there are {' to '.join(ends)}" if ends else "there are none"
         raise ShardError(f"{shards.shard_path(folder, step)}: no such shard; {there}{suggest_path(run)}")
     path = steps[step]
     groups = shards.read_shard(path)
@@ -258,7 +259,8 @@ def card(uid: str, question: str, choices: Sequence[str] | None, picture: str, b
     options = "".join(f"<li>{isolated(shorter(choice))}</li>" for choice in (choices or ())[:OPTIONS])
     asked = f"<p>{isolated(shorter(question))}</p>" + (f'<ol type="A">{options}</ol>' if options else "")
     left = f"<div>{picture}</div>" if picture else ""
-    right = f"<div><b>{isolated(shorter(uid, SHORT))}</b>{asked}<p>{''.join(isolated(shorter(fact)) for fact in facts)}</p></div>"
+    said = "".join(isolated(shorter(fact)) for fact in facts)
+    right = f"<div><b>{isolated(shorter(uid, SHORT))}</b>{asked}<p>{said}</p></div>"
     return f'<div style="margin:1em 0"><div style="display:flex;gap:1.5em">{left}{right}</div>{body}</div>'
 
 

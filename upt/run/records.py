@@ -38,7 +38,7 @@ def steps(folder: Path) -> list[dict]:
         try:
             rows += [_step(line)] if line.strip() else []
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ShardError(f"{path}:{i}: a line is no record of a step ({in_words(error)}); {fix}") from error
+            raise ShardError(f"{path}: a line is no record of a step (line {i}: {in_words(error)}); {fix}") from error
     return rows
 
 
