@@ -106,6 +106,23 @@ LOOSE = """() => {  // texts that are too long, or whose marks of direction coul
 }"""
 
 
+OUTSIDE = """() => {  // what of a formula can be seen outside of its box
+  const found = new Set();
+  for (const box of document.querySelectorAll(".text, .question")) {
+    box.scrollIntoView({ block: "center" });
+    const of = box.getBoundingClientRect();
+    for (const node of box.querySelectorAll("math, math *")) {
+      const { left, right, top, bottom } = node.getBoundingClientRect();
+      for (const [x, y] of [[left + 1, top + 1], [right - 1, bottom - 1], [(left + right) / 2, (top + bottom) / 2]]) {
+        const isInside = of.left <= x && x <= of.right && of.top <= y && y <= of.bottom;
+        if (!isInside && box.contains(document.elementFromPoint(x, y))) found.add(node.localName);
+      }
+    }
+  }
+  return [...found].sort();
+}"""
+
+
 def test_hostile_text_is_text(run, tmp_path, opened):
     named = "<b onclick=alert(1)> 50%#2? \u202e"
     folder = rewritten(run, tmp_path / named, HOSTILE)
@@ -122,7 +139,7 @@ def test_hostile_text_is_text(run, tmp_path, opened):
         assert card.locator("h3 bdi").first.text_content() == short
         assert card.locator(".facts", has_text="gold").locator("bdi").first.text_content() == short
         assert card.locator(".responses .facts bdi").first.text_content() == short
-        if i not in (4, 6):
+        if i not in (4, 5, 7):
             fields = (".question", ".options li:first-child .text", ".responses .text", "details .text")
             assert [card.locator(field).first.text_content() for field in fields] == [text] * 4
         assert card.locator(".options li").count() == 26 and "and 4 more options" in card.text_content()
@@ -145,15 +162,16 @@ def test_hostile_text_is_text(run, tmp_path, opened):
         details.evaluate("node => node.open = true")
     assert shown.evaluate(LOOSE) == []
     assert shown.locator("main").locator(MARKUP).count() == 0
+    assert shown.evaluate(OUTSIDE) == ["mpadded", "mtext"]
     assert shown.evaluate("document.documentElement.scrollWidth") <= 1200
     # What is long is whole when it is asked for, and folds again.
     fold = cards.first.get_by_role("button", name="all 1,000,000 characters").first
     fold.click()
-    assert len(responses.nth(6).locator(".text").first.text_content()) == 1_000_000
+    assert len(responses.nth(7).locator(".text").first.text_content()) == 1_000_000
     cards.first.get_by_role("button", name="less").click()
-    assert len(responses.nth(6).locator(".text").first.text_content()) < 4000
+    assert len(responses.nth(7).locator(".text").first.text_content()) < 4000
     # A link to a card of such a name leads to it.
-    links = [shown.locator("#cards .card").nth(1 + i).locator("h3 a").get_attribute("href") for i in range(6)]
+    links = [shown.locator("#cards .card").nth(1 + i).locator("h3 a").get_attribute("href") for i in range(7)]
     for link, text in zip(links, texts):
         shown.evaluate("link => (location.hash = link)", link)
         shown.wait_for_timeout(300)
@@ -162,7 +180,7 @@ def test_hostile_text_is_text(run, tmp_path, opened):
 
 def test_hostile_tables_and_names_of_runs(run, tmp_path, opened):
     folder = tmp_path / "ablate"
-    names = [text.replace("/", "|").replace("\x00", "").encode("utf-8", "replace").decode() for text in HOSTILE[:6]]
+    names = [text.replace("/", "|").replace("\x00", "").encode("utf-8", "replace").decode() for text in HOSTILE[:7]]
     for name in names:
         shutil.copytree(run, folder / name / "seed-0")
     cells = [text.replace("|", " ").replace("\u2028", " ").encode("utf-8", "replace").decode() for text in HOSTILE]
@@ -171,23 +189,29 @@ def test_hostile_tables_and_names_of_runs(run, tmp_path, opened):
     shown.locator("#cards .card").first.wait_for()
     assert shown.evaluate(LOOSE) == [] and shown.locator("main").locator(MARKUP).count() == 0
     heads = shown.locator("#head thead").first.locator("bdi").all_text_contents()
-    assert heads[:5] == [" ".join(cell.split()) if i == 5 else cell for i, cell in enumerate(cells[:5])]
+    assert heads[:5] == cells[:5]
     runs = shown.locator("#head tbody").nth(1).locator("th bdi").all_text_contents()
     assert sorted(runs) == sorted(f"{name}/seed-0" if len(name) < 150 else runs[i] for i, name in enumerate(names))
     shown.locator("#run").select_option(index=3)
     shown.wait_for_timeout(300)
     assert shown.locator("#run").input_value() == parts(folder / "report.html")["about"]["runs"][3]["name"]
-    assert shown.title() == "ablate: 6 runs"
+    assert shown.title() == "ablate: 7 runs"
 
 
 def test_latex_can_be_read(run, tmp_path, opened):
     texts = ["so $\\frac{1}{2}$ is \\boxed{\\sqrt{3}}", "a \\boxed{B} and $5 or $6", "\\[x^2\\]", "$\\frac{1$ stays"]
+    money = ["A is $5, B is $7 or 8$ more", "A: $3, B: $4, C: 5$, or $x$", "$2 \\times 3$ and $7$ and $5 or 6$, $y$"]
+    texts += money
     shown = opened(report.main(report.Config(runs=(rewritten(run, tmp_path / "r", texts),))))
     said = shown.locator("#cards .card").first.locator(".responses li > .text")
     said.first.wait_for()
     assert said.nth(0).locator("math mfrac").count() == 1 and said.nth(0).locator(".boxed math msqrt").count() == 1
     assert said.nth(1).text_content() == "a B and $5 or $6" and said.nth(1).locator(".boxed").text_content() == "B"
     assert said.nth(2).locator("math msup").count() == 1 and said.nth(3).text_content() == "$\\frac{1$ stays"
+    # A dollar before a number is money, but where it is plainly a formula.
+    assert [said.nth(i).locator("math").count() for i in (4, 5, 6)] == [0, 1, 3]
+    assert said.nth(4).text_content() == money[0] and said.nth(5).text_content().startswith("A: $3, B: $4, C: 5$, or ")
+    assert "$5 or 6$" in said.nth(6).text_content()
 
 
 def test_groups_are_found(run, tmp_path, opened):
@@ -200,6 +224,8 @@ def test_groups_are_found(run, tmp_path, opened):
             for i, of in enumerate(keys)
         ]
         named.append([group["uid"] for group in groups])
+        judge = {"score": 0.5, "parsed": True, "judgements": [f"Sound reasoning in {step}"]}
+        groups[1]["responses"][2]["judge"] = judge
         shards.write_shard(shards.shard_path(copy / "rollouts", step), groups)
     shown = opened(report.main(report.Config(runs=(copy,))))
 
@@ -220,6 +246,7 @@ def test_groups_are_found(run, tmp_path, opened):
     assert after(lambda: shown.get_by_label("in every step").check()) == ["q02", "q12", "q22"]
     assert after(lambda: shown.locator("#flag").select_option("")) == sum(named, [])
     assert after(lambda: shown.locator("#order").select_option("least agreed first"))[:3] == ["q00", "q10", "q20"]
+    assert after(lambda: shown.locator("#search").fill("sound Reasoning in 2")) == ["q21"]  # what the judge wrote
     assert after(lambda: shown.locator("#search").fill("QUESTION 11")) == ["q11"]
     assert "1 of 9 groups" in shown.locator("#found").text_content()
     # A link to a card leads to it, here and from outside.
@@ -244,12 +271,15 @@ def test_what_changed(run, tmp_path, opened):
         for i, (row, x) in enumerate(zip(scores["rows"], right, strict=True)):
             row["responses"][0] |= {"correct": bool(x), "text": f"{name} {i}", "key": f"{name}-{i}"}
             row["kind"] = "odd" if i % 2 else "even"
+            keys = {"before 0": "yes no", "after 0": "yes yes", "before 3": "yes yes", "after 3": "no maybe"}
+            for response, key in zip(row["responses"][1:], keys.get(f"{name} {i}", "no no").split(), strict=True):
+                response |= {"key": key, "correct": key == "yes"}
         (copy / f"{name}.json").write_text(json.dumps(scores))
     shown = opened(report.main(report.Config(runs=(copy,))))
     answers = shown.locator("#answers .card")
     answers.first.wait_for()
     assert "2 of 4 gained" in shown.locator("#moved").text_content() and answers.count() == 2
-    assert answers.first.locator(".pair .text").all_text_contents()[0] == "before 0"
+    assert answers.first.locator(".pair .text").all_text_contents()[0] == "before 3"
     assert ["✗ wrong", "✓ right"] == answers.first.locator("h4 span").all_text_contents()
     shown.locator("#kind").select_option("odd")
     shown.wait_for_timeout(200)
@@ -259,6 +289,54 @@ def test_what_changed(run, tmp_path, opened):
     assert answers.count() == 1 and "after 1" in answers.first.text_content()
     cells = shown.locator("#kinds tbody tr").first.locator("td").all_text_contents()
     assert cells == ["2", "1", "0", "1", "0"]  # even: questions 0 and 2; gained, lost, missed, kept
+    shown.locator("#kind").select_option("")
+    shown.locator("#move").select_option("gained")
+    shown.wait_for_timeout(200)
+    # The samples of question 0 went from 1 to 2 right, of 2; those of question 3 from 2 to none: it changed more.
+    assert [text[:7] for text in answers.locator(".pair > div:last-child > .text").all_text_contents()] == [
+        "after 3", "after 0",
+    ]  # fmt: skip
+    facts = answers.first.locator(".pair .facts").all_text_contents()
+    assert facts == ["2 samples: 2 × yes\u00a0✓", "2 samples: 1 × no\u00a0✗, 1 × maybe\u00a0✗"]
+    shown.locator("#find").fill("AFTER 0")
+    shown.wait_for_timeout(400)
+    assert answers.count() == 1 and "after 0" in answers.first.text_content()
+    assert "1 of 4 gained; those whose samples changed most come first." in shown.locator("#moved").text_content()
+
+
+def test_answers_without_gold(run, tmp_path, opened):
+    copy = shutil.copytree(run, tmp_path / "r")
+    for name in ("before", "after"):
+        scores = json.loads((copy / f"{name}.json").read_text())
+        for i, row in enumerate(scores["rows"]):
+            row["gold"] = None
+            row["responses"] = [r | {"correct": None, "key": f"{name * (i == 2)}"} for r in row["responses"]]
+        (copy / f"{name}.json").write_text(json.dumps(scores))
+    shown = opened(report.main(report.Config(runs=(copy,))))
+    labels = ["another answer (1)", "the same answer (3)"]
+    assert shown.locator("#move option").all_text_contents() == labels
+    assert shown.locator("#moved").text_content().endswith("before and after training: 1 of 4 another answer.")
+
+
+def test_what_changed_so_far(run, tmp_path, opened):
+    """Of a run in the making: after its last evaluation, and it says which that is."""
+    begun = shutil.copytree(run, tmp_path / "begun")
+    for name in ("summary.json", "after.json"):
+        (begun / name).unlink()
+    shown = opened(report.main(report.Config(runs=(begun,))))
+    heads = shown.locator("#head thead th").all_text_contents()
+    assert heads == ["held out", "questions", "before", "after 2 of 3 steps", "difference"]
+    assert "* fewer than 30" in shown.locator("#head").text_content()
+    assert "before training and after 2 of 3 steps: " in shown.locator("#moved").text_content()
+    titles = shown.locator("#answers .card").first.locator("h4").all_text_contents()
+    assert [title.split(" ✗")[0].split(" ✓")[0] for title in titles] == ["before", "after 2 of 3 steps"]
+    both = opened(report.main(report.Config(runs=(run, begun), out=tmp_path / "both.html")), address="#changed-run=a")
+    options = both.locator("#against option").all_text_contents()
+    assert options[0] == "the same before training" and options[1].endswith("begun, after 2 of 3 steps")
+    shutil.rmtree(begun / "held-out")
+    shown = opened(report.main(report.Config(runs=(begun,))))
+    assert shown.locator("#head thead th").all_text_contents() == ["held out", "questions", "before"]
+    assert "Those after training come when it has ended." in shown.locator("#head").text_content()
 
 
 def test_curves_show_their_values(run, opened):
@@ -335,12 +413,25 @@ def test_what_is_looked_at_stays_over_loading_again(run, tmp_path, opened):
     ("#run=none&step=1", "to the run none, which is not here"),
 ])  # fmt: skip
 def test_a_link_to_what_is_not_there_says_so(run, opened, address, said):
-    shown = opened(run / "report.html", address=address)
-    assert f"This link is {said}" in shown.locator("#found").text_content()
-    assert shown.locator("#cards .card").count() == 0
-    shown.locator("#step").fill("1")
+    leave = {
+        "slider": (lambda: shown.locator("#step").fill("1"), 3),
+        "search": (lambda: shown.locator("#search").fill("?"), 3),
+        "every step": (lambda: shown.get_by_label("in every step").check(), 9),
+    }
+    for choose, count in leave.values():
+        shown = opened(run / "report.html", address=address)
+        assert f"This link is {said}" in shown.locator("#found").text_content()
+        assert shown.locator("#cards .card").count() == 0
+        choose()
+        shown.wait_for_timeout(400)
+        assert shown.locator("#cards .card").count() == count
+        assert "This link" not in shown.locator("#found").text_content()
+
+
+def test_a_link_to_a_part_of_the_page(run, opened):
+    shown = opened(run / "report.html", address="#changed")
     shown.wait_for_timeout(300)
-    assert shown.locator("#cards .card").count() == 3 and "This link" not in shown.locator("#found").text_content()
+    assert abs(shown.locator("#changed").bounding_box()["y"]) < 30
 
 
 def test_groups_that_are_not_there_any_more(run, tmp_path, opened):
@@ -369,7 +460,7 @@ def test_what_cannot_be_unpacked_is_said(run, tmp_path, browser, opened):
     old = context.new_page()
     old.goto((run / "report.html").as_uri())
     old.wait_for_selector("html[data-ready]")
-    assert "this browser is too old; Chrome and Edge 80, Firefox 113" in old.locator("#cards").text_content()
+    assert "this browser is too old; Chrome and Edge 109, Firefox 113" in old.locator("#cards").text_content()
     # Half of the file, and no JavaScript at all.
     broken.write_text(text[: len(text) // 2])
     old.goto(broken.as_uri())
@@ -427,6 +518,7 @@ def test_runs_beside_each_other(run, tmp_path, opened):
         scores = json.loads((copy / "after.json").read_text())
         for j, row in enumerate(scores["rows"]):
             row["responses"][0] |= {"text": f"{name} says {j}", "correct": j < i}
+            row["question"] += "!" * (i == 2 and j == 3)  # another question of the same name
         (copy / "after.json").write_text(json.dumps(scores))
     shown = opened(report.main(report.Config(runs=(folder,))))
     chart = shown.locator("#plots figure").filter(has=shown.locator("figcaption", has_text="entropy, nats"))
@@ -448,19 +540,100 @@ def test_runs_beside_each_other(run, tmp_path, opened):
     assert heads == ["majority/seed-1 ✗ wrong", "random/seed-1 ✓ right"]
     said = shown.locator("#moved").text_content()
     assert "changed-run=random" in shown.url and "after one run and after the other: 2 of 4 gained" in said
+    shown.locator("#against").select_option("random/seed-0")
+    shown.wait_for_timeout(300)
+    assert " of 3 gained" in shown.locator("#moved").text_content()  # the fourth is another question there
     shown.locator("#run").select_option("random/seed-0")
     shown.wait_for_timeout(300)
     assert shown.locator("#cards h3 a").first.get_attribute("href").startswith("#run=random%2Fseed-0&")
 
 
+def test_a_click_on_a_curve_leads_to_the_groups_of_its_run(run, tmp_path, opened):
+    """The nearest run of those that have the step; of two runs the other one has made but two of the three steps."""
+    for i, (name, steps) in enumerate({"long": 3, "short": 2, "top": 3}.items()):
+        copy = shutil.copytree(run, tmp_path / "x" / name)
+        rows = [json.loads(line) | {"entropy": float(i)} for line in (run / "metrics.jsonl").read_text().splitlines()]
+        (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:steps]))
+        for step in range(steps, 3):
+            shards.shard_path(copy / "rollouts", step).unlink()
+    shown = opened(report.main(report.Config(runs=(tmp_path / "x",))), address="#run=short")
+    chart = shown.locator("#plots figure").filter(has=shown.locator("figcaption", has_text="entropy, nats"))
+    over = chart.locator(".u-over")
+    size = over.bounding_box()
+    for x, y, name, step in (
+        (1, 0.5, "short", 1),
+        (0.98, 0.98, "long", 3),
+        (0.98, 0.02, "top", 3),
+        (0.98, 0.4, "top", 3),
+    ):
+        over.scroll_into_view_if_needed()
+        over.click(position={"x": max(2, size["width"] * x - (size["width"] - 2) * (x == 1)), "y": size["height"] * y})
+        shown.wait_for_timeout(300)
+        assert (shown.locator("#run").input_value(), shown.locator("#stepped").text_content()) == (name, f"{step} of 3")
+        assert shown.locator("#cards .card").count() == 3
+
+
+def test_names_that_are_long_unfold(run, tmp_path, opened):
+    names = ["judged(t_h=.9,t_l=.3)-dr-grpo-max-share-0.875-questions-per-step-64" + end for end in ("", "-b")]
+    for name in names:
+        shutil.copytree(run, tmp_path / "x" / name)
+    shown = opened(report.main(report.Config(runs=(tmp_path / "x",))))
+    shown.locator("#against").select_option(names[1])
+    shown.wait_for_timeout(300)
+    head = shown.locator("#answers .card").first.locator("h4").first
+    assert names[1] not in head.text_content()
+    head.get_by_role("button").click()
+    assert names[1] in head.text_content()
+
+
+def test_a_comparison_that_grows(run, tmp_path, opened):
+    """What is looked at and unfolded stays that of its run, though another one comes before it."""
+    folder = tmp_path / "ablate"
+    for name in ("majority/seed-0", "majority/seed-1"):
+        shutil.copytree(run, folder / name)
+    config = report.Config(runs=(folder,), out=folder / "report.html", watch=True, every=3600)
+    with locking.holding(folder):
+        report.make(config)
+        shown = opened(folder / "report.html")
+        shown.locator("#run").select_option("majority/seed-1")
+        shown.locator("#head details", has_text="majority/seed-1").locator("summary").click()
+        shutil.copytree(run, folder / "alike/seed-0")
+        report.make(config)
+    shown.evaluate("() => (remember(), location.reload())")
+    shown.wait_for_selector("html[data-ready]")
+    assert shown.locator("#run option").count() == 3 and shown.locator("#run").input_value() == "majority/seed-1"
+    assert shown.locator("#head details[open] summary").all_text_contents() == ["majority/seed-1"]
+
+
+def test_a_run_of_one_step_has_points(run, tmp_path, opened):
+    begun = shutil.copytree(run, tmp_path / "begun")
+    first, *_ = (begun / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (begun / "metrics.jsonl").write_text(first)
+    shown = opened(report.main(report.Config(runs=(begun,))))
+    drawn = shown.evaluate("""() => {  // pixels of the line's colour
+      const figures = [...document.querySelectorAll("#plots figure")];
+      const canvas = figures.find((node) => node.textContent.startsWith("entropy")).querySelector("canvas");
+      const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+      let count = 0;
+      for (let i = 0; i < data.length; i += 4)
+        if (data[i] === 0x09 && data[i + 1] === 0x69 && data[i + 2] === 0xda && data[i + 3] === 255) count++;
+      return count;
+    }""")
+    assert drawn >= 10
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
-def test_it_can_be_used_by_all(run, opened, width, scheme):
+def test_it_can_be_used_by_all(run, tmp_path, opened, width, scheme):
     axe = extra("axe_playwright_python.sync_playwright")
-    shown = opened(run / "report.html", width, scheme)
+    long = " + ".join(f"a_{{{i}}}" for i in range(100))
+    copy = rewritten(run, tmp_path / "r", [f"so \\[{long}\\] ends", f"so ${long}$ ends", "\\boxed{" + long + "}"])
+    shown = opened(report.main(report.Config(runs=(copy,))), width, scheme)
     shown.locator("#cards .card").first.wait_for()
     shown.locator("#answers .card").first.wait_for()
     found = axe.Axe().run(shown).response["violations"]
     assert [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in ("serious", "critical")] == []
+    box = shown.locator("#cards .text").first  # which is scrolled by itself
+    assert box.evaluate("node => node.scrollWidth > node.clientWidth && node.tabIndex === 0")
     assert shown.evaluate("document.documentElement.scrollWidth") <= width
 
 
@@ -496,6 +669,7 @@ def test_ten_thousand_groups_open_at_once(run, tmp_path, opened):
     shown.locator("#cards .card").first.wait_for()
     assert "500 of 500 groups" in shown.locator("#found").text_content()
     assert shown.locator("#cards .card").count() == 20
+    assert sorted(shown.evaluate("() => [...unpacked.keys()]")) == ["answers-0", "groups-0-19"]  # the rest stays packed
     open_in, start = time.monotonic() - start, time.monotonic()
     shown.get_by_label("in every step").check()
     shown.locator("#search").fill("word7-99")
