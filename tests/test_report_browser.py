@@ -627,15 +627,21 @@ def test_a_run_of_one_step_has_points(run, tmp_path, opened):
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
 def test_it_can_be_used_by_all(run, tmp_path, opened, width, scheme):
     axe = extra("axe_playwright_python.sync_playwright")
-    long = " + ".join(f"a_{{{i}}}" for i in range(100))
-    copy = rewritten(run, tmp_path / "r", [f"so \\[{long}\\] ends", f"so ${long}$ ends", "\\boxed{" + long + "}"])
+    copy = shutil.copytree(run, tmp_path / "r")
+    long = " + ".join(f"a_{{{i}}}" for i in range(width // 15))  # a formula, which does not wrap
+    group = group_of(("7",), text=f"so \\[{long}\\] ends", question=f"${long}$", choices=["\\boxed{" + long + "}"])
+    shards.write_shard(shards.shard_path(copy / "rollouts", 2), [group])
+    before = json.loads((copy / "before.json").read_text())
+    before["rows"][0]["kind"] = "kind " * 30
+    (copy / "before.json").write_text(json.dumps(before))
     shown = opened(report.main(report.Config(runs=(copy,))), width, scheme)
     shown.locator("#cards .card").first.wait_for()
     shown.locator("#answers .card").first.wait_for()
     found = axe.Axe().run(shown).response["violations"]
     assert [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in ("serious", "critical")] == []
-    box = shown.locator("#cards .text").first  # which is scrolled by itself
-    assert box.evaluate("node => node.scrollWidth > node.clientWidth && node.tabIndex === 0")
+    boxes = shown.locator("#cards .text, #cards .question")  # which are scrolled by themselves
+    assert boxes.count() == 3
+    assert all(box.evaluate("node => node.scrollWidth > node.clientWidth && !node.tabIndex") for box in boxes.all())
     assert shown.evaluate("document.documentElement.scrollWidth") <= width
 
 
