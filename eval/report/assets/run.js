@@ -62,8 +62,8 @@ function severalRuns() {
     const c = run.config;
     const alarmed = Object.keys(run.alarms).length || "–";
     const asked = run.table[0]?.questions;
-    const facts = [run.name, c.reward, c.advantage, c.seed, run.state, duration(total(run.seconds))];
-    return [...facts, asked, ...scores, alarmed];
+    const settings = [run.name, c.reward, c.advantage, c.seed];
+    return [...settings, run.state, duration(total(run.seconds)), asked, ...scores, alarmed];
   });
   const names = [
     "run",
