@@ -159,7 +159,7 @@ test-trl: $(READY)  ## our rewards in TRL, and the example; installs TRL
 
 test-extras: $(READY)  ## the page on a run in headless Chromium, which has to be there, trackers, notebooks; installs what they take
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-extras.txt
-	EXTRAS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_report.py tests/test_tracking.py tests/test_notebooks.py$(MORE)
+	EXTRAS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_report.py tests/test_report_browser.py tests/test_tracking.py tests/test_notebooks.py$(MORE)
 
 lint: $(READY)  ## ruff, check and format
 	$(PY) -m ruff check $(CODE)

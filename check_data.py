@@ -114,10 +114,10 @@ def examples(questions: "data.Questions") -> list["data.Question"]:
 
 def page(name: str, said: list[str], found: list["data.Question"]) -> str:
     """Some questions and what was said of their set, as HTML."""
-    cards = [
-        show.card(q.uid, q.question, q.choices, show.embedded(q.image), "", f"gold: {q.gold}" if q.gold else "no gold")
-        for q in found
-    ]
+    cards = []
+    for q in found:
+        gold = ("gold: ", q.gold) if q.gold else ("no gold",)
+        cards.append(show.card(q.uid, q.question, q.choices, show.embedded(q.image), "", gold))
     return show.page(name, said, cards)
 
 

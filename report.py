@@ -18,6 +18,7 @@ from typing import Annotated
 import tyro
 
 from eval import report
+from upt import show
 from upt.errors import SettingError
 from upt.files import check_file
 from upt.ranges import Count
@@ -40,12 +41,12 @@ class Config(Typed):
     """seconds between two pages of --watch"""
 
 
-def wait(config: Config) -> list[Path]:
-    """The folders of the runs, once there are some in each path."""
+def wait(config: Config) -> dict[Path, str]:
+    """The runs, {folder: name}, once there are some in each path."""
     said = None
     while True:
         try:
-            return [folder for path in config.runs for folder in report.collect.runs_in(path)]
+            return report.collect.named(config.runs)
         except SettingError as error:
             if not config.watch:
                 raise
@@ -57,24 +58,29 @@ def wait(config: Config) -> list[Path]:
 
 def make(config: Config) -> bool:
     """Write the page; whether a process still works on one of its runs."""
-    folders = wait(config)
+    runs = wait(config)
     tables = [table for path in config.runs for table in report.collect.tables_in(path)]
-    running = [folder for folder in folders if is_held(folder)]
-    going = bool(running) or any(map(is_held, config.runs))  # a comparison, or rounds, may be between two runs
+    running = [run for run in runs if is_held(run)]
+    between = {*config.runs, *map(report.collect.whole, runs)}  # a comparison, or rounds, may be between two runs
+    going = bool(running) or any(map(is_held, between))
     refresh = config.every if config.watch and going else 0
-    report.page.write(folders, config.out, config.embed, refresh, tables, running)
+    title = report.collect.title(config.runs, runs)
+    report.page.write(runs, config.out, title, config.embed, refresh, tables, running)
     return going
 
 
 def main(config: Config) -> Path:
     """Write the page and return where it is."""
     config = replace(config)
+    for path in config.runs:
+        if path.is_file():
+            raise SettingError(f"{path} is a file; give the folder of a run, as {path.parent}")
     config.out = config.out or report.page.place(config.runs)
     check_file(config.out)
     while make(config) and config.watch:
-        print(f"{config.out}: as of {time.strftime('%H:%M:%S')}")
+        print(show.printable(f"{config.out}: as of {time.strftime('%H:%M:%S')}"))
         time.sleep(config.every)
-    print(f"the page is {config.out}, {config.out.stat().st_size / 1e6:.1f} MB")
+    print(show.printable(f"the page is {config.out}, {config.out.stat().st_size / 1e6:.1f} MB"))
     return config.out
 
 

@@ -16,6 +16,7 @@ from eval.benchmark import NAMES, Benchmark, Question, benchmark, folder_of
 from eval.run import respond, select
 from upt.errors import SettingError, suggest
 from upt.files import known_json, write_whole
+from upt.run import records
 from upt.run.settings import Rollout
 from upt.run.team import ALONE, Team
 
@@ -82,7 +83,7 @@ class Followed:
             with clock("benchmarks"):
                 end = self(policy, config, check)
             self.team.once(write_whole, path, [json.dumps(end).encode()])
-        for row in map(json.loads, (config.out / "metrics.jsonl").read_text().splitlines()):
+        for row in records.steps(config.out):
             if "benchmarks" in row:
                 seen[str(row["step"])] = row["benchmarks"]
         seen["end"] = end

@@ -112,3 +112,15 @@ def caches(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return home
+
+
+@pytest.fixture(scope="session")
+def run(tiny, tmp_path_factory):
+    """A finished run of three steps; the second was scored."""
+    import train_upt
+
+    folder = tmp_path_factory.mktemp("report") / "runs" / "a"
+    settings = {"steps": 3, "questions_per_step": 3, "group_size": 4, "max_new_tokens": 6, "reward": "random"}
+    settings |= {"eval_questions": 4, "eval_samples": 2, "eval_every": 2, "lora_rank": 2, "lora_alpha": 4}
+    train_upt.main(train_upt.Config(model=tiny, out=folder, seed=0, device="cpu", **settings))
+    return folder

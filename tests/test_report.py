@@ -1,4 +1,4 @@
-"""The page on a run: what is taken from its files, worked out by hand; and the page itself in a browser."""
+"""The page on a run: what is taken from its files, worked out by hand. In a browser: test_report_browser.py."""
 
 import base64
 import gzip
@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import time
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -17,12 +16,11 @@ from PIL import Image
 import report
 import train_upt
 from eval.report import collect, page
-from tests.extras import extra, missing
 from tests.test_shards import make_group
 from upt.errors import SettingError, ShardError
 from upt.groups import shards
-from upt.groups.shards import open_image, save_image
-from upt.run import locking
+from upt.groups.shards import open_image
+from upt.run import locking, records
 
 HOSTILE = [
     "<script>document.title = 'taken'</script>",
@@ -30,6 +28,7 @@ HOSTILE = [
     "<img src=x onerror=\"document.title = 'taken'\"> <svg onload=\"document.title='taken'\">",
     "<!--<script> javascript:document.title='taken' &lt;b&gt; \\href{javascript:document.title='taken'}{x}",
     "$\\href{javascript:document.title='taken'}{x}$ \\(\\htmlData{a=b}{c}\\) $\\def\\a{\\a\\a}\\a$ $\\frac{1}{$",
+    "$\\raisebox{20em}{FAKE}$ $\\smash{\\rule{9em}{9em}}$",
     "\u202eright to left\u202c \u2066\u2067 \x00 \ud800 \u2028 ' \" `",
     "x" * 1_000_000,
 ]
@@ -106,16 +105,6 @@ def test_tables_of_a_comparison(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- of a run
 
 
-@pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory) -> Path:
-    """A finished run of three steps; the second was scored."""
-    folder = tmp_path_factory.mktemp("report") / "runs" / "a"
-    settings = {"steps": 3, "questions_per_step": 3, "group_size": 4, "max_new_tokens": 6, "reward": "random"}
-    settings |= {"eval_questions": 4, "eval_samples": 2, "eval_every": 2, "lora_rank": 2, "lora_alpha": 4}
-    train_upt.main(train_upt.Config(model=tiny, out=folder, seed=0, device="cpu", **settings))
-    return folder
-
-
 def parts(path: Path) -> dict:
     """What lies in the page, by name."""
     found = {}
@@ -137,6 +126,12 @@ def test_the_page_is_made_with_the_run_and_holds_all_of_it(run):
     assert [step for step, _ in about["held_out"]["mean"]] == [0, 2, 3]
     summary = json.loads((run / "summary.json").read_text())
     assert about["table"][0]["before"].startswith(f"{100 * summary['before']['greedy']['value']:.1f} [")
+    assert {row["questions"] for row in about["table"]} == {"4*"}
+    assert about["after"] == "after" and about["note_on_scores"].startswith("* fewer than 30: ")
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert about["versions"].items() <= manifest["versions"].items() and "torch" in about["versions"]
+    begun = time.localtime((run / "manifest.json").stat().st_mtime)
+    assert about["begun"] == time.strftime("%Y-%m-%d %H:%M", begun)
     for step in range(3):
         (path,) = (p for p in shards.list_shards(run / "rollouts") if p.stem == f"step-{step:06d}")
         groups = shards.read_shard(path)
@@ -161,13 +156,18 @@ def test_a_run_in_the_making_and_one_without_held_out_scores(run, tmp_path):
     assert (about["state"], about["finished"], about["parts"]) == ("stopped after step 2 of 3", False, [0, 1])
     assert about["command"].startswith("python train_upt.py --resume --out ")
     train_upt.prepare(train_upt.Config(resume=True, out=begun))  # which is taken, whatever the settings were
-    assert "difference" not in about["table"][0]
+    # The last evaluation is the one after two steps, which is said.
+    assert about["after"] == "after 2 of 3 steps" and "difference" in about["table"][0]
     rows = json.loads((begun / "held-out" / "step-000002.json").read_text())["rows"]
     assert [row["after"] for row in found["answers-0"]] == [row["responses"] for row in rows]
     for path in (begun / "before.json", *(begun / "held-out").glob("*.json")):
         path.unlink()
     found = parts(report.main(report.Config(runs=(begun,))))
-    assert found["answers-0"] == [] and found["about"]["runs"][0]["table"] == []
+    (about,) = found["about"]["runs"]
+    assert found["answers-0"] == [] and about["table"] == [] and about["after"] == ""
+    shutil.copy(run / "before.json", begun)
+    (about,) = parts(report.main(report.Config(runs=(begun,))))["about"]["runs"]
+    assert about["table"][0]["before"] and "after" not in about["table"][0] and about["after"] == ""
 
 
 def test_several_runs_and_a_folder_of_runs(run, tmp_path):
@@ -177,8 +177,8 @@ def test_several_runs_and_a_folder_of_runs(run, tmp_path):
     made = report.main(report.Config(runs=(folder,)))
     assert made == folder / "report.html"
     about = parts(made)["about"]["runs"]
-    assert [one["name"] for one in about] == ["seed-0", "seed-1"]
-    assert [one["variant"] for one in about] == ["random", "random"]
+    assert [one["name"] for one in about] == ["majority/seed-0", "majority/seed-1"]
+    assert [one["variant"] for one in about] == ["majority", "majority"]
     with locking.holding(folder):  # a comparison that is between two runs
         assert report.make(report.Config(runs=(folder,), out=made, watch=True))
     assert not report.make(report.Config(runs=(folder,), out=made, watch=True))
@@ -186,6 +186,48 @@ def test_several_runs_and_a_folder_of_runs(run, tmp_path):
     found = parts(both)
     assert len(found["about"]["runs"]) == 2 and "groups-1-2" in found
     assert (both.parent / found["groups-0-0"][0]["image"]).is_file()
+
+
+def test_runs_of_every_kind_in_a_folder(run, tmp_path):
+    """Beside each other: a run, one in rounds, seeds of a comparison, and what is none."""
+    many = tmp_path / "many"
+    kinds = ["evolve/round-01/run", "evolve/round-02/run", "majority/seed-0", "majority/seed-1", "plain"]
+    for name in kinds:
+        shutil.copytree(run, many / name)
+    shutil.copy(run / "manifest.json", many / "evolve")
+    (many / "nothing" / "seed-0").mkdir(parents=True)
+    assert collect.runs_in(many) == [many / name for name in kinds]
+    assert [*collect.named([many]).values()] == kinds
+    with locking.holding(many / "evolve"):  # rounds that are between two of them
+        assert report.make(report.Config(runs=(many,), out=many / "report.html"))
+
+
+def test_a_run_keeps_its_name_while_others_come(run, tmp_path, monkeypatch):
+    folder = tmp_path / "ablate"
+    shutil.copytree(run, folder / "majority/seed-0")
+    first = {folder / "majority/seed-0": "majority/seed-0"}
+    assert collect.named([folder]) == first and collect.title([folder], first) == "ablate: 1 run"
+    for name in ("majority/seed-1", "random/seed-0"):
+        shutil.copytree(run, folder / name)
+        found = collect.named([folder])
+        assert first.items() <= found.items() and found[folder / name] == name
+    assert collect.named([folder / "random/seed-0", run]).keys() == {folder / "random/seed-0", run}
+    monkeypatch.chdir(folder / "random")
+    alone = folder / "random/seed-0"
+    assert collect.named([Path("seed-0")]) == {alone: "seed-0"}
+    monkeypatch.chdir(alone)
+    assert collect.named([Path(".")]) == {alone: "seed-0"} and collect.title([Path(".")], {alone: ""}) == "seed-0"
+
+
+def test_names_of_folders_that_are_no_text(run, tmp_path, capsys):
+    other = Path(os.fsdecode(os.fsencode(tmp_path) + b"/x\xff"))
+    shutil.copytree(run, other)
+    shutil.copytree(run, tmp_path / "y")
+    found = parts(report.main(report.Config(runs=(tmp_path,))))
+    assert [one["name"] for one in found["about"]["runs"]] == ["x\\xff", "y"]
+    assert found["groups-0-0"][0]["image"].startswith("x%FF/rollouts/images/")
+    made = report.main(report.Config(runs=(other,)))
+    assert made == other / "report.html" and "x\\udcff/report.html" in capsys.readouterr().out
 
 
 def test_pictures_in_the_page(run, tmp_path):
@@ -263,7 +305,7 @@ def test_a_run_that_stops_early_and_rounds_have_their_page(run, tmp_path):
     assert runs[1]["command"].endswith("/rounds")  # all of them go on, not the round alone
 
 
-def test_groups_of_shards_that_lie_elsewhere(run, tmp_path, opened):
+def test_groups_of_shards_that_lie_elsewhere(run, tmp_path):
     """Of a run --from-shards: its own folder has none."""
     store = shutil.copytree(run / "rollouts", tmp_path / "runs" / "store")
     copy = shutil.copytree(run, tmp_path / "runs" / "r")
@@ -279,18 +321,37 @@ def test_groups_of_shards_that_lie_elsewhere(run, tmp_path, opened):
         assert [group["uid"] for group in found[f"groups-0-{step}"]] == uids
     assert (made.parent / found["groups-0-0"][0]["image"]).is_file()
     shutil.rmtree(store)
-    shown = opened(report.main(report.Config(runs=(copy,))))
-    assert "those of runs/store, which is not there any more" in shown.locator("#note").text_content()
-    assert "No groups yet" not in shown.locator("#groups").text_content()
+    (about,) = parts(report.main(report.Config(runs=(copy,))))["about"]["runs"]
+    assert "those of runs/store, which is not there any more" in about["note"] and about["parts"] == []
 
 
 def test_what_is_no_run_is_refused(run, tmp_path):
     with pytest.raises(SettingError, match="nowhere: no run of train_upt.py there; give the folder that was its --out"):
         report.main(report.Config(runs=(tmp_path / "nowhere",)))
+    with pytest.raises(SettingError, match="a/manifest.json is a file; give the folder of a run, as .*/a$"):
+        report.main(report.Config(runs=(run / "manifest.json",)))
     broken = shutil.copytree(run, tmp_path / "broken")
     (broken / "rollouts" / "step-000001.jsonl").write_text("{")
     with pytest.raises(ShardError, match="step-000001.jsonl:1: not a JSON record"):
         report.main(report.Config(runs=(broken,)))
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    (b'{"step": 1}\xff', "'utf-8' codec can't decode byte 0xff"),
+    (b'{"step": Infinity}', "its step is None"),
+    (b'{"step": 1e999}', "its step is inf"),
+    (b'{"step": "1"}', "its step is '1'"),
+    (b'{"loss": 1}', "it has no 'step'"),
+    (b"[1]", "list indices"),
+    (b"[" * 100_000, "not JSON"),
+])  # fmt: skip
+def test_a_damaged_log_is_said(tmp_path, line, said):
+    """By whoever reads it, a run that goes on among them."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0, "kl": NaN}\n' + line + b"\n")
+    with pytest.raises(ShardError, match=f"metrics.jsonl: a line is no record of a step .line 2: .*{said}.*; mend"):
+        records.steps(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0, "kl": NaN}\n' + line)  # it is being written
+    assert records.steps(tmp_path) == [{"step": 0, "kl": None}]
 
 
 def test_a_run_ends_well_without_its_page(tiny, tmp_path, monkeypatch, capfd):
@@ -302,479 +363,3 @@ def test_a_run_ends_well_without_its_page(tiny, tmp_path, monkeypatch, capfd):
     train_upt.main(train_upt.Config(model=tiny, out=tmp_path / "r", device="cpu", **settings))
     assert (tmp_path / "r" / "summary.json").is_file()
     assert "no page on the run: report.html" in capfd.readouterr().err
-
-
-# --------------------------------------------------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium, by Playwright: `make test-extras` installs it."""
-    api = extra("playwright.sync_api")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        missing("no Chromium")
-    with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def opened(browser):
-    """From a file to its page in the browser; nothing may go wrong in it, and it may ask nothing of anybody."""
-    contexts, wrong = [], []
-
-    def go(path: Path, width: int = 1200, scheme: str = "light", address: str = ""):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        shown = context.new_page()
-        shown.on("pageerror", lambda error: wrong.append(str(error)))
-        shown.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
-        shown.on(
-            "request", lambda asked: wrong.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None
-        )
-        shown.goto(path.absolute().as_uri() + address)
-        shown.wait_for_selector("html[data-ready]")
-        return shown
-
-    yield go
-    for context in contexts:
-        context.close()
-    assert wrong == []
-
-
-def rewritten(run: Path, folder: Path, texts: list[str]) -> Path:
-    """A copy of a run that has these texts wherever models, data and settings put any: in its last groups and its
-    held-out questions one text each, and all of them as the first group's responses."""
-    copy = shutil.copytree(run, folder)
-    path = shards.shard_path(copy / "rollouts", 2)
-    first, *_ = shards.read_shard(path)
-    whole = [
-        {"text": text, "key": text, "judge": {"score": None, "parsed": False, "judgements": [text]}} for text in texts
-    ]
-    responses = [first["responses"][0] | said for said in whole]
-    groups = [first | {"responses": responses}]
-    for response, text in zip(responses, texts):
-        asked = {"uid": text, "question": text, "choices": [text] * 30, "gold": text}
-        groups.append(first | asked | {"responses": [response]})
-    shards.write_shard(path, groups)
-    for name in ("before", "after"):
-        scores = json.loads((copy / f"{name}.json").read_text())
-        row = scores["rows"][0]
-        said = [row["responses"][0] | {"text": text, "key": text, "correct": name == "after"} for text in texts]
-        asked = [{"uid": text, "question": text, "kind": text, "gold": text, "choices": [text]} for text in texts]
-        scores["rows"] = [row | {"responses": [r] + said} | of for r, of in zip(said, asked)]
-        (copy / f"{name}.json").write_text(json.dumps(scores))
-    manifest = json.loads((copy / "manifest.json").read_text())
-    names = ("model", "adapter", "init_adapter", "quantize", "data", "reward", "advantage")
-    manifest["config"] |= dict(zip(names, texts))
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    return copy
-
-
-MARKUP = "script, [onerror], [onload], [onclick], svg, iframe, [href^=javascript], [data-a]"
-LOOSE = """() => {  // texts that are too long, or whose marks of direction could reach what follows
-  const walk = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT), found = [];
-  while (walk.nextNode()) {
-    const text = walk.currentNode.data, parent = walk.currentNode.parentElement;
-    const box = parent.closest("bdi, [dir=auto]");
-    const isolated = box && ["isolate", "plaintext"].includes(getComputedStyle(box).unicodeBidi);
-    if (text.length > 3010) found.push(`${text.length} characters in ${parent.outerHTML.slice(0, 80)}`);
-    if (/[\u202a-\u202e\u2066-\u2069]/.test(text) && !isolated) found.push(parent.outerHTML.slice(0, 80));
-  }
-  for (const node of document.querySelectorAll("[aria-label], [alt], [title], option")) {
-    const said = ["aria-label", "alt", "title"].map((name) => node.getAttribute(name) || "");
-    if (node.localName === "option") said.push(node.textContent);
-    const isLoose = (text) => text.length > 310 || /[\u202a-\u202e\u2066-\u2069]/.test(text);
-    found.push(...said.filter(isLoose).map((text) => `${text.length}: ${text.slice(0, 60)}`));
-  }
-  return found;
-}"""
-
-
-def test_hostile_text_is_text(run, tmp_path, opened):
-    named = "<b onclick=alert(1)> 50%#2? \u202e"
-    folder = rewritten(run, tmp_path / named, HOSTILE)
-    shown = opened(report.main(report.Config(runs=(folder,))))
-    cards, texts = shown.locator("#cards .card"), HOSTILE
-    cards.first.wait_for()
-    assert cards.count() == 1 + len(HOSTILE)
-    responses = cards.first.locator(".responses li")
-    for i, text in enumerate(texts[:4]):
-        assert responses.nth(i).locator(".text").first.text_content() == text
-    # In each field of a group, what is no LaTeX stands as it is, if shortened.
-    for i, text in enumerate(texts):
-        card, short = cards.nth(1 + i), text if len(text) <= 160 else text[:80] + " … " + text[-80:]
-        assert card.locator("h3 bdi").first.text_content() == short
-        assert card.locator(".facts", has_text="gold").locator("bdi").first.text_content() == short
-        assert card.locator(".responses .facts bdi").first.text_content() == short
-        if i not in (4, 6):
-            fields = (".question", ".options li:first-child .text", ".responses .text", "details .text")
-            assert [card.locator(field).first.text_content() for field in fields] == [text] * 4
-        assert card.locator(".options li").count() == 26 and "and 4 more options" in card.text_content()
-    shown.locator("#cards img").first.scroll_into_view_if_needed()
-    shown.wait_for_timeout(500)
-    assert shown.locator("#cards img").first.evaluate("image => image.naturalWidth") > 0
-    assert shown.title() == named and shown.locator("h1 bdi").text_content() == named
-    facts = shown.locator("#head td bdi").all_text_contents()
-    assert texts[0] in facts[0] and texts[4] == facts[1]
-    for move in ("gained", "lost"):  # the held-out questions, all of which were gained
-        shown.locator("#move").select_option(move)
-        shown.wait_for_timeout(200)
-        assert shown.locator("#answers .card").count() == len(HOSTILE) * (move == "gained")
-        if move == "gained":
-            tags = shown.locator("#answers .card .tag:last-child").all_text_contents()
-            assert {*texts[:2]} <= {*tags} and max(map(len, tags)) < 150
-    shown.locator("#move").select_option("gained")
-    shown.wait_for_timeout(200)
-    for details in shown.locator("details").all():
-        details.evaluate("node => node.open = true")
-    assert shown.evaluate(LOOSE) == []
-    assert shown.locator("main").locator(MARKUP).count() == 0
-    assert shown.evaluate("document.documentElement.scrollWidth") <= 1200
-    # What is long is whole when it is asked for, and folds again.
-    fold = cards.first.get_by_role("button", name="all 1,000,000 characters").first
-    fold.click()
-    assert len(responses.nth(6).locator(".text").first.text_content()) == 1_000_000
-    cards.first.get_by_role("button", name="less").click()
-    assert len(responses.nth(6).locator(".text").first.text_content()) < 4000
-    # A link to a card of such a name leads to it.
-    links = [shown.locator("#cards .card").nth(1 + i).locator("h3 a").get_attribute("href") for i in range(6)]
-    for link, text in zip(links, texts):
-        shown.evaluate("link => (location.hash = link)", link)
-        shown.wait_for_timeout(300)
-        assert shown.locator("#cards h3 bdi").first.text_content() == text
-
-
-def test_hostile_tables_and_names_of_runs(run, tmp_path, opened):
-    folder = tmp_path / "ablate"
-    names = [text.replace("/", "|").replace("\x00", "").encode("utf-8", "replace").decode() for text in HOSTILE[:6]]
-    for name in names:
-        shutil.copytree(run, folder / name / "seed-0")
-    cells = [text.replace("|", " ").replace("\u2028", " ").encode("utf-8", "replace").decode() for text in HOSTILE]
-    (folder / "table.md").write_text(f"## {cells[0]}\n| {' | '.join(cells)} |\n| {' | '.join(cells)} |\n")
-    shown = opened(report.main(report.Config(runs=(folder,))))
-    shown.locator("#cards .card").first.wait_for()
-    assert shown.evaluate(LOOSE) == [] and shown.locator("main").locator(MARKUP).count() == 0
-    heads = shown.locator("#head thead").first.locator("bdi").all_text_contents()
-    assert heads[:5] == [" ".join(cell.split()) if i == 5 else cell for i, cell in enumerate(cells[:5])]
-    runs = shown.locator("#head tbody").nth(1).locator("th bdi").all_text_contents()
-    assert sorted(runs) == sorted(f"{name}/seed-0" if len(name) < 150 else runs[i] for i, name in enumerate(names))
-    shown.locator("#run").select_option(index=3)
-    shown.wait_for_timeout(300)
-    assert shown.locator("#run").input_value() == parts(folder / "report.html")["about"]["runs"][3]["name"]
-    assert shown.title() == "ablate: 6 runs"
-
-
-def test_latex_can_be_read(run, tmp_path, opened):
-    texts = ["so $\\frac{1}{2}$ is \\boxed{\\sqrt{3}}", "a \\boxed{B} and $5 or $6", "\\[x^2\\]", "$\\frac{1$ stays"]
-    shown = opened(report.main(report.Config(runs=(rewritten(run, tmp_path / "r", texts),))))
-    said = shown.locator("#cards .card").first.locator(".responses li > .text")
-    said.first.wait_for()
-    assert said.nth(0).locator("math mfrac").count() == 1 and said.nth(0).locator(".boxed math msqrt").count() == 1
-    assert said.nth(1).text_content() == "a B and $5 or $6" and said.nth(1).locator(".boxed").text_content() == "B"
-    assert said.nth(2).locator("math msup").count() == 1 and said.nth(3).text_content() == "$\\frac{1$ stays"
-
-
-def test_groups_are_found(run, tmp_path, opened):
-    copy = shutil.copytree(run, tmp_path / "r")
-    named = []
-    for step in range(3):
-        keys = [("7", "7", "8", "9"), ("7", "7", "7", "7"), ("8", "8", "8", None)]
-        groups = [
-            make_group(uid=f"q{step}{i}", question=f"Question {step}{i}?", keys=of, gold="7", step=step, image=None)
-            for i, of in enumerate(keys)
-        ]
-        named.append([group["uid"] for group in groups])
-        shards.write_shard(shards.shard_path(copy / "rollouts", step), groups)
-    shown = opened(report.main(report.Config(runs=(copy,))))
-
-    def uids() -> list[str]:
-        return shown.locator("#cards h3 bdi").all_text_contents()
-
-    def after(action) -> list[str]:
-        action()
-        shown.wait_for_timeout(400)
-        return uids()
-
-    shown.locator("#cards .card").first.wait_for()
-    assert uids() == named[2]
-    assert after(lambda: shown.locator("#step").fill("0")) == named[0]
-    counts = ["all groups (3)", "majority wrong (1)", "split: half or less agree (1)", "skipped (0)"]
-    assert shown.locator("#flag option").all_text_contents()[:4] == counts
-    assert after(lambda: shown.locator("#flag").select_option("wrong")) == ["q02"]
-    assert after(lambda: shown.get_by_label("in every step").check()) == ["q02", "q12", "q22"]
-    assert after(lambda: shown.locator("#flag").select_option("")) == sum(named, [])
-    assert after(lambda: shown.locator("#order").select_option("least agreed first"))[:3] == ["q00", "q10", "q20"]
-    assert after(lambda: shown.locator("#search").fill("QUESTION 11")) == ["q11"]
-    assert "1 of 9 groups" in shown.locator("#found").text_content()
-    # A link to a card leads to it, here and from outside.
-    shown.locator("#cards h3 a").click()
-    shown.wait_for_timeout(400)
-    assert "uid=q11" in shown.url and uids()[0] == "q11"
-    again = opened(copy / "report.html", address="#" + shown.url.split("#")[1])
-    again.locator("#cards .card").first.wait_for()
-    assert again.locator("#cards h3 bdi").first.text_content() == "q11"
-    # By keyboard alone: an arrow moves the step.
-    shown.locator("#step").focus()
-    shown.keyboard.press("ArrowLeft")
-    shown.wait_for_timeout(400)
-    assert uids() == ["q00", "q02", "q01"]  # still by agreement
-
-
-def test_what_changed(run, tmp_path, opened):
-    copy = shutil.copytree(run, tmp_path / "r")
-    verdicts = {"before": [0, 1, 0, 0], "after": [1, 0, 0, 1]}
-    for name, right in verdicts.items():
-        scores = json.loads((copy / f"{name}.json").read_text())
-        for i, (row, x) in enumerate(zip(scores["rows"], right, strict=True)):
-            row["responses"][0] |= {"correct": bool(x), "text": f"{name} {i}", "key": f"{name}-{i}"}
-            row["kind"] = "odd" if i % 2 else "even"
-        (copy / f"{name}.json").write_text(json.dumps(scores))
-    shown = opened(report.main(report.Config(runs=(copy,))))
-    answers = shown.locator("#answers .card")
-    answers.first.wait_for()
-    assert "2 of 4 gained" in shown.locator("#moved").text_content() and answers.count() == 2
-    assert answers.first.locator(".pair .text").all_text_contents()[0] == "before 0"
-    assert ["✗ wrong", "✓ right"] == answers.first.locator("h4 span").all_text_contents()
-    shown.locator("#kind").select_option("odd")
-    shown.wait_for_timeout(200)
-    assert answers.count() == 1 and "after 3" in answers.first.text_content()
-    shown.locator("#move").select_option("lost")
-    shown.wait_for_timeout(200)
-    assert answers.count() == 1 and "after 1" in answers.first.text_content()
-    cells = shown.locator("#kinds tbody tr").first.locator("td").all_text_contents()
-    assert cells == ["2", "1", "0", "1", "0"]  # even: questions 0 and 2; gained, lost, missed, kept
-
-
-def test_curves_show_their_values(run, opened):
-    shown = opened(run / "report.html")
-    figures = shown.locator("#plots figure")
-    captions = figures.locator("figcaption").all_text_contents()
-    assert {"held out", "reward", "entropy, nats", "majority share", "seconds of a step"} <= {*captions}
-    chart = figures.nth(captions.index("entropy, nats"))
-    chart.scroll_into_view_if_needed()
-    rows = [json.loads(line)["entropy"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for smoothing, value in ((1, rows[-1]), (3, sum(rows) / 3)):
-        shown.get_by_label("Smoothing").fill(str(smoothing))
-        over = chart.locator(".u-over")
-        over.scroll_into_view_if_needed()
-        shown.wait_for_timeout(200)
-        for y in (20, 30):
-            over.hover(position={"x": over.bounding_box()["width"] - 2, "y": y})
-        shown.wait_for_timeout(200)
-        assert f"{value:.4f}" in chart.locator(".u-legend").text_content()
-
-
-def test_what_is_looked_at_stays_over_loading_again(run, tmp_path, opened):
-    begun = shutil.copytree(run, tmp_path / "begun")
-    (begun / "summary.json").unlink()
-    config = report.Config(runs=(begun,), out=begun / "report.html", watch=True, every=3600)
-    with locking.holding(begun):
-        assert report.make(config)
-    shown = opened(begun / "report.html")
-    assert "the run goes on" in shown.locator("#notice").text_content()
-    shown.locator("#step").fill("1")
-    shown.locator("#order").select_option("most agreed first")
-    shown.locator("#smooth").fill("3")
-    shown.locator("#find").fill("?")
-    shown.locator("#move").select_option("missed")
-    shown.wait_for_timeout(400)
-    shown.locator("#answers details").nth(3).locator("summary").click()
-    card = shown.locator("#answers .card").nth(1)
-    card.evaluate("node => scrollTo(0, node.getBoundingClientRect().top + scrollY + 30)")
-    shown.wait_for_timeout(100)
-    top = card.evaluate("node => node.getBoundingClientRect().top")
-    taller = '<div style="height: 500px"></div><div id="plots"></div>'  # what is new since may stand further above
-    text = (begun / "report.html").read_text()
-    (begun / "report.html").write_text(text.replace('<div id="plots"></div>', taller))
-    shown.evaluate("() => (remember(), location.reload())")  # as the page does by itself
-    shown.wait_for_selector("html[data-ready]")
-    shown.wait_for_timeout(300)
-    assert "step=2" in shown.url and "smooth=3" in shown.url and "move=missed" in shown.url
-    assert shown.locator("#stepped").text_content() == "2 of 3" and shown.locator("#smoothed").text_content() == "3"
-    assert shown.locator("#order").input_value() == "most agreed first" and shown.locator("#find").input_value() == "?"
-    opened_now = shown.locator("#answers details").evaluate_all("nodes => nodes.map((node) => node.open)")
-    assert opened_now.index(True) == 3 and sum(opened_now) == 1
-    assert top < 0 and abs(card.evaluate("node => node.getBoundingClientRect().top") - top) < 3
-    # The same address elsewhere is the same view; a part of the page does not take it away.
-    again = opened(begun / "report.html", address="#" + shown.url.split("#")[1])
-    assert again.locator("#stepped").text_content() == "2 of 3"
-    again.get_by_role("link", name="Curves").click()
-    again.wait_for_timeout(300)
-    assert "step=2" in again.url and again.locator("#stepped").text_content() == "2 of 3"
-    # And it does load itself again, unless it is told not to.
-    with locking.holding(begun):
-        report.make(replace(config, every=1))
-    quick = opened(begun / "report.html", address="#follow=no")
-    quick.evaluate("() => (window.mine = true)")
-    quick.wait_for_timeout(1300)
-    assert quick.evaluate("() => window.mine") is True
-    quick.get_by_label("loads itself again").check()
-    quick.wait_for_timeout(1300)
-    assert quick.evaluate("() => window.mine") is None
-
-
-@pytest.mark.parametrize(("address", "said"), [
-    ("#uid=nobody&step=2", "to the group nobody, which is not in this step"),
-    ("#step=99", "to step 99, which is not here"),
-    ("#run=none&step=1", "to the run none, which is not here"),
-])  # fmt: skip
-def test_a_link_to_what_is_not_there_says_so(run, opened, address, said):
-    shown = opened(run / "report.html", address=address)
-    assert f"This link is {said}" in shown.locator("#found").text_content()
-    assert shown.locator("#cards .card").count() == 0
-    shown.locator("#step").fill("1")
-    shown.wait_for_timeout(300)
-    assert shown.locator("#cards .card").count() == 3 and "This link" not in shown.locator("#found").text_content()
-
-
-def test_what_cannot_be_unpacked_is_said(run, tmp_path, browser, opened):
-    text = (run / "report.html").read_text()
-    broken = run / "broken.html"
-    broken.write_text(re.sub(r'(id="(?:groups-0-2|answers-0)">)[^<]{40}', r"\1" + "A" * 40, text))
-    shown = opened(broken)
-    for part in ("#cards", "#answers"):
-        assert "the file is damaged: make the page again with report.py" in shown.locator(part).text_content()
-    shown.locator("#step").fill("0")  # the others are whole
-    shown.wait_for_timeout(300)
-    assert shown.locator("#cards .card").count() == 3
-    context = browser.new_context()
-    context.add_init_script("delete self.DecompressionStream")
-    old = context.new_page()
-    old.goto((run / "report.html").as_uri())
-    old.wait_for_selector("html[data-ready]")
-    assert "this browser is too old; Chrome and Edge 80, Firefox 113" in old.locator("#cards").text_content()
-    # Half of the file, and no JavaScript at all.
-    broken.write_text(text[: len(text) // 2])
-    old.goto(broken.as_uri())
-    assert "the file is incomplete or damaged" in old.locator("#loading").inner_text()
-    plain = browser.new_context(java_script_enabled=False).new_page()
-    plain.goto((run / "report.html").as_uri())
-    assert "This page needs JavaScript" in plain.locator("main").inner_text()
-    assert not plain.locator("#loading").is_visible()
-    broken.unlink()
-
-
-def contrast(a: str, b: str) -> float:
-    """Of two colours #rgb or #rrggbb, by WCAG 2: (L1 + 0.05) / (L2 + 0.05)."""
-
-    def luminance(colour: str) -> float:
-        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
-        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    high, low = sorted((luminance(a), luminance(b)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_can_be_told_apart_and_seen(run, tmp_path, opened, scheme):
-    assert contrast("#fff", "#000000") == pytest.approx(21)
-    copy = shutil.copytree(run, tmp_path / "r")
-    group = group_of([str(i) for i in range(10)] + ["1"], text="so", image=None)
-    shards.write_shard(shards.shard_path(copy / "rollouts", 2), [group])
-    shown = opened(report.main(report.Config(runs=(copy,))), scheme=scheme)
-
-    def colour(name: str) -> str:
-        return shown.evaluate(f"() => getComputedStyle(document.documentElement).getPropertyValue('{name}').trim()")
-
-    lines = [colour(f"--c{i}") for i in range(8)]
-    assert len({*lines}) == 8
-    for ink in (*lines, colour("--good"), colour("--bad"), colour("--warn"), colour("--quiet")):
-        assert min(contrast(ink, colour("--page")), contrast(ink, colour("--card"))) >= 4, ink
-    looks = shown.evaluate("() => [...Array(20).keys()].map((i) => JSON.stringify(looks(i)))")
-    assert len({*looks}) == 20
-    # Keys by the rank of their votes; those after the eighth are grey.
-    found = shown.locator(".responses li").evaluate_all("nodes => nodes.map((node) => node.style.cssText)")
-    assert "--c0" in found[1] and "--c0" in found[10] and "--c1" in found[0]
-    assert len({*found}) == 9 and all("--quiet" in found[i] for i in (8, 9))
-
-
-def test_runs_beside_each_other(run, tmp_path, opened):
-    """Two rewards, two seeds each: one colour a reward, and what one run answers beside another's."""
-    folder = tmp_path / "ablate"
-    for i, name in enumerate(("majority/seed-0", "majority/seed-1", "random/seed-0", "random/seed-1")):
-        copy = shutil.copytree(run, folder / name)
-        rows = [json.loads(line) | {"entropy": float(i)} for line in (run / "metrics.jsonl").read_text().splitlines()]
-        (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        scores = json.loads((copy / "after.json").read_text())
-        for j, row in enumerate(scores["rows"]):
-            row["responses"][0] |= {"text": f"{name} says {j}", "correct": j < i}
-        (copy / "after.json").write_text(json.dumps(scores))
-    shown = opened(report.main(report.Config(runs=(folder,))))
-    chart = shown.locator("#plots figure").filter(has=shown.locator("figcaption", has_text="entropy, nats"))
-    legend = chart.locator(".u-legend .u-series:visible").all_text_contents()
-    assert [text.split(":")[0].rstrip("–") for text in legend] == ["step", "majority, mean of 2", "random, mean of 2"]
-    label = chart.locator("[role=img]").get_attribute("aria-label")
-    assert label == "entropy, nats, at the end: majority, mean of 2 0.5000, random, mean of 2 2.5000"
-    # What changed, in another run, and beside another run.
-    shown.locator("#changed-run").select_option("random/seed-1")
-    shown.locator("#against").select_option("majority/seed-1")
-    shown.locator("#move").select_option("gained")
-    shown.wait_for_timeout(300)
-    cards = shown.locator("#answers .card")
-    assert cards.count() == 2  # the one has question 0 right, the other 0, 1 and 2
-    assert cards.first.locator(".pair > div > .text").all_text_contents() == [
-        "majority/seed-1 says 1", "random/seed-1 says 1",
-    ]  # fmt: skip
-    heads = cards.first.locator("h4").all_text_contents()
-    assert heads == ["majority/seed-1 ✗ wrong", "random/seed-1 ✓ right"]
-    said = shown.locator("#moved").text_content()
-    assert "changed-run=random" in shown.url and "after one run and after the other: 2 of 4 gained" in said
-    shown.locator("#run").select_option("random/seed-0")
-    shown.wait_for_timeout(300)
-    assert shown.locator("#cards h3 a").first.get_attribute("href").startswith("#run=random%2Fseed-0&")
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
-def test_it_can_be_used_by_all(run, opened, width, scheme):
-    axe = extra("axe_playwright_python.sync_playwright")
-    shown = opened(run / "report.html", width, scheme)
-    shown.locator("#cards .card").first.wait_for()
-    shown.locator("#answers .card").first.wait_for()
-    found = axe.Axe().run(shown).response["violations"]
-    assert [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in ("serious", "critical")] == []
-    assert shown.evaluate("document.documentElement.scrollWidth") <= width
-
-
-def test_pictures_of_the_page(run, tmp_path, opened):
-    """Those of docs/looking.md are made so: SCREENSHOTS_OF=runs/train make test-extras ARGS="-k pictures_of"."""
-    of = os.environ.get("SCREENSHOTS_OF")
-    made, folder = (Path(of) / "report.html", Path("docs")) if of else (run / "report.html", tmp_path)
-    shown = opened(made, width=1000)
-    shown.locator("#answers .card").first.wait_for()
-    shown.locator("#flag").select_option("split" if of else "")
-    shown.wait_for_timeout(400)
-    places = {"page": "#scores", "curves": "#curves", "group": "#cards .card", "changed": "#answers .card"}
-    for name, selector in places.items():
-        shown.locator(selector).first.scroll_into_view_if_needed()
-        shown.wait_for_timeout(300)
-        shown.locator(selector).first.screenshot(path=folder / f"{name}.png")
-        with Image.open(folder / f"{name}.png") as picture:
-            assert picture.width > 800 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
-
-
-def test_ten_thousand_groups_open_at_once(run, tmp_path, opened):
-    copy = shutil.copytree(run, tmp_path / "r")
-    picture = save_image(copy / "rollouts", Image.new("RGB", (56, 56), "red"))
-    for step in range(20):
-        text = " ".join(f"word{step}-{i}" for i in range(100))
-        groups = [
-            group_of(("7", "7", "8", "9"), text=text, uid=f"q{step}-{i}", step=step, image=picture) for i in range(500)
-        ]
-        shards.write_shard(shards.shard_path(copy / "rollouts", step), groups)
-    made = report.main(report.Config(runs=(copy,)))
-    start = time.monotonic()
-    shown = opened(made)
-    shown.locator("#cards .card").first.wait_for()
-    assert "500 of 500 groups" in shown.locator("#found").text_content()
-    assert shown.locator("#cards .card").count() == 20
-    open_in, start = time.monotonic() - start, time.monotonic()
-    shown.get_by_label("in every step").check()
-    shown.locator("#search").fill("word7-99")
-    shown.locator("#found", has_text="500 of 10000 groups").wait_for()
-    search_in = time.monotonic() - start
-    print(f"{made.stat().st_size / 1e6:.1f} MB, open in {open_in:.1f} s, searched in {search_in:.1f} s")

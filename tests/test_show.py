@@ -25,7 +25,8 @@ def row(uid: str, right: bool, text: str) -> dict:
 def run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "manifest.json").write_text(json.dumps({"schema": SCHEMA, "stage": "train", "config": {}}))
+    manifest = {"schema": SCHEMA, "stage": "train", "config": {}, "seed": 0, "model": None, "adapter": None}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     rows = [{"step": step, "entropy": 0.5 / (step + 1), "seconds": {"rollout": step}, "kl": None} for step in range(4)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "ent')
     for name, right in (("before", (0, 1, 1, 0)), ("after", (1, 0, 1, 0))):
@@ -63,6 +64,13 @@ def test_a_group_is_a_card(run):
     assert "votes: 2 × 7, 1 × 8; gold: 7" in repr(card) and "| +1.000 | +0.500 | –" in repr(card)
     assert card._repr_html_().count("<b><bdi>7</bdi></b>") == 2 and "data:image/png;base64," in card._repr_html_()
     assert repr(show.group(run, step=3, uid="g0")).startswith("g0\n")
+    # A run --from-shards has its groups elsewhere.
+    other = run.parent / "other"
+    other.mkdir()
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["config"] = {"from_shards": str(run / "rollouts"), "steps": 1}
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    assert repr(show.group(other, step=0, uid="g1")) == repr(card)
     for wanted, error, message in (
         ({"step": 5}, ShardError, "step-000005.jsonl: no such shard; there are step-000003 to step-000003"),
         ({"step": 3, "index": 2}, SettingError, "no group of index 2 among its 2"),
@@ -81,6 +89,10 @@ def test_text_is_text():
         assert not re.search("<(script|img|svg|a)", html) and len(html) < 100_000 and html.encode()
         outside = re.sub("<bdi>[^<]*</bdi>", "", html)
         assert not {"\u202e", "\x00"} & {*outside, *repr(card)}  # marks of direction end with their text
+    group = make_group(keys=("\u202e1", "\u202e1", "2"), gold="3\u2067")  # each ends by itself, not with the line
+    facts = re.search("<p>(<bdi>votes.*?)</p>", show.shown(group)._repr_html_())[1]
+    parts = [f"<bdi>{part}</bdi>" for part in ("votes: ", "2 × ", "\u202e1", ", ", "1 × ", "2", "; gold: ", "3\u2067")]
+    assert facts == "".join(parts)
     assert "&lt;script&gt;" in show.shown(make_group(uid=HOSTILE[0]))._repr_html_()
     assert len(show.shorter("x" * 1_000_000)) < show.CHARACTERS + 10
 
@@ -94,6 +106,13 @@ def test_what_changed(run):
     assert repr(gained).startswith("gained: 1 of 4 held-out questions\n\nq0\nq0?\nbefore | before 0\nafter | after 0")
     assert "q1" in repr(show.changed(run, "lost")) and "q2" in repr(show.changed(run, "kept"))
     assert "q3" in repr(show.changed(run, "missed")) and "<td" in show.changed(run)._repr_html_()
+    for name in ("before", "after"):
+        scores = json.loads((run / f"{name}.json").read_text())
+        for one in scores["rows"]:
+            one["gold"] = one["responses"][0]["correct"] = None
+        (run / f"{name}.json").write_text(json.dumps(scores))
+    with pytest.raises(SettingError, match="its 4 held-out questions have no gold.* python report.py"):
+        show.changed(run)
     with pytest.raises(SettingError, match="'won': expected one of gained, lost, kept, missed"):
         show.changed(run, "won")
     scores = json.loads((run / "after.json").read_text())

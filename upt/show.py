@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from upt.errors import SettingError, ShardError, suggest_path
 from upt.files import known_json
-from upt.groups import shards
+from upt.groups import manifests, shards
 from upt.groups.votes import counts, majority_key
 from upt.run import records
 
@@ -80,12 +80,12 @@ def curves(*runs: Path | str, names: Sequence[str] = CURVES, smooth: int = 1) ->
 
 def group(run: Path | str, step: int = 0, index: int = 0, uid: str | None = None) -> Html:
     """A group of a run or of a folder of shards: the one at `index` of a step, or the one with a uid."""
-    folder = shards.stage_folder(run)
-    path = shards.shard_path(folder, step)
-    if not path.is_file():
-        steps = [path.stem for path in shards.list_shards(folder)]
-        there = f"there are {steps[0]} to {steps[-1]}" if steps else "there are none"
-        raise ShardError(f"{path}: no such shard; {there}{suggest_path(run)}")
+    folder, steps = steps_of(run)
+    if step not in steps:
+        ends = [shards.shard_path("", at).stem for at in (min(steps), max(steps))] if steps else []
+        there = f"there are {' to '.join(ends)}" if ends else "there are none"
+        raise ShardError(f"{shards.shard_path(folder, step)}: no such shard; {there}{suggest_path(run)}")
+    path = steps[step]
     groups = shards.read_shard(path)
     found = [g for g in groups if g["uid"] == uid] if uid is not None else groups[index : index + 1]
     if not found:
@@ -98,7 +98,10 @@ def shown(group: dict, folder: Path | str | None = None) -> Html:
     """A group record as a card; `folder` is where its picture lies."""
     votes, majority = counts(group), majority_key(group)
     ordered = sorted(votes.items(), key=lambda pair: -pair[1])
-    said = ", ".join(f"{count} × {shorter(key, SHORT)}" for key, count in ordered) or "no answer"
+    said = [part for key, count in ordered for part in (", ", f"{count} × ", shorter(key, SHORT))][1:] or ["no answer"]
+    facts = ["votes: ", *said]
+    if group["gold"] is not None:
+        facts += ["; gold: ", shorter(group["gold"], SHORT)]
     judged = any("judge" in r for r in group["responses"])
     head = ["response", "answer", *(name for name in ("reward", "advantage") if name in group["responses"][0])]
     head += ["judge"] * judged
@@ -108,11 +111,10 @@ def shown(group: dict, folder: Path | str | None = None) -> Html:
         row += [f"{r[name]:+.3f}" for name in ("reward", "advantage") if name in r]
         row += [judged_as(r.get("judge"))] * judged
         rows.append((row, r["key"] is not None and r["key"] == majority))
-    facts = f"votes: {said}" + (f"; gold: {shorter(group['gold'], SHORT)}" if group["gold"] is not None else "")
     picture = picture_of(folder, group["image"])
     html = card(group["uid"], group["question"], group["choices"], picture, table(head, rows), facts)
     asked = shorter(group["uid"], SHORT), shorter(group["question"])
-    return Html(html, "\n".join([*asked, facts, *(" | ".join(row) for row, _ in rows)]))
+    return Html(html, "\n".join([*asked, "".join(facts), *(" | ".join(row) for row, _ in rows)]))
 
 
 def changed(run: Path | str, what: str = "gained", limit: int = 5) -> Html:
@@ -121,9 +123,15 @@ def changed(run: Path | str, what: str = "gained", limit: int = 5) -> Html:
         raise SettingError(f"{what!r}: expected one of {', '.join(records.MOVES)}")
     folder = folder_of(run)
     before, after = (records.answers(folder / f"{name}.json") for name in ("before", "after"))
-    pairs = [(old, after[uid]) for uid, old in before.items() if uid in after and records.move(old, after[uid])]
-    if not pairs:
+    both = [(old, after[uid]) for uid, old in before.items() if uid in after]
+    if not both:
         raise SettingError(f"{folder}: no held-out answers before and after; give a finished run with --eval-questions")
+    pairs = [pair for pair in both if records.move(*pair)]
+    if not pairs:
+        raise SettingError(
+            f"{folder}: its {len(both)} held-out questions have no gold, so none is right or wrong; their answers are "
+            f"on the page that python report.py {folder} makes"
+        )
     found = [pair for pair in pairs if records.move(*pair) == what]
     cards, texts = [], []
     for old, new in found[:limit]:
@@ -132,7 +140,7 @@ def changed(run: Path | str, what: str = "gained", limit: int = 5) -> Html:
         ]
         picture = picture_of(folder / records.HELD_OUT, new["image"] or old["image"])
         asked = old["uid"], old["question"], old["choices"]
-        cards.append(card(*asked, picture, table(["", "greedy answer"], rows), f"gold: {shorter(old['gold'], SHORT)}"))
+        cards.append(card(*asked, picture, table(["", "greedy answer"], rows), ["gold: ", shorter(old["gold"], SHORT)]))
         named = shorter(old["uid"], SHORT), shorter(old["question"])
         texts.append("\n".join([*named, *(" | ".join(row) for row, _ in rows)]))
     head = f"{what}: {len(found)} of {len(pairs)} held-out questions" + (f", the first {limit}" * (len(found) > limit))
@@ -184,6 +192,14 @@ def folder_of(run: Path | str) -> Path:
     if not (folder / "manifest.json").is_file():
         raise SettingError(f"{folder}: no run there; give the folder that was its --out{suggest_path(folder)}")
     return folder
+
+
+def steps_of(run: Path | str) -> tuple[Path, dict[int, Path]]:
+    """Where the groups of a run, or of a folder of shards, lie, and the shard of each step."""
+    if (Path(run) / "manifest.json").is_file() and (manifest := manifests.read(run))["stage"] == "train":
+        return records.shards_of(Path(run).absolute(), manifest["config"])[:2]
+    folder = shards.stage_folder(run)
+    return folder, records.by_step(folder)
 
 
 def judged_as(judge: dict | None) -> str:
@@ -238,12 +254,13 @@ def table(head: Sequence[str], rows: Sequence[tuple[Sequence[str], bool]]) -> st
     return f"<table><thead><tr>{cells}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def card(uid: str, question: str, choices: Sequence[str] | None, picture: str, body: str, facts: str) -> str:
-    """A question as HTML: `facts` are about it, `body` is HTML for the whole width."""
+def card(uid: str, question: str, choices: Sequence[str] | None, picture: str, body: str, facts: Sequence[str]) -> str:
+    """A question as HTML: `facts` is a line about it in pieces, of ours and of others; `body` goes over its width."""
     options = "".join(f"<li>{isolated(shorter(choice))}</li>" for choice in (choices or ())[:OPTIONS])
     asked = f"<p>{isolated(shorter(question))}</p>" + (f'<ol type="A">{options}</ol>' if options else "")
     left = f"<div>{picture}</div>" if picture else ""
-    right = f"<div><b>{isolated(shorter(uid, SHORT))}</b>{asked}<p>{isolated(shorter(facts))}</p></div>"
+    said = "".join(isolated(shorter(fact)) for fact in facts)
+    right = f"<div><b>{isolated(shorter(uid, SHORT))}</b>{asked}<p>{said}</p></div>"
     return f'<div style="margin:1em 0"><div style="display:flex;gap:1.5em">{left}{right}</div>{body}</div>'
 
 

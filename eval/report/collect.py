@@ -8,7 +8,8 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote
 
@@ -18,6 +19,7 @@ from upt.answers import answer_key
 from upt.errors import SettingError, ShardError, suggest_path
 from upt.files import known_json, read_json
 from upt.groups import manifests, shards
+from upt.groups.stats import FEW_NOTE, counted
 from upt.groups.votes import abstentions, majority_key, majority_share
 from upt.run import health, records
 
@@ -26,18 +28,54 @@ SPLIT = 0.5  # up to this share of its most frequent answer a group is split
 
 def runs_in(path: Path) -> list[Path]:
     """The folder of a run, or those of the runs in it, as ablate.py leaves them. Raises SettingError for neither."""
-    if rounds := [folder for folder in sorted(path.glob("round-*/run")) if is_run(folder)]:
-        return rounds
-    if is_run(path):
-        return [path]
-    for inside in ("*/seed-*", "*"):
-        if found := sorted(folder for folder in path.glob(inside) if is_run(folder)):
-            break
+    found = own_runs(path)
     if not found:
-        raise SettingError(
-            f"{path}: no run of train_upt.py there; give the folder that was its --out{suggest_path(path)}"
-        )
-    return found
+        inside = sorted({*path.glob("*"), *path.glob("*/seed-*")})
+        found = [run for folder in inside for run in own_runs(folder)]
+    if found:
+        return found
+    raise SettingError(f"{path}: no run of train_upt.py there; give the folder that was its --out{suggest_path(path)}")
+
+
+def own_runs(folder: Path) -> list[Path]:
+    """The folder of a run, of one in rounds those of its rounds; none for what is no run."""
+    rounds = [inside for inside in sorted(folder.glob("round-*/run")) if is_run(inside)]
+    return rounds or [folder] * is_run(folder)
+
+
+def whole(run: Path) -> Path:
+    """The folder that was a run's --out: of a round, that of all rounds."""
+    return run.parents[1] if run.match("round-*/run") and is_run(run.parents[1]) else run
+
+
+def home(paths: Sequence[Path]) -> Path:
+    """The only one of some paths, or the folder that all of them are in."""
+    several = [os.path.abspath(path if len(paths) == 1 else path.absolute().parent) for path in paths]
+    return Path(os.path.commonpath(several))
+
+
+def named(paths: Sequence[Path]) -> dict[Path, str]:
+    """The runs in some paths, {folder: name}. Names stay when more runs come: they are relative to `home`."""
+    runs = [Path(os.path.abspath(run)) for path in paths for run in runs_in(path)]
+    return {run: label(run) if run == home(paths) else as_text(run.relative_to(home(paths))) for run in runs}
+
+
+def title(paths: Sequence[Path], runs: Mapping[Path, str]) -> str:
+    """What the page on the runs in some paths is called."""
+    if [*runs] == [home(paths)]:
+        return label(home(paths))
+    return f"{as_text(home(paths).name)}: {len(runs)} run{'s' * (len(runs) > 1)}"
+
+
+def label(run: Path) -> str:
+    """A folder's path from here, or its name alone where it lies elsewhere or is here."""
+    here = os.path.relpath(run)
+    return as_text(run.name if here == "." or here.startswith("..") else here)
+
+
+def as_text(path: Path | str) -> str:
+    """A path that may be shown and be part of an address: bytes that are no text are written out."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def is_run(path: Path) -> bool:
@@ -66,24 +104,27 @@ def overview(folder: Path, name: str, running: bool = False) -> dict:
     config, rows, end = manifest["config"], records.steps(folder), (summary or {}).get("end", {})
     seconds = (summary or {}).get("seconds") or _added(row.get("seconds", {}) for row in rows)
     done, where = rows[-1]["step"] + 1 if rows else 0, shlex.quote(os.path.relpath(folder))
-    whole = folder.parents[1] if folder.match("round-*/run") and is_run(folder.parents[1]) else folder
+    scores, after = latest(folder, config["steps"])
+    compared = table(known_json(folder / "before.json"), known_json(scores))
     return {
         "name": name,
         "variant": re.sub(r"(^|/)seed-\d+$", "", name) or config["reward"],
         "config": config,
-        "versions": manifest.get("versions", {}),
+        "begun": f"{datetime.fromtimestamp((folder / 'manifest.json').stat().st_mtime):%Y-%m-%d %H:%M}",
+        "versions": {name: version for name, version in manifest.get("versions", {}).items() if version},
         "state": ended(end, config["steps"]) if summary else unfinished(rows, config["steps"], running),
         "finished": summary is not None,
         "running": running and summary is None,
         "steps": done,
         "seconds": seconds,
-        "command": f"python train_upt.py --resume --out {shlex.quote(os.path.relpath(whole))}",
+        "command": f"python train_upt.py --resume --out {shlex.quote(os.path.relpath(whole(folder)))}",
         "again": f'python -m eval.heldout --run {where}\npython ask.py --run {where} --image PICTURE "…"',
         "alarms": {row["step"]: row["alarms"] for row in rows if row.get("alarms")},
-        "collapse": [row["step"] for row in rows if health.collapses({"alarms": []} | row)],
         "curves": curves(rows),
         "held_out": held_out_scores(folder, rows, end.get("steps", config["steps"])),
-        "table": table(folder),
+        "after": after,
+        "table": compared,
+        "note_on_scores": FEW_NOTE if any("*" in row["questions"] for row in compared) else "",
     }
 
 
@@ -141,14 +182,21 @@ def _scores(path: Path) -> dict[str, dict]:
     return {name: found[name] for name in heldout.NAMES if name in found}
 
 
-def table(folder: Path) -> list[dict]:
-    """Scores before and after with their intervals, and the paired difference once both are there."""
+def latest(folder: Path, planned: int) -> tuple[Path, str]:
+    """The file of a run's last held-out scores, and after how many of the planned steps they are; "" for none yet."""
+    path, during = folder / "after.json", sorted((folder / records.HELD_OUT).glob("step-[0-9]*.json"))
+    if path.is_file() or not during:
+        return path, "after" * path.is_file()
+    return during[-1], f"after {int(during[-1].stem.removeprefix('step-'))} of {planned} steps"
 
-    before, after = known_json(folder / "before.json"), known_json(folder / "after.json")
+
+def table(before: dict | None, after: dict | None) -> list[dict]:
+    """Scores before and after with their intervals, and the paired difference once both are there."""
     rows = []
     for name in heldout.NAMES if before else ():
         if name in before:
-            row = {"name": name, "before": heldout.cell(before[name], name)}
+            questions = counted(before["graded" if name in heldout.GOLD_METRICS else "questions"])
+            row = {"name": name, "questions": questions, "before": heldout.cell(before[name], name)}
             if after and name in after:
                 row["after"] = heldout.cell(after[name], name)
                 row["difference"] = heldout.cell(heldout.difference(before, after, name), name, "+")
@@ -166,27 +214,10 @@ def picture(folder: Path, page: Path, embed: bool) -> Callable[[str | None], str
         if relative is None:
             return None
         if not embed:
-            return quote(Path(os.path.relpath(folder / relative, page.parent)).as_posix())
+            return quote(os.fsencode(os.path.relpath(folder / relative, page.parent)))
         return show.source_of(shards.open_image(folder, relative))
 
     return source
-
-
-def shards_of(folder: Path, config: dict) -> tuple[Path, dict[int, Path], str]:
-    """Where a run's groups lie, the shard of each step, and what is to be said of it.
-
-    With --from-shards they were read from elsewhere, one shard a step, and stay there.
-    """
-    if not config.get("from_shards"):
-        home = folder / "rollouts"
-        return home, {int(path.stem.removeprefix("step-")): path for path in shards.list_shards(home)}, ""
-    given = Path(config["from_shards"])  # relative to where the run was started, which may be above its folder
-    home = next((at for at in (given, *(up / given for up in folder.parents)) if shards.list_shards(at)), given)
-    found = dict(enumerate(shards.list_shards(home)[: config["steps"]]))
-    if not found:
-        return home, {}, f"The groups of this run are those of {given}, which is not there any more."
-    said = "rewards and advantages are those that it holds; the run may have given others."
-    return home, found, f"The groups of this run were read from {given}; {said}"
 
 
 def groups(path: Path, source: Callable[[str | None], str | None]) -> list[dict]:
@@ -245,11 +276,9 @@ def flags(group: dict, gold: str | None, majority: str | None) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- held out
 
 
-def changed(folder: Path, source: Callable[[str | None], str | None]) -> list[dict]:
+def changed(folder: Path, planned: int, source: Callable[[str | None], str | None]) -> list[dict]:
     """Held-out questions with their answers before and after; of a run in the making, after its last evaluation."""
-    before = records.answers(folder / "before.json")
-    latest = [folder / "after.json", *sorted((folder / records.HELD_OUT).glob("step-*.json"), reverse=True)]
-    after = next((rows for path in latest if (rows := records.answers(path))), {})
+    before, after = (records.answers(path) for path in (folder / "before.json", latest(folder, planned)[0]))
     return [
         {
             "uid": uid,

@@ -9,7 +9,7 @@ import gzip
 import json
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from html import escape
 from importlib.resources import files
@@ -43,19 +43,14 @@ def part(name: str, text: str, kind: str = "text/plain") -> str:
     return f'<script type="{kind}" id="{name}">{text}</script>\n'
 
 
-def label(run: Path) -> str:
-    """A run's name: its path from here, or that of its folder where it lies elsewhere."""
-    here = os.path.relpath(run)
-    return run.name if here.startswith("..") else here
-
-
 def at_end(run: Path) -> bool:
     """Write the page of a run that has ended, finished or not, or of the rounds in its folder; whether it is there.
 
     What hinders it is said, and stops nothing.
     """
     try:
-        write(collect.runs_in(run), run / NAME)
+        runs = collect.named([run])
+        write(runs, run / NAME, collect.title([run], runs))
     except Exception as error:  # the run is worth more than its page
         print(f"no page on the run: {one_line(error)}", file=sys.stderr)
         return False
@@ -64,48 +59,42 @@ def at_end(run: Path) -> bool:
 
 def place(paths: Sequence[Path]) -> Path:
     """Where the page on these folders goes by itself: into the only one, else into the one that all are in."""
-    if len(paths) == 1:
-        return paths[0] / NAME
-    return Path(os.path.relpath(os.path.commonpath([path.absolute().parent for path in paths]))) / NAME
+    return (paths[0] if len(paths) == 1 else Path(os.path.relpath(collect.home(paths)))) / NAME
 
 
 def write(
-    runs: Sequence[Path],
+    runs: Mapping[Path, str],
     out: Path,
+    title: str,
     embed: bool = False,
     refresh: int = 0,
     tables: Sequence[dict] = (),
     running: Collection[Path] = (),
 ) -> None:
-    """Write the page on some runs to `out`, with `tables` on all of them as `collect.tables_in` gives them.
+    """Write the page on some runs, {folder: name}, to `out`, with `tables` on all of them, see `collect.tables_in`.
 
     `embed`: pictures in the page. `refresh`: it loads itself again after so many seconds. `running`: those of the runs
     that a process works on. Raises ShardError for a file of a run that cannot be read.
     """
-    running = {run.absolute() for run in running}
-    runs = [run.absolute() for run in runs]
-    shared = Path(os.path.commonpath([run.parent for run in runs]))
-    names = [str(run.relative_to(shared)) if len(runs) > 1 else label(run) for run in runs]
 
     def chunks():
-        title = escape(names[0] if len(runs) == 1 else f"{shared.name}: {len(runs)} runs")
         head, tail = asset("page.html").split("<!-- data -->\n")
         for name, text in {
             "POLICY": POLICY,
-            "TITLE": title,
+            "TITLE": escape(title),
             "STYLE": asset("uPlot.min.css") + asset("page.css"),
         }.items():
             head = head.replace(f"<!-- {name} -->", text)
-        yield head.encode("utf-8", "replace")  # the name of a folder need not be text
+        yield head.encode()
         about = []
-        for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+        for i, (run, name) in enumerate(runs.items()):
             found = collect.overview(run, name, run in running)
-            home, shards, found["note"] = collect.shards_of(run, found["config"])
+            home, shards, found["note"] = records.shards_of(run, found["config"])
             found["parts"] = [*shards]
             source = collect.picture(home, out, embed)
             for step, path in shards.items():
                 yield part(f"groups-{i}-{step}", packed(collect.groups(path, source))).encode()
-            rows = collect.changed(run, collect.picture(run / records.HELD_OUT, out, embed))
+            rows = collect.changed(run, found["config"]["steps"], collect.picture(run / records.HELD_OUT, out, embed))
             yield part(f"answers-{i}", packed(rows)).encode()
             about.append(found)
         on_all = {"runs": about, "names": records.CURVES, "moves": records.MOVES, "tables": tables}

@@ -94,7 +94,7 @@ async function showChanged() {
   const others = runs.filter((_, i) => i !== run);
   const against = choose("against", [
     ["", "the same before training"],
-    ...others.map(({ name }) => [name, `${name}, after`]),
+    ...others.map(({ name, after }) => [name, `${name}, ${after || "after"}`]),
   ]);
   put("find", seen("find"));
   let pairs;
@@ -123,10 +123,12 @@ async function showChanged() {
   const labels = names.map((name) => [name, `${MOVES[name]} (${count(chosen, name)})`]);
   const move = choose("move", labels, usual);
   const found = chosen.filter((pair) => pair.move === move).sort((a, b) => Math.abs(rise(b)) - Math.abs(rise(a)));
-  const sides = against ? "after one run and after the other" : "before and after training";
+  const isOver = ({ after }) => !after || after === "after";
+  const usually = isOver(runs[run]) ? "before and after training" : `before training and ${runs[run].after}`;
+  const sides = against ? "after one run and after the other" : usually;
   byId("moved").textContent = pairs.length
-    ? `Greedy answers to held-out questions, ${sides}: ${found.length} of ${pairs.length} ${named(move)}; ` +
-      "those whose samples changed most come first."
+    ? `Greedy answers to held-out questions, ${sides}: ${found.length} of ${pairs.length} ${named(move)}` +
+      (isGraded ? "; those whose samples changed most come first." : ".")
     : `No held-out answers ${sides}: there are none yet, or none were asked for.`;
   const lines = kinds.map((name) => {
     const of = pairs.filter(({ row }) => row.kind === name);
@@ -134,11 +136,11 @@ async function showChanged() {
   });
   const table = () => tableOf(["kind", "questions", ...names.map(named)], lines);
   byId("kinds").replaceChildren(...(lines.length ? [table()] : []));
-  const titles = against ? [brief(against, 60), brief(runs[run].name, 60)] : ["before", "after"];
-  paged(byId("answers"), byId("more-answers"), found, (pair) => changedCard(pair, titles.map(copied)));
+  const titleOf = (one) => el("span", {}, brief(one.name, 60), isOver(one) ? "" : `, ${one.after}`);
+  const other = runs.find(({ name }) => name === against);
+  const titles = () => (against ? [titleOf(other), titleOf(runs[run])] : ["before", runs[run].after]);
+  paged(byId("answers"), byId("more-answers"), found, (pair) => changedCard(pair, titles()));
 }
-
-const copied = (title) => (title instanceof Node ? title.cloneNode(true) : title);
 
 function changedControls() {
   for (const id of ["changed-run", "against"]) byId(id).parentElement.hidden = runs.length === 1;

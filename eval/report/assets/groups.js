@@ -122,7 +122,7 @@ function paged(box, button, items, make) {
 // ------------------------------------------------------------------------------------------------------------- finding
 
 function textsOf(group) {
-  const responses = group.responses.flatMap((r) => [r.text, r.key ?? ""]);
+  const responses = group.responses.flatMap((r) => [r.text, r.key ?? "", ...(r.judge?.judgements || [])]);
   return [group.uid, group.question, group.gold ?? "", ...(group.choices || []), ...responses];
 }
 
@@ -208,12 +208,14 @@ function goTo(place) {
 }
 
 function groupControls() {
-  const newly = (id, value, usual) => {
+  // Any choice leaves what a link named and is not here.
+  const chosen = (id, value, usual) => {
     say("uid", "");
     say("run", byId("run").value, runs[0].name);
+    if (partOf(runs[runOf("run")]) < 0) say("step", "");
     say(id, value, usual);
-    showGroups();
   };
+  const newly = (...choice) => (chosen(...choice), showGroups());
   byId("run").parentElement.hidden = runs.length === 1;
   byId("run").onchange = () => newly("step", "");
   byId("flag").onchange = (event) => newly("flag", event.target.value);
@@ -226,9 +228,8 @@ function groupControls() {
   };
   let waiting;
   byId("search").oninput = (event) => {
-    say("uid", "");
-    say("search", event.target.value);
     clearTimeout(waiting);
+    chosen("search", event.target.value);
     waiting = setTimeout(showGroups, 200);
   };
 }

@@ -10,7 +10,12 @@ function facts(run) {
     reward: c.algorithm === "sft" ? `${c.reward}, by cross-entropy` : `${c.reward}, advantage ${c.advantage}`,
     steps: `${c.steps} of ${c.questions_per_step} questions × ${c.group_size} responses, seed ${c.seed}`,
     state: run.state,
+    begun: run.begun,
     time: duration(total(run.seconds)) + (run.finished ? "" : " so far"),
+    device: c.device + (c.gpus > 1 ? `, ${c.gpus} processes` : ""),
+    versions: Object.entries(run.versions)
+      .map((pair) => pair.join(" "))
+      .join(", "),
   };
   const line = ([name, value]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", {}, brief(value ?? "–")));
   return scrolled("what was run", el("tbody", {}, ...Object.entries(found).map(line)));
@@ -31,9 +36,14 @@ function alarms(run) {
 function oneRun(run) {
   const found = [facts(run)];
   if (run.table.length) {
-    const rows = run.table.map((row) => [row.name.replace("_", " "), row.before, row.after, row.difference]);
-    const units = "Per cent, length in tokens, entropy in nats; 95 % intervals over questions.";
-    found.push(tableOf(["held out", "before", "after", "difference"], rows), el("p", { class: "quiet" }, units));
+    const cells = ({ questions, before, after, difference }) =>
+      run.after ? [questions, before, after, difference] : [questions, before];
+    const rows = run.table.map((row) => [row.name.replace("_", " "), ...cells(row)]);
+    const names = cells({ questions: "questions", before: "before", after: run.after, difference: "difference" });
+    const said = ["Per cent, length in tokens, entropy in nats; 95 % intervals over questions."];
+    if (!run.after) said.push("Those after training come when it has ended.");
+    said.push(run.note_on_scores);
+    found.push(tableOf(["held out", ...names], rows), el("p", { class: "quiet" }, said.join(" ")));
   }
   const [what, command] = run.finished ? ["To score it again, or ask it:", run.again] : ["To go on:", run.command];
   found.push(alarms(run));
@@ -51,7 +61,9 @@ function severalRuns() {
     });
     const c = run.config;
     const alarmed = Object.keys(run.alarms).length || "–";
-    return [run.name, c.reward, c.advantage, c.seed, run.state, duration(total(run.seconds)), ...scores, alarmed];
+    const asked = run.table[0]?.questions;
+    const settings = [run.name, c.reward, c.advantage, c.seed];
+    return [...settings, run.state, duration(total(run.seconds)), asked, ...scores, alarmed];
   });
   const names = [
     "run",
@@ -60,17 +72,22 @@ function severalRuns() {
     "seed",
     "state",
     "time",
+    "questions",
     "mean",
     "greedy",
     "pass@k",
     "steps with alarms",
   ];
-  const each = runs.map((run) => el("details", {}, el("summary", {}, brief(run.name)), ...oneRun(run)));
+  const each = runs.map((run) => {
+    const details = el("details", {}, el("summary", {}, brief(run.name)), ...oneRun(run));
+    return el("div", { "data-card": `run ${run.name}` }, details);
+  });
+  const few = runs.find((run) => run.note_on_scores)?.note_on_scores ?? "";
   byId("head").append(
     el("h3", {}, "Each run"),
     tableOf(names, rows, (i) => i > 4),
-    el("p", { class: "quiet" }, "Per cent of held-out questions, before → after."),
-    el("div", { "data-card": "each run" }, ...each),
+    el("p", { class: "quiet" }, `Per cent of held-out questions, before → after, or the last evaluation. ${few}`),
+    ...each,
   );
 }
 
@@ -108,7 +125,7 @@ function aligned(lines) {
 function linesOf(pick) {
   const variants = [...new Set(runs.map((run) => run.variant))];
   return variants.flatMap((variant, i) => {
-    const found = runs.filter((run) => run.variant === variant).map((run) => ({ label: run.name, ...pick(run) }));
+    const found = runs.filter((run) => run.variant === variant).map((run) => ({ label: run.name, run, ...pick(run) }));
     const lines = found.filter((line) => line.x?.length).map((line) => ({ ...line, ...looks(i) }));
     if (lines.length < 2) return lines;
     const [steps, columns] = aligned(lines);
@@ -129,6 +146,16 @@ function figure(title, lines, points = false) {
   const said = named.filter(([, , thin]) => !thin).map(([name, y]) => `${name} ${compact(y)}`);
   let plot = null;
 
+  // The run that a click is on: of those that have the step, the one whose line is nearest.
+  function clicked() {
+    const at = plot.cursor.idx;
+    if (at == null) return;
+    const away = (i) => Math.abs(plot.valToPos(plot.data[i + 1][at], "y") - plot.cursor.top);
+    const isThere = (i) => columns[i][at] != null && lines[i].run?.parts.includes(steps[at] - 1);
+    const [nearest] = [...lines.keys()].filter(isThere).sort((a, b) => away(a) - away(b));
+    goTo({ step: steps[at], ...(nearest == null ? {} : { run: lines[nearest].run.name }) });
+  }
+
   function draw() {
     plot?.destroy();
     const style = getComputedStyle(document.documentElement);
@@ -141,7 +168,7 @@ function figure(title, lines, points = false) {
       width: line.thin ? 1 : 2.25,
       alpha: line.thin ? 0.5 : 1,
       spanGaps: true,
-      points: { show: points && !line.thin, size: 7 },
+      points: { show: (points && !line.thin) || columns[i].filter((y) => y != null).length === 1, size: 7 },
       value: (_, value) => compact(value),
     }));
     const first = { label: points ? "steps made" : "step", value: (_, x) => (x == null ? "–" : `${x}`) };
@@ -162,7 +189,7 @@ function figure(title, lines, points = false) {
     plot.root.setAttribute("role", "img");
     plot.root.setAttribute("aria-label", plain(`${title}, at the end: ${said.join(", ")}`, 300));
     plot.root.querySelectorAll(".u-series").forEach((row, i) => (row.hidden = !!lines[i - 1]?.thin));
-    if (!points) plot.over.onclick = () => goTo({ step: steps[plot.cursor.idx] });
+    if (!points) plot.over.onclick = clicked;
   }
   draw();
   plots.push(draw);

@@ -7,12 +7,12 @@ async function start() {
   groupControls();
   changedControls();
   const before = history.state;
-  const isLinked = !before && seen("uid");
+  const part = location.hash.includes("=") ? seen("uid") && byId("cards") : byId(location.hash.slice(1));
   await Promise.all([showGroups(), showChanged()]);
   byId("loading").remove();
-  if (before?.open) takeUp(before);
-  else if (isLinked) byId("cards").scrollIntoView();
   follow();
+  if (before?.open) takeUp(before);
+  else if (part) part.scrollIntoView();
   document.documentElement.dataset.ready = "yes";
 }
 

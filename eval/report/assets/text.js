@@ -43,7 +43,11 @@ function brief(text, most = SHORT) {
 
 function prose(text, name = "span", style = "text") {
   const box = el(name, { class: style, dir: "auto" });
-  const fill = (part) => box.replaceChildren(...(part.length <= WITH_MATHS ? withMaths(part) : [part]));
+  const fill = (part) => {
+    box.replaceChildren(...(part.length <= WITH_MATHS ? withMaths(part) : [part]));
+    box.removeAttribute("tabindex");
+    if (box.querySelector("math")) box.tabIndex = 0; // which may be wider than the box, and is scrolled by keys then
+  };
   return folded(box, text, LONG, fill);
 }
 
@@ -70,6 +74,8 @@ function closing(text, start) {
   return -1;
 }
 
+// "$7 or 8$ more": what begins with a digit and has blanks is a formula by its LaTeX alone.
+const MONEY = /^\d[^\\^_]*\s[^\\^_]*$/;
 const MATHS = /\$\$([^]+?)\$\$|\$(?!\s)([^$\n]*?[^$\n\s\\])\$(?!\d)|\\\(([^]+?)\\\)|\\\[([^]+?)\\\]|\\boxed\{/g;
 
 function withMaths(text) {
@@ -79,7 +85,10 @@ function withMaths(text) {
   for (let found; (found = MATHS.exec(text));) {
     let end = MATHS.lastIndex;
     let node;
-    if (found[0] === "\\boxed{") {
+    if (MONEY.test(found[2] ?? "")) {
+      MATHS.lastIndex = found.index + 1; // the second $ may begin a formula
+      continue;
+    } else if (found[0] === "\\boxed{") {
       const close = closing(text, end);
       if (close < 0) continue;
       const inside = text.slice(end, close);
@@ -132,7 +141,7 @@ const unpacked = new Map();
 async function unpack(id) {
   if (!unpacked.has(id)) {
     if (!self.DecompressionStream)
-      throw new Error("this browser is too old; Chrome and Edge 80, Firefox 113, Safari 16.4 and later ones show it");
+      throw new Error("this browser is too old; Chrome and Edge 109, Firefox 113, Safari 16.4 and later ones show it");
     const bytes = Uint8Array.from(atob(byId(id).textContent), (c) => c.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     unpacked.set(id, JSON.parse(await new Response(stream).text()));
