@@ -154,7 +154,7 @@ def test_hostile_text_is_text(run, tmp_path, opened):
         shown.wait_for_timeout(200)
         assert shown.locator("#answers .card").count() == len(HOSTILE) * (move == "gained")
         if move == "gained":
-            tags = shown.locator("#answers .card .tag:last-child").all_text_contents()
+            tags = shown.locator("#answers .card .tag").all_text_contents()
             assert {*texts[:2]} <= {*tags} and max(map(len, tags)) < 150
     shown.locator("#move").select_option("gained")
     shown.wait_for_timeout(200)
@@ -302,6 +302,19 @@ def test_what_changed(run, tmp_path, opened):
     shown.wait_for_timeout(400)
     assert answers.count() == 1 and "after 0" in answers.first.text_content()
     assert "1 of 4 gained; those whose samples changed most come first." in shown.locator("#moved").text_content()
+    # A card has a link of its own, and one to what training asked in the same words.
+    shown.locator("#find").fill("")
+    shown.wait_for_timeout(400)
+    link = answers.nth(1).get_by_role("link", name="link").get_attribute("href")
+    again = opened(copy / "report.html", address=link)
+    again.locator("#answers .card").first.wait_for()
+    assert again.locator("#answers .card").count() == 1 and again.evaluate("scrollY") > 500
+    question = answers.first.locator(".question").text_content()
+    answers.first.get_by_role("link", name="asked in training").click()
+    shown.wait_for_timeout(600)
+    assert shown.locator("#search").input_value() == question and shown.locator("#everywhere").is_checked()
+    asked = [g["question"] for path in shards.list_shards(run / "rollouts") for g in shards.read_shard(path)]
+    assert shown.locator("#found").text_content() == f"{asked.count(question)} of {len(asked)} groups"
 
 
 def test_answers_without_gold(run, tmp_path, opened):
@@ -548,6 +561,14 @@ def test_runs_beside_each_other(run, tmp_path, opened):
     shown.locator("#run").select_option("random/seed-0")
     shown.wait_for_timeout(300)
     assert shown.locator("#cards h3 a").first.get_attribute("href").startswith("#run=random%2Fseed-0&")
+    # Runs that were asked other questions.
+    for name in ("before", "after"):
+        path = folder / "random" / "seed-1" / f"{name}.json"
+        path.write_text(path.read_text().replace('"question": "', '"question": "? '))
+    shown = opened(
+        report.main(report.Config(runs=(folder,))), address="#changed-run=random/seed-1&against=random/seed-0"
+    )
+    shown.locator("#moved").filter(has_text="have no held-out question in common").wait_for()
 
 
 def test_a_click_on_a_curve_leads_to_the_groups_of_its_run(run, tmp_path, opened):
@@ -684,3 +705,12 @@ def test_ten_thousand_groups_open_at_once(run, tmp_path, opened):
     shown.locator("#found", has_text="500 of 10000 groups").wait_for()
     search_in = time.monotonic() - start
     print(f"{made.stat().st_size / 1e6:.1f} MB, open in {open_in:.1f} s, searched in {search_in:.1f} s")
+
+
+def test_what_was_left_out_is_said(run, tmp_path, opened):
+    copy = shutil.copytree(run, tmp_path / "r")
+    rows = [json.loads(line) | {"left_out": n} for n, line in zip((2, 0, 1), (run / "metrics.jsonl").open())]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    head = opened(report.main(report.Config(runs=(copy,)))).locator("#head").text_content()
+    assert "Left out: 2 questions of step 1, and some at 1 more steps" in head
+    assert f"3 of {rows[0]['groups'] + 2} questions × " in head

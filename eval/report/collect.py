@@ -120,6 +120,8 @@ def overview(folder: Path, name: str, running: bool = False) -> dict:
         "command": f"python train_upt.py --resume --out {shlex.quote(os.path.relpath(whole(folder)))}",
         "again": f'python -m eval.heldout --run {where}\npython ask.py --run {where} --image PICTURE "…"',
         "alarms": {row["step"]: row["alarms"] for row in rows if row.get("alarms")},
+        "left_out": {row["step"]: row["left_out"] for row in rows if row.get("left_out")},
+        "asked": max((row["groups"] + row.get("left_out", 0) for row in rows if "groups" in row), default=None),
         "curves": curves(rows),
         "held_out": held_out_scores(folder, rows, end.get("steps", config["steps"])),
         "after": after,

@@ -51,7 +51,20 @@ function side(title, responses) {
   );
 }
 
-function changedCard({ row, left, right, move }, titles) {
+// Where the card itself is, and the training groups that ask in the same words.
+function linksOf({ row, move }, run) {
+  const to = (place) => `#${new URLSearchParams(place)}`;
+  const mine = run ? { "changed-run": runs[run].name } : {};
+  const asked = { ...(run ? { run: runs[run].name } : {}), everywhere: "yes", search: row.question.slice(0, 300) };
+  return [
+    el("a", { href: to({ ...mine, move, find: row.uid }) }, "link"),
+    " ",
+    el("a", { href: to(asked) }, "asked in training"),
+  ];
+}
+
+function changedCard(pair, titles, run) {
+  const { row, left, right, move } = pair;
   const picture = pictureOf(row.image, row.question);
   const counted = (responses) => `${samplesRight(responses)} of ${responses.length - 1}`;
   const samples = row.gold != null && left.length > 1 && `right samples: ${counted(left)} → ${counted(right)}`;
@@ -59,7 +72,7 @@ function changedCard({ row, left, right, move }, titles) {
   return el(
     "article",
     { class: picture ? "card" : "card plain", "data-card": `changed ${handle(row.uid)}` },
-    el("h3", {}, brief(row.uid), " ", tag(named(move), "quiet"), kind),
+    el("h3", {}, brief(row.uid), " ", tag(named(move), "quiet"), kind, " ", ...linksOf(pair, run)),
     picture,
     el(
       "div",
@@ -125,11 +138,14 @@ async function showChanged() {
   const found = chosen.filter((pair) => pair.move === move).sort((a, b) => Math.abs(rise(b)) - Math.abs(rise(a)));
   const isOver = ({ after }) => !after || after === "after";
   const usually = isOver(runs[run]) ? "before and after training" : `before training and ${runs[run].after}`;
+  const other = runs.find(({ name }) => name === against);
   const sides = against ? "after one run and after the other" : usually;
   byId("moved").textContent = pairs.length
-    ? `Greedy answers to held-out questions, ${sides}: ${found.length} of ${pairs.length} ${named(move)}` +
+    ? `Greedy answers to held-out questions, ${sides}: ${found.length} of ${pairs.filter(isOfKind).length} ${named(move)}` +
       (isGraded ? "; those whose samples changed most come first." : ".")
-    : `No held-out answers ${sides}: there are none yet, or none were asked for.`;
+    : other?.answers && runs[run].answers
+      ? "The two runs have no held-out question in common; another seed or other data has others."
+      : `No held-out answers ${sides}: there are none yet, or none were asked for.`;
   const lines = kinds.map((name) => {
     const of = pairs.filter(({ row }) => row.kind === name);
     return [name, of.length, ...names.map((one) => count(of, one))];
@@ -137,9 +153,8 @@ async function showChanged() {
   const table = () => tableOf(["kind", "questions", ...names.map(named)], lines);
   byId("kinds").replaceChildren(...(lines.length ? [table()] : []));
   const titleOf = (one) => el("span", {}, brief(one.name, 60), isOver(one) ? "" : `, ${one.after}`);
-  const other = runs.find(({ name }) => name === against);
   const titles = () => (against ? [titleOf(other), titleOf(runs[run])] : ["before", runs[run].after]);
-  paged(byId("answers"), byId("more-answers"), found, (pair) => changedCard(pair, titles()));
+  paged(byId("answers"), byId("more-answers"), found, (pair) => changedCard(pair, titles(), run));
 }
 
 function changedControls() {

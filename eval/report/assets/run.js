@@ -8,7 +8,7 @@ function facts(run) {
     model: [c.model, ...start].filter(Boolean).join(", "),
     data: c.from_shards ? `shards of ${c.from_shards}` : c.data,
     reward: c.algorithm === "sft" ? `${c.reward}, by cross-entropy` : `${c.reward}, advantage ${c.advantage}`,
-    steps: `${c.steps} of ${c.questions_per_step} questions × ${c.group_size} responses, seed ${c.seed}`,
+    steps: `${c.steps} of ${run.asked ?? c.questions_per_step} questions × ${c.group_size} responses, seed ${c.seed}`,
     state: run.state,
     begun: run.begun,
     time: duration(total(run.seconds)) + (run.finished ? "" : " so far"),
@@ -33,6 +33,16 @@ function alarms(run) {
     : el("p", { class: "quiet" }, "No alarm.");
 }
 
+function leftOut(run) {
+  const steps = Object.entries(run.left_out);
+  const [[step, count] = []] = steps;
+  const more = steps.length > 1 ? `, and some at ${steps.length - 1} more steps` : "";
+  const why = "rows that cannot be used, or prompts that are too long; the terminal named them";
+  return (
+    step && el("p", { class: "warn" }, `Left out: ${count} questions of step ${Number(step) + 1}${more} (${why}).`)
+  );
+}
+
 function oneRun(run) {
   const found = [facts(run)];
   if (run.table.length) {
@@ -46,7 +56,7 @@ function oneRun(run) {
     found.push(tableOf(["held out", ...names], rows), el("p", { class: "quiet" }, said.join(" ")));
   }
   const [what, command] = run.finished ? ["To score it again, or ask it:", run.again] : ["To go on:", run.command];
-  found.push(alarms(run));
+  found.push(...[alarms(run), leftOut(run)].filter(Boolean));
   if (!run.running) found.push(el("p", {}, what), el("pre", { tabindex: "0", dir: "auto" }, command));
   return found;
 }
@@ -136,6 +146,13 @@ function linesOf(pick) {
   });
 }
 
+// The values that an axis shows: a tenth more than there are, and of what hardly changes some more.
+function around(low, high) {
+  if (low == null) return [0, 1];
+  const room = Math.max((high - low) / 10, Math.max(Math.abs(low), Math.abs(high)) / 50) || 1;
+  return [low - room, high + room];
+}
+
 // `points`: the values stand alone, and are neither smoothed nor led to by steps.
 function figure(title, lines, points = false) {
   if (!lines.length) return;
@@ -175,7 +192,7 @@ function figure(title, lines, points = false) {
     const options = {
       width: Math.max(box.clientWidth, 240),
       height: 200,
-      scales: { x: { time: false } },
+      scales: { x: { time: false }, y: { range: (_, low, high) => around(low, high) } },
       axes: [
         { ...axis, size: 28, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000] },
         { ...axis, size: 60, values: (_, ticks) => ticks.map((y) => `${Number(compact(y))}`) },

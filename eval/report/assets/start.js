@@ -7,7 +7,7 @@ async function start() {
   groupControls();
   changedControls();
   const before = history.state;
-  const part = location.hash.includes("=") ? seen("uid") && byId("cards") : byId(location.hash.slice(1));
+  const part = location.hash.includes("=") ? lookedAt() : byId(location.hash.slice(1));
   await Promise.all([showGroups(), showChanged()]);
   byId("loading").remove();
   follow();
@@ -16,12 +16,21 @@ async function start() {
   document.documentElement.dataset.ready = "yes";
 }
 
+// The part of the page that an address with settings is about.
+function lookedAt() {
+  const has = (...ids) => ids.some((id) => view.has(id));
+  if (has("uid")) return byId("cards");
+  if (has("step", "flag", "search", "everywhere", "order", "run")) return byId("groups");
+  if (has("move", "kind", "find", "changed-run", "against")) return byId("changed");
+  return null;
+}
+
 addEventListener("pagehide", remember);
 addEventListener("hashchange", () => {
   if (!location.hash.includes("=")) return remember(); // a part of the page, to which the browser has gone
   view = addressed();
   showCurves();
   showChanged();
-  showGroups().then(() => seen("uid") && byId("cards").scrollIntoView());
+  showGroups().then(() => lookedAt()?.scrollIntoView());
 });
 start();

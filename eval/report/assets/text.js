@@ -106,8 +106,11 @@ function withMaths(text) {
 
 // -------------------------------------------------------------------------------------------------- numbers and tables
 
+// Halves to the even side, as the terminal has them.
+const evenly = (x) => (Math.abs(x % 1) === 0.5 ? 2 * Math.round(x / 2) : Math.round(x));
+
 function number(x, digits = 3) {
-  return x == null ? "–" : (Math.round(x * 10 ** digits) / 10 ** digits + 0).toFixed(digits);
+  return x == null ? "–" : (evenly(x * 10 ** digits) / 10 ** digits + 0).toFixed(digits);
 }
 // As short as it can be read: small numbers by their first digits.
 const compact = (x) => (x != null && x !== 0 && Math.abs(x) < 0.001 ? x.toExponential(1) : number(x, 4));
