@@ -195,8 +195,9 @@ def check_own(folder: Path | str, stage: str) -> None:
 def _new(folder: Path, inside: bool) -> Path:
     """A folder that is not there: inside of one that holds runs, else beside it."""
     base = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
-    names = (Path(f"{folder / 'new' if inside else base}-{n}") for n in count(2))
-    return next(path for path in (*[folder / "new"] * inside, *names) if not os.path.lexists(path))
+    if inside and not os.path.lexists(base := folder / "new"):
+        return base
+    return next(path for n in count(2) if not os.path.lexists(path := Path(f"{base}-{n}")))
 
 
 def _stage(folder: Path) -> str | None:
