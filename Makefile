@@ -100,7 +100,7 @@ warmup: $(READY)  ## (re)make the embedded default model in models/tiny
 	$(PY) warmup.py --out $(TINY)$(call flag,seed,$(SEED))$(MORE)
 
 # An error then says which of its flags are variables here (upt/run/cli.py).
-train rollout judge score eval synth ablate export report runs ask check-data: export UPT_BY_MAKE := 1
+warmup train rollout judge score eval synth ablate export report runs ask check-data: export UPT_BY_MAKE = $(USES_$@)
 
 train: $(READY) $(MODEL_READY)  ## label-free training with a before/after table (GPUS=4: on all of a node; on a CPU: processes)
 	$(PY) train_upt.py $(SAMPLING)$(call flag,reward,$(REWARD))$(call flag,advantage,$(ADVANTAGE))$(call flag,steps,$(STEPS)) \

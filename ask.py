@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from upt.model import Policy
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-LAST = ("", "/quit", "/exit")  # what ends the console
+LAST = (None, "/quit", "/exit")  # what ends the console, or a pipe
 OTHER = "give another picture"
 
 
@@ -114,6 +114,11 @@ def opened(path: Path | None) -> "Image | None":
 
 def ask(policy: "Policy", question: str, picture: "Image | None", config: Config) -> dict[str, Answered]:
     """The answers to one question by who gives them: `base` and `trained` of a run, else `model`."""
+    for text in (question, *config.choice):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # what was no UTF-8 is in it, as Python keeps that
+            raise DataError(f"{ascii(text)} is not UTF-8: convert it, as by iconv -f latin1 -t utf-8") from None
     asked = Question("asked", question, [*config.choice] or None, picture, None)
     encoded, too_long = policy.encode([asked], prompts.template(config.prompt), config.max_prompt_tokens)
     if too_long:
@@ -192,7 +197,12 @@ def questions(config: Config, paths: list[Path | None]) -> Iterator[tuple[str, l
         print(f"ask; /image PATH takes {which}; an empty line ends", file=sys.stderr)
         with suppress(ImportError):
             import readline  # noqa: F401 - by which input() knows the arrow keys
-    while (line := next_line()) not in LAST:
+    elif sys.stdin.errors == "strict":
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that other bytes are a mistake in their line alone
+    last = (*LAST, "") if sys.stdin.isatty() else LAST
+    while (line := next_line()) not in last:
+        if not line:
+            continue
         if line.split()[0] != "/image":
             yield line, paths
             continue
@@ -203,18 +213,19 @@ def questions(config: Config, paths: list[Path | None]) -> Iterator[tuple[str, l
             print(f"error: {error}", file=sys.stderr)
 
 
-def next_line() -> str:
-    """What is typed, or the next line of a pipe, which gets no prompt; at its end, or at Ctrl-C and Ctrl-D, ""."""
+def next_line() -> str | None:
+    """What is typed, or the next line of a pipe, which gets no prompt; None at its end, or at Ctrl-C and Ctrl-D."""
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     try:
         return input("? " if terminal else "").strip()
     except (EOFError, KeyboardInterrupt):
         print(end="\n" * terminal, file=sys.stderr)
-        return ""
+        return None
 
 
 def main(config: Config) -> list[dict[str, Answered]]:
-    """Answer and print; returns the answers to each question about each picture."""
+    """Answer and print; returns the answers to each question about each picture. Raises DataError if a question cannot
+    be answered, of those of a pipe if none can be, and goes on after a mistake on the console."""
     config = replace(config).resolve()
     given = files(config.image)  # a mistake is said before a model is loaded
     policy = trained.load_policy(config, questions_per_step=1, group_size=config.samples)
@@ -226,6 +237,8 @@ def main(config: Config) -> list[dict[str, Answered]]:
             if config.question is not None:
                 raise
             print(f"error: {error}", file=sys.stderr)
+    if not found and not sys.stdin.isatty():
+        raise DataError("no question was answered: give one in the command, or a line each in what is piped in")
     return found
 
 

@@ -8,6 +8,7 @@ questions, and the rows that cannot be used, by reason. The page has five questi
 runs/data-geoqa.html.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -122,9 +123,13 @@ def page(name: str, said: list[str], found: list["data.Question"]) -> str:
 
 
 def page_path(name: str) -> Path:
-    """Where the page of a data set goes, by the name or path that was given."""
-    word = re.sub(r"[^\w.-]+", "-", name).strip(".-")[-100:]
-    return Path("runs", f"data-{word}.html")
+    """Where the page of a data set goes, by the name or path that was given; of `.` by its folder's own name."""
+
+    def word(text: str) -> str:
+        return re.sub(r"[^\w.-]+", "-", text).strip(".-")[-100:]
+
+    known = word(name) or word(os.path.basename(os.path.abspath(name)))
+    return Path("runs", f"data-{known}.html" if known else "data.html")
 
 
 def main(config: Config) -> Found:

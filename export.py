@@ -119,7 +119,7 @@ def main(config: Config) -> dict:
         draft.rmdir()  # where it was there before
     print(f"{f'{dtype} snapshot' if dtype else 'adapter'} with its card in {config.out}")
     if error is not None and error > card.OFF:
-        print(f"{card.rounding(dtype, error)}", file=sys.stderr)
+        print(card.rounding(dtype, error), file=sys.stderr)
     return {"out": str(config.out), "dtype": dtype, "error": error}
 
 
@@ -163,26 +163,25 @@ def snapshot(found: trained.Trained, config: Config, folder: Path) -> tuple[str,
     Returns their dtype, and how far rounding to bf16 puts them off, None where that was not tried.
     """
     dtype = config.dtype or "bf16"
-    error = merge(found, config, dtype, folder)
+    policy, error = merged(found, config, dtype)
     if config.dtype is None and error > card.OFF:
-        shutil.rmtree(folder)
-        folder.mkdir()
         dtype = "fp32"
-        merge(found, config, dtype, folder)
+        del policy  # two of them need not fit
+        policy, _ = merged(found, config, dtype)
+    if base := snapshot_folder(found.settings["model"]) or snapshot_folder(found.model):
+        copy_rest(base, folder)
+    policy.export(folder)
+    meant = contents(policy)
+    del policy
+    check(config.out, meant, contents(model.Policy.load(str(folder), dtype=dtype, device=config.device)))
     return dtype, None if config.dtype == "fp32" else error
 
 
-def merge(found: trained.Trained, config: Config, dtype: str, folder: Path) -> float:
-    """Write the snapshot in `dtype`, and open it again; how far rounding has put its weights off."""
+def merged(found: trained.Trained, config: Config, dtype: str) -> tuple["Policy", float]:
+    """The model in `dtype` with the adapter merged into it, and how far rounding has put its weights off."""
     policy = model.Policy.load(found.model, dtype=dtype, device=config.device, **limits_of(found))
     policy.load_adapter(found.adapter, config.any_base)
-    if base := snapshot_folder(found.settings["model"]) or snapshot_folder(found.model):
-        copy_rest(base, folder)
-    error = policy.export(folder)
-    meant = contents(policy)
-    del policy  # two of them need not fit
-    check(config.out, meant, contents(model.Policy.load(str(folder), dtype=dtype, device=config.device)))
-    return error
+    return policy, policy.merge()
 
 
 def contents(policy: "Policy") -> dict:

@@ -306,10 +306,12 @@ def write_questions(**settings) -> dict:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the run in --out has ended; of rounds, as many as are asked for."""
+    """Whether the run in --out has ended; of rounds, as many as are asked for, or with --resume were begun."""
     summary = known_json(config.out / "summary.json")
-    made = summary is not None and (config.out / "adapter" / "adapter_config.json").is_file()
-    return made and len(summary.get("rounds", ())) == config.rounds
+    if summary is None or not (config.out / "adapter" / "adapter_config.json").is_file():
+        return False
+    begun = manifests.read(config.out)["config"].get("rounds", 0) if config.resume else 0
+    return len(summary.get("rounds", ())) == (config.rounds or begun)
 
 
 def logged(out: Path) -> int:

@@ -29,6 +29,7 @@ from upt import data, model, prompts, warmup
 from upt.data import shapes
 from upt.errors import SettingError
 from upt.files import write_whole
+from upt.groups import manifests
 from upt.ranges import Count, Few, Number, Rate, Seed, Share
 from upt.run import cli, presets
 from upt.run.locking import alone
@@ -95,6 +96,7 @@ def untrained(items: list[shapes.Item], seed: int) -> "model.Policy":
 def main(config: Config) -> dict:
     """Train, write the snapshot and its scores; returns the scores by phase."""
     config = replace(config)
+    manifests.check_own(config.out, "warmup")
     phases = [config.answer_steps, config.judge_steps, config.guess_steps]
     if sum(phases) == 0:
         raise SettingError("--answer-steps, --judge-steps and --guess-steps 0 teach nothing: give one some updates")
@@ -123,13 +125,15 @@ def main(config: Config) -> dict:
     phase("guessing", taught.guessing(policy), config.guess_steps, optimizers, 0.0)
 
     network.requires_grad_(False)
-    (config.out / "warmup.json").unlink(missing_ok=True)  # until the new one is whole, there is no warmed-up model
-    policy.export(config.out)
     report = {name: heldout.without_rows(found) for name, found in scores.items()} | {
         "config": json.loads(json.dumps(asdict(config), default=str)),
         "seconds": time.perf_counter() - started,
     }
-    write_whole(config.out / "warmup.json", [json.dumps(report, indent=1).encode()])
+    done, draft = config.out / "warmup.json", config.out / ".warmup.json"
+    write_whole(draft, [json.dumps(report, indent=1).encode()])  # by it the folder is known as ours, if this is killed
+    done.unlink(missing_ok=True)  # until the new one is whole, there is no warmed-up model
+    policy.export(config.out)
+    draft.replace(done)
     print(heldout.table({f"after {name}": found for name, found in scores.items()}))
     print(f"{config.out}: {len(validation)} validation questions, {report['seconds']:.0f} s")
     return scores

@@ -52,7 +52,7 @@ def test_a_folder_options_and_a_model_alone(tiny, pictures):
 
 
 def test_a_pipe_is_answered_line_by_line_and_goes_on_after_a_mistake(tiny, pictures, monkeypatch, capsys):
-    said = f"What?\n/image nowhere.png\nAnd now?\n/image {pictures / '1.png'}\nThere?\n/image\n2 + 2?\n\nnot asked\n"
+    said = f"What?\n/image nowhere.png\nAnd now?\n\n \n/image {pictures / '1.png'}\nThere?\n/image\n2 + 2?\n/quit\nno\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(said))
     found = ask.main(Config(model=tiny, image=pictures / "0.png", samples=2, device="cpu"))
     shown = capsys.readouterr()
@@ -60,6 +60,22 @@ def test_a_pipe_is_answered_line_by_line_and_goes_on_after_a_mistake(tiny, pictu
     assert heads == ["0.png: What?", "0.png: And now?", "1.png: There?", "no picture: 2 + 2?"] and len(found) == 4
     assert shown.err.splitlines() == ["error: nowhere.png: no such file; give a picture or a folder of pictures"]
     assert "? 0.png" not in shown.out and "ask; " not in shown.err
+
+
+def test_a_pipe_of_which_nothing_is_answered(tiny, monkeypatch, capsys):
+    for said in ("", "/image nowhere.png\n\n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(said))
+        with pytest.raises(DataError, match="no question was answered: give one"):
+            ask.main(Config(model=tiny, samples=2, device="cpu"))
+
+
+def test_what_is_no_utf_8_is_a_mistake_in_its_line_alone(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Wie gro\xdf?\n2 + 2?\n"), encoding="utf-8"))
+    assert len(ask.main(Config(model=tiny, samples=2, device="cpu"))) == 1
+    said = "is not UTF-8: convert it, as by iconv"
+    assert said in capsys.readouterr().err
+    with pytest.raises(DataError, match=said):
+        ask.main(Config(question="Which?", choice=("a", "\udcdf"), model=tiny, samples=2, device="cpu"))
 
 
 class Terminal(io.StringIO):

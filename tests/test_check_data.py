@@ -90,6 +90,9 @@ def test_every_data_set_has_its_page(folder, monkeypatch):
     pages = {path.name for path in (folder / "runs").iterdir()}
     assert pages == {"data-shapes.html", f"data-{str(folder)[1:].replace('/', '-')}.html"}
     assert check_data.page_path("../geo:3,org/name:1").name == "data-geo-3-org-name-1.html"
+    for here, name in ((".", folder.name), ("..", folder.parent.name)):
+        assert check_data.page_path(here).name == f"data-{name}.html"
+    assert check_data.page_path("/").name == "data.html"
 
 
 def test_no_more_than_a_picture_is_held_at_a_time(folder, monkeypatch):

@@ -308,16 +308,20 @@ def test_every_config_takes_strings_for_paths():
 
 
 def test_errors_name_the_variables_of_make_where_it_gave_the_command(shell, tmp_path, monkeypatch):
+    from eval import heldout
+
     monkeypatch.delenv(cli.BY_MAKE, raising=False)
-    assert cli.of_make("--run x") == ""
-    monkeypatch.setenv(cli.BY_MAKE, "1")
+    assert cli.of_make("--run x", heldout.Config) == ""
+    monkeypatch.setenv(cli.BY_MAKE, "DATA RUN OUT ARGS")
     for text, said in (
         ("--run x: give its --out, or --run y", " (make: RUN is --run, OUT is --out)"),
-        ("--learning-rate 3", " (make: others go into ARGS)"),
-        ("--data-file, --rewards a--run", " (make: REWARDS is --rewards, others go into ARGS)"),
-        ("no flag - in -- it", ""),
+        ("--temperature 3", " (make: others go into ARGS)"),
+        ("--top-p, --out a--run", " (make: OUT is --out, others go into ARGS)"),
+        ("--seed 3, which the target has no variable for", " (make: others go into ARGS)"),
+        ("hf download --repo-type dataset --local-dir DIR, and --rewards of another script", ""),
+        ("no flag - in -- it, and --help is none of the settings", ""),
     ):
-        assert cli.of_make(text) == said
+        assert cli.of_make(text, heldout.Config) == said
     done = shell("-m", "eval.heldout", "--run", str(tmp_path))
     assert done.stderr.endswith("that was its --out (make: RUN is --run, OUT is --out)\n")
 

@@ -219,7 +219,7 @@ def test_ranks_that_vllm_takes(run, tmp_path, rank, room):
     assert f"--max-lora-rank {room} " in card.serve(found, None)
 
 
-def test_rounding_is_measured_and_said(base, run, tmp_path, capsys):
+def test_rounding_is_measured_and_said(base, run, tmp_path, capsys, monkeypatch):
     found = export.main(export.Config(run=run, out=tmp_path / "much"))
     said = capsys.readouterr().err
     before, after = (load_file(Path(of) / "model.safetensors") for of in (base, tmp_path / "much"))
@@ -240,7 +240,10 @@ def test_rounding_is_measured_and_said(base, run, tmp_path, capsys):
     for text in (capsys.readouterr().err, (tmp_path / "little" / "README.md").read_text()):
         assert said in text and "; serve the adapter (--adapter-only), or export it with --dtype fp32." in text
     # Nothing said of the dtype: where bf16 loses that much it is fp32, which loses nothing.
+    written, real = [], Policy.export
+    monkeypatch.setattr(Policy, "export", lambda policy, folder: written.append(folder) or real(policy, folder))
     chosen = export.main(export.Config(run=small, out=tmp_path / "chosen"))
+    assert len(written) == 1  # what is known to be off too far is not written first
     export.main(export.Config(run=small, out=tmp_path / "asked", dtype="fp32"))
     assert chosen == {"out": str(tmp_path / "chosen"), "dtype": "fp32", "error": found["error"]}
     said = said.replace(" put ", " would put ")

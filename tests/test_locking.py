@@ -169,6 +169,7 @@ WRITERS = {
     "ablate": lambda out, tiny, shards: ablate.main(ablate.Config(rollouts=shards, out=out)),
     "online": lambda out, tiny, shards: ablate.main(ablate.Config(model=tiny, out=out)),
     "eval": lambda out, tiny, shards: eval_run.main(eval_run.Config(model=tiny, data=str(shards), out=out)),
+    "warmup": lambda out, tiny, shards: warmup.main(warmup.Config(out=out)),
 }
 
 
@@ -180,10 +181,43 @@ def test_nothing_is_written_into_the_folder_of_somebody_else(stage, tiny, sample
         (docs / name).parent.mkdir(parents=True, exist_ok=True)
         (docs / name).touch()
     before = sorted(docs.rglob("*"))
-    said = rf"docs holds README.md, a/, manifest.md and 2 more, which no \w+ stage has left.*--out {docs}/new"
+    said = rf"docs holds README.md, a/, manifest.md and 2 more, which no \w+ stage has left.*--out {docs}-2$"
     with pytest.raises(ShardError, match=said) as error:
         WRITERS[stage](docs, tiny, sampled)
     assert "rm -r" not in str(error.value) and sorted(docs.rglob("*")) == before
+
+
+@pytest.mark.parametrize("stage", ["ablate", "online", "warmup"])
+def test_what_writes_no_manifest_leaves_the_folder_of_another_stage_alone(stage, tiny, sampled, tmp_path):
+    """Not that of a run either, whose manifest says that something has begun there."""
+    run = tmp_path / "run"
+    manifests.write(run, stage="train", config={}, seed=0, model=None)
+    (run / "round-01").mkdir()
+    before = sorted(run.rglob("*"))
+    with pytest.raises(ShardError, match=r"run holds the output of the stage train, not of \w+: use another --out"):
+        WRITERS[stage](run, tiny, sampled)
+    assert sorted(run.rglob("*")) == before
+
+
+def test_the_folder_that_is_advised_is_not_there(tmp_path, monkeypatch):
+    """Beside a stranger's, and inside of one that holds runs."""
+
+    def advised(folder) -> str:
+        with pytest.raises(ShardError) as error:
+            manifests.check_own(folder, "train")
+        return str(error.value).partition("such as --out ")[2]
+
+    mine, runs = tmp_path / "mine", tmp_path / "runs"
+    for folder in (mine, tmp_path / "mine-2"):
+        folder.mkdir()
+        (folder / "notes.md").touch()
+    (tmp_path / "mine-3").symlink_to(tmp_path / "gone")
+    manifests.write(runs / "a", stage="train", config={}, seed=0, model=None)
+    assert advised(mine) == f"{mine}-4" and advised(runs) == f"{runs}/new"
+    (runs / "new").mkdir()
+    assert advised(runs) == f"{runs}/new-2"
+    monkeypatch.chdir(mine)
+    assert advised(Path()) == f"{mine}-4" and advised(Path("../mine")) == "../mine-4"
 
 
 def test_folders_in_which_a_stage_may_begin(tmp_path):
@@ -200,7 +234,7 @@ def test_folders_in_which_a_stage_may_begin(tmp_path):
     hidden = holds("hidden", ".DS_Store", ".lock", ".start.partial/model.safetensors", "log.txt", "slurm-7.out")
     stages = holds("stages", rollouts="rollout", scored="rewards")
     for folder in (tmp_path / "none", tmp_path / "empty", hidden, stages):
-        for stage in ("train", "rollout", "judge", "rewards", "synthesize", "eval", "ablate"):
+        for stage in ("train", "rollout", "judge", "rewards", "synthesize", "eval", "ablate", "warmup"):
             manifests.check_own(folder, stage)
     # Begun, but without a manifest so far, or where there is none ever; notes of the user's beside it.
     for stage, file in (
@@ -211,6 +245,7 @@ def test_folders_in_which_a_stage_may_begin(tmp_path):
         ("ablate", "table.md"),
         ("ablate", "variants.md"),
         ("eval", "wemath/responses.jsonl"),
+        ("warmup", "warmup.json"),
     ):
         folder = holds(f"{stage}-{file.replace('/', '-')}", file, "notes.md")
         manifests.check_own(folder, stage)
@@ -224,7 +259,7 @@ def test_folders_in_which_a_stage_may_begin(tmp_path):
 
 def test_all_benchmarks_leave_the_summary_of_a_run_alone(tiny, tmp_path):
     manifests.write(tmp_path / "run", stage="train", config={}, seed=0, model=None)
-    with pytest.raises(ShardError, match="holds the output of a train stage, not of a eval stage"):
+    with pytest.raises(ShardError, match="holds the output of the stage train, not of eval"):
         eval_run.main(eval_run.Config(model=tiny, data=str(tmp_path), out=tmp_path / "run"))
 
 

@@ -51,9 +51,14 @@ def test_what_make_prints_is_as_one_would_type_it(target):
         assert "  " not in line and line == line.strip() and '""' not in line, line
 
 
-def test_a_script_knows_that_make_started_it():
-    rules = make("-pn", "train").stdout
-    assert f"{BY_MAKE} := 1" in rules.partition("\ntrain:")[2].partition("\n\n")[0]
+@pytest.mark.parametrize("target", ["train", "ablate", "export", "warmup"])
+def test_a_script_knows_which_variables_its_target_takes(target, tmp_path):
+    more = tmp_path / "more.mk"
+    more.write_text(f"override PY := echo $${BY_MAKE}; true\n{more}: ;\n")
+    done = make("-s", "-f", "Makefile", "-f", str(more), "-o", ".venv/.ready-torch--2.13.0",
+                "-o", "models/tiny/warmup.json", target)  # fmt: skip
+    taken = [given.split("=")[0] for given in GIVEN[target]]
+    assert {name for name in done.stdout.split() if name in {given.split("=")[0] for given in ALL}} == {*taken}
 
 
 def test_help_is_the_default_and_lists_every_target():

@@ -75,4 +75,4 @@ def test_they_run(name, tiny, tmp_path):
     assert (tmp_path / "runs").is_dir()
     if name == "quickstart":
         said = "".join(output.get("text", "") for cell in book.cells for output in cell.get("outputs", ()))
-        assert "step 0: " in said and "samples: " in said
+        assert "after step 1: " in said and "samples: " in said

@@ -339,7 +339,7 @@ def test_resuming_with_other_settings_names_what_differs(tmp_path):
     assert "b:" not in message and "out:" not in message
     with pytest.raises(ShardError) as error:  # of another stage no setting is named
         manifests.check(tmp_path, "judge", {"z": 1})
-    assert str(error.value) == f"{tmp_path} holds the output of a s stage, not of a judge stage: use another --out"
+    assert str(error.value) == f"{tmp_path} holds the output of the stage s, not of judge: use another --out"
 
 
 def test_going_on_needs_the_same_model_files(tmp_path):

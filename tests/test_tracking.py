@@ -124,6 +124,25 @@ def test_a_run_goes_on_in_the_same_wandb_run_and_fails_there_when_it_fails(tmp_p
         assert f"-{found[0][0]}" in folder.name
 
 
+def test_a_tracker_that_is_added_later_is_told_the_scores_before_training(tmp_path, monkeypatch):
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    told = {"tensorboard": [], "wandb": []}
+
+    def maker(steps: list[int]):
+        tracker = SimpleNamespace(log=lambda values, step: steps.append(step), store_init_configuration=lambda of: None)
+        return lambda project, **settings: tracker
+
+    for name, steps in told.items():
+        monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, name, maker(steps))
+    for names in (["tensorboard"], ["tensorboard", "wandb"]):
+        trackers = Trackers(names, tmp_path, {})
+        for step in (0, 1, 2):
+            trackers.log({"entropy": 1.0}, step)
+        (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True, exist_ok=True)
+    assert told == {"tensorboard": [0, 1, 2, 2], "wandb": [0, 1, 2]}
+
+
 def test_mlflow_goes_on_and_fails_likewise(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -149,6 +168,9 @@ def test_a_run_is_called_by_where_it_lies(monkeypatch, tmp_path):
         ("/scratch/mine/seed-1", "mine/seed-1"),
         ("/runs", "runs"),
         ("x", f"{tmp_path.name}/x"),
+        ("/scratch/mine/round-01/run", "mine/round-01/run"),
+        ("runs/../runs/a/../b", "b"),
+        ("/x/runs/runs", "runs"),
     ):
         assert name_of(Path(path)) == name
 

@@ -23,7 +23,7 @@ from train_upt import Config, is_finished, main
 from upt import data
 from upt.data import shapes
 from upt.errors import DataError, Diverged, PolicyError, SettingError, ShardError, Stopped, StorageError, UserError
-from upt.groups import shards, variants
+from upt.groups import manifests, shards, variants
 from upt.model import update
 from upt.model.policy import Policy
 from upt.run import cli, processes, starting
@@ -395,6 +395,20 @@ def test_a_finished_run_takes_no_model_and_no_other_processes(tiny, tmp_path, mo
     assert "lora_rank=2 from the run" in capsys.readouterr().err
     shutil.rmtree(out / "adapter")
     assert not is_finished(Config(out=out))
+
+
+def test_a_finished_run_in_rounds_is_finished_to_those_who_resume_it(tmp_path):
+    """Unless more rounds are asked for, or have been begun."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").touch()
+    (tmp_path / "summary.json").write_text(json.dumps({"rounds": [{}, {}]}))
+
+    def finished(begun: int, **settings) -> bool:
+        manifests.write(tmp_path, stage="train", config={"rounds": begun}, seed=0, model=None)
+        return is_finished(Config(out=tmp_path, **settings))
+
+    assert finished(2, resume=True) and finished(2, rounds=2) and finished(2, resume=True, rounds=2)
+    assert not finished(3, resume=True) and not finished(2, resume=True, rounds=3) and not finished(2)
 
 
 def test_an_error_after_a_step_leaves_a_page(tiny, tmp_path, capsys):

@@ -102,6 +102,26 @@ def test_a_snapshot_is_laid_out_as_on_the_hub(made):
     assert Policy.load(str(made / "one")).family.image_processor.merge_size == 2
 
 
+@pytest.mark.parametrize("before", [[], ["config.json", "warmup.json"]])
+def test_where_it_was_interrupted_it_can_be_made_again(tmp_path, monkeypatch, before):
+    """For the first time, or over an older one: what is half written is no model, and no folder of somebody else."""
+    settings = dict(answer_steps=1, judge_steps=0, batch=2, eval_questions=2, eval_samples=1)
+    for name in before:
+        (tmp_path / name).touch()
+
+    def killed(policy, folder):
+        (folder / "config.json").write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Policy, "export", killed)
+        warmup.main(warmup.Config(out=tmp_path, **settings))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", ".warmup.json"}
+    warmup.main(warmup.Config(out=tmp_path, **settings))
+    assert "answering" in json.loads((tmp_path / "warmup.json").read_text())
+    assert not (tmp_path / ".warmup.json").exists() and Policy.load(str(tmp_path))
+
+
 def test_it_is_deterministic_and_keyed_by_the_seed(made):
     weights = {name: (made / name / "model.safetensors").read_bytes() for name in ("one", "two", "three")}
     assert weights["one"] == weights["two"] != weights["three"]

@@ -31,7 +31,7 @@ import numpy as np
 from upt.errors import RunsFailed, SettingError
 from upt.files import write_whole
 from upt.groups.stats import FEW, FEW_NOTE, counted, markdown, t_interval, write_csv
-from upt.run import processes, progress
+from upt.run import processes, progress, records
 from upt.run.stopping import stop_on_signal
 
 if TYPE_CHECKING:
@@ -73,11 +73,6 @@ class Run:
         """Its evaluation before training, if it has one that is its own."""
         path = self.folder / "before.json"
         return path if path.is_file() and (self.folder / "manifest.json").is_file() else None
-
-    def metrics(self) -> list[str]:
-        """The lines of its metrics.jsonl so far, without one that is being written."""
-        path = self.folder / "metrics.jsonl"
-        return path.read_text().split("\n")[:-1] if path.is_file() else []
 
 
 def slug(label: str) -> str:
@@ -169,7 +164,7 @@ def execute(folder: Path, runs: list[Run], jobs: int, threads: int, steps: int, 
         report()
 
     def done() -> int:
-        return sum(steps if run.finished else len(run.metrics()) for run in runs)
+        return sum(steps if run.finished else len(records.steps(run.folder)) for run in runs)
 
     bar = progress.bar(total=steps * len(runs), initial=done(), desc="training", unit="step")
     with stop_on_signal(folder) as look, bar:
@@ -326,7 +321,7 @@ def write_results(config, runs: list[Run], about: str) -> dict[str, dict]:
     metrics: dict[str, list] = {run.label: [] for run in done}
     for run in done:
         summaries[run.label][run.seed] = json.loads((run.folder / "summary.json").read_text())
-        metrics[run.label].append([*map(json.loads, run.metrics())])
+        metrics[run.label].append(records.steps(run.folder))
     table = compare(summaries)
     measured = [run["before"] for of in summaries.values() for run in of.values() if "before" in run]
     if asked := {scores["questions"] for scores in measured if "questions" in scores}:

@@ -10,6 +10,7 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 
 from upt.errors import ShardError, suggest_path
@@ -26,6 +27,7 @@ BEGUN = {  # what a stage leaves in a folder before its manifest, or where it wr
     "synthesize": ("fingerprint.json",),
     "eval": ("*/responses.jsonl",),
     "ablate": ("*/seed-*", "table.md", "variants.md"),
+    "warmup": ("warmup.json", ".warmup.json"),
 }
 LOGS = ("log.txt", "*.log", "*.out", "*.err")  # which may be in a folder before anything is begun there
 SHOWN = 3  # of the files in a folder that is somebody else's
@@ -168,15 +170,16 @@ def check_stage(folder: Path | str, stage: str) -> None:
     """ShardError for a folder that holds the output of another stage; one without a manifest holds none."""
     folder = Path(folder)
     if (folder / "manifest.json").exists() and (found := read(folder)["stage"]) != stage:
-        raise ShardError(f"{folder} holds the output of a {found} stage, not of a {stage} stage: use another --out")
+        raise ShardError(f"{folder} holds the output of the stage {found}, not of {stage}: use another --out")
 
 
 def check_own(folder: Path | str, stage: str) -> None:
-    """ShardError for a folder that is somebody else's: no stage has begun there, and yet it has files or runs in it.
+    """ShardError for a folder that is somebody else's: another stage's, or with files or runs in it and none begun.
 
     Hidden files and logs may be there, and folders of other stages, as of rollouts that a run is to train on.
     """
     folder = Path(folder)
+    check_stage(folder, stage)
     patterns = ("manifest.json", *BEGUN.get(stage, ()))
     if not folder.is_dir() or any(path for pattern in patterns for path in folder.glob(pattern)):
         return
@@ -186,8 +189,24 @@ def check_own(folder: Path | str, stage: str) -> None:
         more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
         raise ShardError(
             f"{folder} holds {names}{more}, which no {stage} stage has left there: give a new folder, such as "
-            f"--out {folder / 'new'}"
+            f"--out {_new(folder, inside=any(_stage(path) for path in others))}"
         )
+
+
+def _new(folder: Path, inside: bool) -> Path:
+    """A folder that is not there: inside of one that holds runs, else beside it."""
+    base = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
+    if inside and not os.path.lexists(base := folder / "new"):
+        return base
+    return next(path for n in count(2) if not os.path.lexists(path := Path(f"{base}-{n}")))
+
+
+def _stage(folder: Path) -> str | None:
+    """Whose output a folder holds."""
+    try:
+        return read(folder)["stage"]
+    except ShardError:
+        return None
 
 
 def _may_stay(path: Path) -> bool:
@@ -196,10 +215,9 @@ def _may_stay(path: Path) -> bool:
         return True
     if not path.is_dir():
         return False
-    try:
-        return read(path)["stage"] != "train"
-    except ShardError:
-        return not any(inside.is_file() for inside in path.rglob("*"))
+    if (stage := _stage(path)) is not None:
+        return stage != "train"
+    return not any(inside.is_file() for inside in path.rglob("*"))
 
 
 def check_owner(folder: Path) -> None:

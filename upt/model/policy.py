@@ -179,27 +179,33 @@ class Policy:
         if self.origin and self.origin["fingerprint"]:
             write_whole(Path(folder) / BASE, [json.dumps(self.origin, indent=1).encode()])
 
-    def export(self, folder: str | Path) -> float | None:
-        """Merge the adapter into the weights, for good, and write a full snapshot with its processor.
+    def merge(self) -> float | None:
+        """Merge the adapter into the weights, for good.
 
-        Returns how far rounding has put the weights off, as a share of the adapter's change (lora.py), None where there
-        is no adapter. Raises PolicyError for 4-bit weights, which a merge would round once more.
+        Returns how far rounding has put them off, as a share of the adapter's change (lora.py), None where there is no
+        adapter. Raises PolicyError for 4-bit weights, which a merge would round once more.
         """
         if self.quantized:
             raise PolicyError(
                 "an adapter is not merged into 4-bit weights, which would round it away: save the adapter and merge it "
                 "into the full model, Policy.load(MODEL, adapter=ADAPTER).export(DIR)"
             )
-        error = None
-        if isinstance(self.model, PeftModel):
-            self.model, error = merged(self.model)
+        if not isinstance(self.model, PeftModel):
+            return None
+        self.model, error = merged(self.model)
+        self.origin = None  # nobody knows these weights until they are written
+        return error
+
+    def export(self, folder: str | Path) -> float | None:
+        """Merge the adapter, if there is one, and write a full snapshot with its processor. Returns and raises as
+        `merge` does."""
+        error = self.merge()
         with writing(folder), calm():
             for part in (self.model, self.tokenizer, self.family.image_processor):
                 part.save_pretrained(folder)
             publish(folder)
         weights = origin_of(str(folder))
-        merged_before = self.origin and self.origin["adapter"] and self.origin["fingerprint"]
-        if error is None and merged_before:  # an adapter made for the one fits the other
+        if self.origin and self.origin["adapter"] and self.origin["fingerprint"]:  # an adapter made for it fits this
             record = self.origin | {"weights": weights["fingerprint"]}
             write_whole(Path(folder) / BASE, [json.dumps(record, indent=1).encode()])
         else:

@@ -30,7 +30,7 @@ from upt.run.team import leave
 from upt.run.typed import flag, meant
 
 DEBUG = "--debug"
-BY_MAKE = "UPT_BY_MAKE"  # in the environment of a command that make gives
+BY_MAKE = "UPT_BY_MAKE"  # in the environment of a command that make gives: the variables that its target takes
 VARIABLES = {  # of the Makefile, by the flag that they become
     f"--{name}": name.upper()
     for name in "data model reward advantage steps seed rewards seeds out run image gpus".split()
@@ -72,7 +72,7 @@ def launch(
     except (Elsewhere, Broken) as error:
         if debug or not error.expected:
             print(error.trace, end="", file=sys.stderr)
-        print(f"error: {one_line(error)}{of_make(str(error))}", file=sys.stderr)
+        print(f"error: {one_line(error)}{of_make(str(error), config_class)}", file=sys.stderr)
         raise SystemExit(processes.TOLD if ours else 2 if error.expected else 1) from None
     except Lost as error:
         if debug:
@@ -84,7 +84,7 @@ def launch(
         if debug:
             sys.stderr = voice
             raise
-        print(f"error: {one_line(error)}{of_make(str(error))}", file=voice)
+        print(f"error: {one_line(error)}{of_make(str(error), config_class)}", file=voice)
         raise SystemExit(1 if isinstance(error, RunsFailed) else 2) from None
     except Exception:
         sys.stderr = voice  # what nobody expected is told by whomever it happens to
@@ -100,11 +100,12 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def of_make(text: str) -> str:
-    """ " (make: RUN is --run; others go into ARGS)" on the flags in a message, where make has given the command."""
-    flags = dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) if os.environ.get(BY_MAKE) else ()
-    said = [f"{VARIABLES[name]} is {name}" for name in flags if name in VARIABLES]
-    said += ["others go into ARGS"] * (len(said) < len(flags))
+def of_make(text: str, config_class: type) -> str:
+    """ " (make: RUN is --run, others go into ARGS)" on a script's own flags in a message, where make has started it."""
+    taken, known = os.environ.get(BY_MAKE, "").split(), flags_of(config_class)
+    named = [name for name in dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) if taken and name in known]
+    said = [f"{VARIABLES[name]} is {name}" for name in named if VARIABLES.get(name) in taken]
+    said += ["others go into ARGS"] * (len(said) < len(named))
     return f" (make: {', '.join(said)})" if said else ""
 
 
@@ -226,13 +227,17 @@ def documented(config_class: type) -> dict[str, str]:
     return found
 
 
+def flags_of(config_class: type) -> set[str]:
+    """The flags that --help shows."""
+    shown = [f for f in fields(config_class) if not f.metadata.get("hidden")]
+    negated = {f"--no-{f.name.replace('_', '-')}" for f in shown if isinstance(f.default, bool)}
+    return {flag(f.name) for f in shown} | negated
+
+
 def check_names(config_class: type, arguments: Sequence[str]) -> None:
     """Raise UserError for the first flag that is none, with the nearest one that is, or whose path is empty."""
-    shown = [f for f in fields(config_class) if not f.metadata.get("hidden")]
-    known = {flag(f.name) for f in shown} | {"--help", "-h"}
-    known |= {f"--no-{f.name.replace('_', '-')}" for f in shown if isinstance(f.default, bool)}
-    hints = get_type_hints(config_class)
-    paths = {flag(f.name) for f in shown if Path in (hints[f.name], *get_args(hints[f.name]))}
+    known, hints = flags_of(config_class) | {"--help", "-h"}, get_type_hints(config_class)
+    paths = {flag(name) for name, hint in hints.items() if Path in (hint, *get_args(hint))}
     for word, after in zip(arguments, [*arguments[1:], None], strict=False):
         name = word.split("=")[0].replace("_", "-")
         if re.match(r"--[a-zA-Z]", word) and name not in known:

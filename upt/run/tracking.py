@@ -7,6 +7,7 @@ which is kept in its folder; one that fails is marked as failed where a tracker 
 """
 
 import json
+import os
 import sys
 import uuid
 from collections.abc import Callable, Sequence
@@ -78,7 +79,8 @@ class Trackers:
     """The trackers of a run, by name; each call goes to all that have not failed yet."""
 
     def __init__(self, names: Sequence[str], out: Path, settings: dict):
-        self.out, self.trackers, self.start = out, dict.fromkeys(names), 0
+        self.out, self.trackers = out, dict.fromkeys(names)
+        self.starts = dict.fromkeys(names, 0)  # steps from before are there, in a tracker that the run goes on in
         self._all(lambda name, _: self._start(name, settings))
 
     def _start(self, name: str, settings: dict) -> None:
@@ -94,10 +96,10 @@ class Trackers:
         known, called = ids.get(name), name_of(self.out)
         given, project = uuid.uuid4().hex[:12], PROJECT
         if known and (saved := checkpoints(self.out / "checkpoints")):
-            self.start = step_of(saved[-1])
+            self.starts[name] = step_of(saved[-1])
         if name == "tensorboard":
             project = name  # it calls a run by its folder
-            arguments = {"logging_dir": str(where), "purge_step": self.start if known else None}
+            arguments = {"logging_dir": str(where), "purge_step": self.starts[name] if known else None}
         elif name == "wandb":
             arguments = {"name": called, "id": known or given, "resume": "allow", "dir": str(where)}
         elif name == "trackio":
@@ -122,11 +124,14 @@ class Trackers:
                 progress.say(f"--track {name} has failed, and is left out: {in_words(error)}", file=sys.stderr)
 
     def log(self, values: dict, step: int) -> None:
-        """Numbers, nested ones as a/b, at a step; those from before a run has gone on are there."""
-        if step < self.start:
-            return
+        """Numbers, nested ones as a/b, at a step."""
         numbers = flat(values)
-        self._all(lambda _, tracker: tracker.log(numbers, step=step))
+
+        def tell(name: str, tracker) -> None:
+            if step >= self.starts[name]:
+                tracker.log(numbers, step=step)
+
+        self._all(tell)
 
     def groups(self, groups: Sequence[dict], step: int, folder: Path) -> None:
         """The first few groups of a step, with their pictures, which lie in `folder`."""
@@ -166,10 +171,14 @@ class Trackers:
 
 
 def name_of(out: Path) -> str:
-    """What a run is called: the path below `runs`, else its folder's last two parts, since many end in seed-0."""
-    parts = out.absolute().parts[1:]
-    below = len(parts) - parts[::-1].index("runs") if "runs" in parts[:-1] else max(len(parts) - 2, 0)
-    return "/".join(parts[below:])
+    """What a run is called: the path below `runs`, else its folder's last two parts, since many end in seed-0, or of a
+    round, as mine/round-01/run, three."""
+    *above, last = Path(os.path.abspath(out)).parts[1:]
+    if "runs" in above:
+        below = len(above) - above[::-1].index("runs")
+    else:
+        below = max(len(above) - (2 if last == "run" else 1), 0)
+    return "/".join([*above[below:], last])
 
 
 def plain(settings: dict) -> dict:
