@@ -24,6 +24,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import rewards
+from eval.report import page
 from upt import compare, model
 from upt.errors import SettingError
 from upt.files import known_json
@@ -149,7 +150,10 @@ def online(config: Config) -> dict:
         model.model_config(found.model)  # raises PolicyError for what is no model, before any run begins
         return found
 
-    return compare.sweep.main(config, parse(config.rewards or ONLINE, config.advantage), settings)
+    table = compare.sweep.main(config, parse(config.rewards or ONLINE, config.advantage), settings)
+    if page.at_end(config.out):
+        print(f"all of its runs, to be opened in a browser: {config.out / page.NAME}")
+    return table
 
 
 @alone

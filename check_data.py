@@ -3,9 +3,9 @@
     python check_data.py --data geoqa
     python check_data.py --data path/to/folder --split test --limit 1000 --out check.html
 
-Every row is read as training would read it. Printed: rows and pictures, sizes, lengths, options, gold, repeated
-questions, and the rows that cannot be used, by reason. The page has five questions with their pictures; it goes to
-runs/data-geoqa.html.
+Every row of a split is read as training would read it; `--split test` has the held-out ones. Printed: rows and
+pictures, sizes, lengths, options, gold, repeated questions, and the rows that cannot be used, by reason. The page has
+five questions with their pictures; it goes to runs/data-geoqa.html.
 """
 
 import os
@@ -25,7 +25,7 @@ from upt.run.settings import Data
 from upt.run.typed import Typed
 
 EXAMPLES = 5
-UIDS = 3  # of the rows of a reason that are named
+NAMED = 3  # rows of a reason
 
 
 @dataclass
@@ -96,10 +96,11 @@ def lines(found: Found) -> list[str]:
         said.append(f"repeated: {found.repeated} questions were there before, with the same picture")
     reasons: dict[str, list[str]] = {}
     for uid, reason in found.bad.items():
-        reasons.setdefault(reason.split(":")[0], []).append(uid)
-    for reason, uids in sorted(reasons.items(), key=lambda pair: -len(pair[1])):
-        more = f" and {len(uids) - UIDS} more" if len(uids) > UIDS else ""
-        said.append(f"cannot be used: {len(uids)}, {reason} ({', '.join(uids[:UIDS])}{more})")
+        kind, _, which = reason.partition(": ")
+        reasons.setdefault(kind, []).append(f"{uid}: {which}" if which else uid)
+    for kind, rows in sorted(reasons.items(), key=lambda pair: -len(pair[1])):
+        more = f"; and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+        said.append(f"cannot be used: {len(rows)}, {kind} ({'; '.join(rows[:NAMED])}{more})")
     return said
 
 
@@ -122,20 +123,21 @@ def page(name: str, said: list[str], found: list["data.Question"]) -> str:
     return show.page(name, said, cards)
 
 
-def page_path(name: str) -> Path:
+def page_path(name: str, split: str) -> Path:
     """Where the page of a data set goes, by the name or path that was given; of `.` by its folder's own name."""
 
     def word(text: str) -> str:
         return re.sub(r"[^\w.-]+", "-", text).strip(".-")[-100:]
 
     known = word(name) or word(os.path.basename(os.path.abspath(name)))
-    return Path("runs", f"data-{known}.html" if known else "data.html")
+    parts = ["data", known, "" if split == "train" else word(split)]
+    return Path("runs", "-".join(filter(None, parts)) + ".html")
 
 
 def main(config: Config) -> Found:
     """Read, print and write the page; returns what was seen. Raises DataError for what is no data set."""
     config = replace(config)
-    out = config.out or page_path(config.data)
+    out = config.out or page_path(config.data, config.split)
     check_file(out)
     questions = data.load(config.data, config.split, config.seed, config.limit)
     described = questions.describe()

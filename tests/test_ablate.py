@@ -392,6 +392,7 @@ def test_a_sweep_of_tiny_runs(tiny, tmp_path, capsys):
     assert f"| random@mean | 2 | {100 * float(rows['random@mean']['greedy']):.1f} ± " in text
     assert text in capsys.readouterr().out
     assert (out / "curves.png").read_bytes().startswith(PNG)
+    assert "random@mean/seed-1" in (out / "report.html").read_text()
 
     # One run is lost: it alone is made again, on the base that its seed's other run has.
     times = {key: (folder / "summary.json").stat().st_mtime_ns for key, folder in folders.items()}

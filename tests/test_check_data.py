@@ -43,7 +43,7 @@ def test_rows_pictures_gold_and_what_cannot_be_used(folder, tmp_path, capsys):
         "question lengths: 9 to 14, median 11 characters",
         "options: 3 questions with none, 1 questions with 3",
         "repeated: 1 questions",
-        "cannot be used: 1, ",
+        f"cannot be used: 1, missing image file ({folder.name}/train/000005: gone.png)",
     ):
         assert line in shown
     assert shown.splitlines()[-1] == f"4 of them, to be opened in a browser: {out}"
@@ -89,10 +89,11 @@ def test_every_data_set_has_its_page(folder, monkeypatch):
     check_data.main(Config(data=str(folder)))
     pages = {path.name for path in (folder / "runs").iterdir()}
     assert pages == {"data-shapes.html", f"data-{str(folder)[1:].replace('/', '-')}.html"}
-    assert check_data.page_path("../geo:3,org/name:1").name == "data-geo-3-org-name-1.html"
+    assert check_data.page_path("../geo:3,org/name:1", "train").name == "data-geo-3-org-name-1.html"
+    assert check_data.page_path("geoqa", "test").name == "data-geoqa-test.html"
     for here, name in ((".", folder.name), ("..", folder.parent.name)):
-        assert check_data.page_path(here).name == f"data-{name}.html"
-    assert check_data.page_path("/").name == "data.html"
+        assert check_data.page_path(here, "train").name == f"data-{name}.html"
+    assert check_data.page_path("/", "train").name == "data.html"
 
 
 def test_no_more_than_a_picture_is_held_at_a_time(folder, monkeypatch):

@@ -44,13 +44,13 @@ def part(name: str, text: str, kind: str = "text/plain") -> str:
 
 
 def at_end(run: Path) -> bool:
-    """Write the page of a run that has ended, finished or not, or of the rounds in its folder; whether it is there.
+    """Write the page of a run that has ended, finished or not, or of the runs in a folder; whether it is there.
 
     What hinders it is said, and stops nothing.
     """
     try:
         runs = collect.named([run])
-        write(runs, run / NAME, collect.title([run], runs))
+        write(runs, run / NAME, collect.title([run], runs), tables=collect.tables_in(run))
     except Exception as error:  # the run is worth more than its page
         print(f"no page on the run: {one_line(error)}", file=sys.stderr)
         return False
