@@ -366,12 +366,12 @@ def test_a_finished_run_says_how_to_go_on(tiny, tmp_path):
     ) as refused:
         train_upt.main(train_upt.Config(out=out, resume=True, steps=6))
     # As it says, word for word: the adapter that was trained goes on, in a run of its own.
-    command = str(refused.value).partition("further: ")[2]
+    command = str(refused.value).partition("on other questions: ")[2]
     assert command.endswith(f"--init-adapter {out}/adapter --steps 5 --out {out}-further")
     given = shlex.split(command)
     assert given[:2] == ["python", "train_upt.py"]
     config = cli.parse(train_upt.Config, given[2:])
-    assert {name: getattr(config, name) for name in small} == small and config.model == tiny
+    assert {name: getattr(config, name) for name in small} == small and (config.model, config.seed) == (tiny, 1)
     assert train_upt.main(config)["end"]["steps"] == 5
 
 
