@@ -203,10 +203,12 @@ def questions(config: Config, paths: list[Path | None]) -> Iterator[tuple[str, l
     while (line := next_line()) not in last:
         if not line:
             continue
-        if line.split()[0] != "/image":
+        if not line.startswith("/"):
             yield line, paths
             continue
         try:
+            if line.split()[0] != "/image":
+                raise DataError(f"{line.split()[0]}: no such command; /image PATH takes another picture, /quit ends")
             given = line.removeprefix("/image").strip()
             paths = files(Path(given).expanduser() if given else None)
         except DataError as error:

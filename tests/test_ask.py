@@ -52,13 +52,17 @@ def test_a_folder_options_and_a_model_alone(tiny, pictures):
 
 
 def test_a_pipe_is_answered_line_by_line_and_goes_on_after_a_mistake(tiny, pictures, monkeypatch, capsys):
-    said = f"What?\n/image nowhere.png\nAnd now?\n\n \n/image {pictures / '1.png'}\nThere?\n/image\n2 + 2?\n/quit\nno\n"
+    said = f"What?\n/image nowhere.png\nAnd now?\n\n \n/image {pictures / '1.png'}\nThere?\n/image\n2 + 2?\n"
+    said += "/help me\n/quit\nno\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(said))
     found = ask.main(Config(model=tiny, image=pictures / "0.png", samples=2, device="cpu"))
     shown = capsys.readouterr()
     heads = [line for line in shown.out.splitlines() if line.endswith("?")]
     assert heads == ["0.png: What?", "0.png: And now?", "1.png: There?", "no picture: 2 + 2?"] and len(found) == 4
-    assert shown.err.splitlines() == ["error: nowhere.png: no such file; give a picture or a folder of pictures"]
+    assert shown.err.splitlines() == [
+        "error: nowhere.png: no such file; give a picture or a folder of pictures",
+        "error: /help: no such command; /image PATH takes another picture, /quit ends",
+    ]
     assert "? 0.png" not in shown.out and "ask; " not in shown.err
 
 

@@ -253,7 +253,7 @@ def test_names_are_checked(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "wandb" or None)
     assert checked("wandb") == ["wandb"] and checked(None) == checked("") == []
-    with pytest.raises(SettingError, match="--track mlflow is not installed: pip install mlflow"):
+    with pytest.raises(SettingError, match="--track mlflow is not installed: .*python.* -m pip install mlflow"):
         checked("wandb, mlflow")
     with pytest.raises(SettingError, match="--track wandbb: give .*did you mean 'wandb'"):
         checked("wandbb")

@@ -36,7 +36,7 @@ def checked(names: str | None) -> list[str]:
         if name not in NAMES:
             raise SettingError(f"--track {name}: give {', '.join(NAMES)}{suggest(name, NAMES)}")
         if find_spec(name) is None:
-            raise SettingError(f"--track {name} is not installed: pip install {name}")
+            raise SettingError(f"--track {name} is not installed: {sys.executable} -m pip install {name}")
     return found
 
 
