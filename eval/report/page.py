@@ -95,6 +95,7 @@ def write(
             for step, path in shards.items():
                 yield part(f"groups-{i}-{step}", packed(collect.groups(path, source))).encode()
             rows = collect.changed(run, found["config"]["steps"], collect.picture(run / records.HELD_OUT, out, embed))
+            found["answers"] = len(rows)
             yield part(f"answers-{i}", packed(rows)).encode()
             about.append(found)
         on_all = {"runs": about, "names": records.CURVES, "moves": records.MOVES, "tables": tables}
