@@ -231,7 +231,9 @@ def test_folders_in_which_a_stage_may_begin(tmp_path):
         return folder
 
     (tmp_path / "empty" / "rollouts").mkdir(parents=True)  # as a run leaves it that was killed early
-    hidden = holds("hidden", ".DS_Store", ".lock", ".start.partial/model.safetensors", "log.txt", "slurm-7.out")
+    hidden = holds(
+        "hidden", ".DS_Store", ".lock", ".start.partial/model.safetensors", "mathvision/.lock", "log.txt", "slurm-7.out"
+    )
     stages = holds("stages", rollouts="rollout", scored="rewards")
     for folder in (tmp_path / "none", tmp_path / "empty", hidden, stages):
         for stage in ("train", "rollout", "judge", "rewards", "synthesize", "eval", "ablate", "warmup"):

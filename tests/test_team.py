@@ -473,7 +473,8 @@ def test_a_signal_stops_all_at_a_safe_point(tiny, tmp_path, whole):
     run = Begun(tiny, tmp_path / "run")
     run.process.send_signal(signal.SIGTERM)
     status, said = run.ended(within=60)
-    assert status == 143 and said.endswith(f"stopped by SIGTERM; the same command goes on from {run.out}\n")
+    assert status == 143 and f"stopped by SIGTERM; the same command goes on from {run.out}\n" in said
+    assert said.endswith(f"to be opened in a browser: {run.out}/report.html\n") and "Traceback" not in said
     made = len((run.out / "metrics.jsonl").read_text().splitlines())
     assert (run.out / "checkpoints" / f"step-{made:06d}" / "state.json").is_file()
     assert run.goes_on(whole) == made

@@ -217,7 +217,7 @@ def _may_stay(path: Path) -> bool:
         return False
     if (stage := _stage(path)) is not None:
         return stage != "train"
-    return not any(inside.is_file() for inside in path.rglob("*"))
+    return not any(inside.is_file() and not inside.name.startswith(".") for inside in path.rglob("*"))
 
 
 def check_owner(folder: Path) -> None:
