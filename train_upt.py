@@ -269,8 +269,9 @@ def train(
             except Stopped:
                 save(step)  # nothing of this step has touched the adapter yet
                 raise
-            for uid in [uid for uid in left_out if uid not in told_of]:
-                progress.say(f"left out {uid}: {left_out[uid]}", file=sys.stderr)
+            for uid, reason in left_out.items():
+                if uid not in told_of:
+                    progress.say(f"left out {uid}: {reason}", file=sys.stderr)
             told_of |= left_out
             if not groups:
                 leave_out(step, len(left_out), looked)
