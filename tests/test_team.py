@@ -215,6 +215,27 @@ def test_a_meeting():
     assert found["stop"] == [["Stopped", "stopped by SIGTERM"]] * 3
 
 
+LEAVING = """
+import os, sys, torch
+from upt.run.team import assemble, leave
+team = assemble("cpu")
+team.add([torch.ones(2)])
+from upt.model.policy import Policy  # as a script does: what it needs is imported after the team is there
+Policy.load(sys.argv[1])
+leave()
+if team.first:
+    print([open(f"/proc/self/task/{number}/comm").read().strip() for number in os.listdir("/proc/self/task")])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_no_thread_of_the_team_is_left_when_the_interpreter_ends(tiny):
+    """It could hold a tensor, and to let go of one in an interpreter that ends aborts the process."""
+    code = f"from upt.run import processes; processes.run(2, [{sys.executable!r}, '-c', {LEAVING!r}, {tiny!r}])"
+    made = call([sys.executable, "-c", code])
+    assert "python" in made.stdout and not re.search("gloo|store", made.stdout), made.stdout + made.stderr
+
+
 def test_of_what_a_collective_raises_only_a_closed_connection_is_a_lost_process(monkeypatch):
     def fails(error):
         def work(*args, **options):

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 Item, Found = TypeVar("Item"), TypeVar("Found")
 WAIT = timedelta(days=7)  # for the slowest; that a process has ended is noticed by other means
 CLOSED = re.compile(r"(?i)connection (was )?(likely )?(closed|reset)|broken pipe|got 0 bytes")  # gloo, torch
-# The process group in which objects are exchanged, where it is not that of the tensors. No object of ours holds it
-# besides, so that nothing is left of it after `leave`.
+# The process group in which objects are exchanged, where it is not that of the tensors. Nothing holds it besides, so
+# that no thread of it is left after `leave`.
 MEETING: list = []
 
 
@@ -187,6 +187,7 @@ def assemble(device: str) -> Team:
     if device.startswith("cuda:"):
         raise SettingError(f"--device {device}: each of {size} processes has a GPU of its own; leave it out")
     import torch
+    import torch.distributed.nn  # noqa: F401 - imported later, its defaults would hold the group for good
     from accelerate import PartialState
     from accelerate.utils import check_cuda_p2p_ib_support
     from torch import distributed
