@@ -47,12 +47,12 @@ from typing import Literal
 import torch
 
 from bench.memory import Resident, in_own_process
-from bench.processor import processor
 from bench.sides import SHAPES, Generate, Ours, run_trl
 from upt.errors import SettingError
 from upt.files import write_whole
 from upt.ranges import Count, Name, Number, Seed
 from upt.run import cli
+from upt.run.machine import processor
 from upt.run.typed import Typed
 
 MEMORY_STEPS = 2  # the second is made with the optimizer's state

@@ -28,12 +28,12 @@ import ablate
 import train_upt
 import warmup
 from bench import alarms
-from bench.processor import processor
 from upt.compare import sweep
 from upt.errors import RunsFailed, SettingError
 from upt.files import read_json
 from upt.groups import manifests
 from upt.run import cli, health
+from upt.run.machine import processor
 from upt.run.stopping import stop_on_signal
 
 THREADS = 1

@@ -4,7 +4,7 @@
     python -m eval.runs runs/ablate --sort mean
     python -m eval.runs --sort reward --reverse
 
-From manifests, summaries and logs alone. `when` is the time at which the manifest was written; `mean` and `greedy` are
+From manifests, summaries and logs alone. `when` is when the run was begun; `mean` and `greedy` are
 held-out accuracy in per cent, before → after, of a run in the making before → at its last evaluation. What is not there
 is sorted last. On a terminal the lines are made to fit: what all runs share is said above, long values are shortened.
 """
@@ -71,7 +71,7 @@ def is_run(folder: Path) -> bool:
 
 def row_of(folder: Path, name: str) -> dict:
     """What the table says of a run, by column; scores as [before, latest]. Why it cannot be read is its state."""
-    row = dict.fromkeys(COLUMNS) | {"when": (folder / "manifest.json").stat().st_mtime, "run": name}
+    row = dict.fromkeys(COLUMNS) | {"when": manifests.begun(folder), "run": name}
     row |= {score: [] for score in SCORES}
     try:
         config = manifests.read(folder)["config"]

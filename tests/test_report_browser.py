@@ -356,7 +356,7 @@ def test_curves_show_their_values(run, opened):
     shown = opened(run / "report.html")
     figures = shown.locator("#plots figure")
     captions = figures.locator("figcaption").all_text_contents()
-    assert {"held out", "reward", "entropy, nats", "majority share", "seconds of a step"} <= {*captions}
+    assert {"held out, per cent", "reward", "entropy, nats", "majority share", "seconds of a step"} <= {*captions}
     chart = figures.nth(captions.index("entropy, nats"))
     chart.scroll_into_view_if_needed()
     rows = [json.loads(line)["entropy"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -369,6 +369,34 @@ def test_curves_show_their_values(run, opened):
             over.hover(position={"x": over.bounding_box()["width"] - 2, "y": y})
         shown.wait_for_timeout(200)
         assert f"{value:.4f}" in chart.locator(".u-legend").text_content()
+
+
+def test_curves_are_gone_along_by_keys(run, tmp_path, opened):
+    for i in range(2):
+        copy = shutil.copytree(run, tmp_path / "x" / f"r{i}")
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rows = [row | {"entropy": i + row["step"] / 10} for row in rows]
+        (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = opened(report.main(report.Config(runs=(tmp_path / "x",))))
+    chart = shown.get_by_role("slider", name="entropy, nats")
+    legend = shown.locator("#plots figure").filter(has_text="entropy, nats").locator(".u-legend")
+    chart.focus()
+    top = shown.evaluate("scrollY")
+    assert chart.get_attribute("aria-valuetext") == "step 3: r0 0.2000, r1 1.2000"
+    for key, step in (("ArrowLeft", 2), ("Home", 1), ("ArrowLeft", 1), ("End", 3), ("ArrowLeft", 2)):
+        shown.keyboard.press(key)
+        values = [f"{i + (step - 1) / 10:.4f}" for i in range(2)]
+        assert chart.get_attribute("aria-valuetext") == f"step {step}: r0 {values[0]}, r1 {values[1]}"
+        assert chart.get_attribute("aria-valuenow") == f"{step}"
+        shown.wait_for_timeout(100)
+        assert values[1] in legend.text_content()  # as under the mouse
+    assert shown.evaluate("scrollY") == top
+    for key, name in (("ArrowDown", "r1"), ("ArrowDown", "r0"), ("ArrowUp", "r1")):
+        shown.keyboard.press(key)
+        shown.keyboard.press("Enter")
+        shown.wait_for_timeout(300)
+        assert (shown.locator("#run").input_value(), shown.locator("#stepped").text_content()) == (name, "2 of 3")
+        chart.focus()
 
 
 def test_what_is_looked_at_stays_over_loading_again(run, tmp_path, opened):
@@ -539,8 +567,8 @@ def test_runs_beside_each_other(run, tmp_path, opened):
     chart = shown.locator("#plots figure").filter(has=shown.locator("figcaption", has_text="entropy, nats"))
     legend = chart.locator(".u-legend .u-series:visible").all_text_contents()
     assert [text.split(":")[0].rstrip("–") for text in legend] == ["step", "majority, mean of 2", "random, mean of 2"]
-    label = chart.locator("[role=img]").get_attribute("aria-label")
-    assert label == "entropy, nats, at the end: majority, mean of 2 0.5000, random, mean of 2 2.5000"
+    said = chart.get_by_role("slider", name="entropy, nats").get_attribute("aria-valuetext")
+    assert said == "step 3: majority, mean of 2 0.5000, random, mean of 2 2.5000"
     # What changed, in another run, and beside another run.
     shown.locator("#changed-run").select_option("random/seed-1")
     shown.locator("#against").select_option("majority/seed-1")

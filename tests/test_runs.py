@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import time
+from datetime import datetime, timedelta, timezone
 
 import pytest
 
@@ -19,12 +20,13 @@ def scores(value: float) -> dict:
 
 
 def make(folder, at, steps=4, made=4, before=None, after=None, alarms=(), ended=True, last=(), **settings):
-    """A run as train_upt.py leaves it; the rows of its held-out scores are no JSON, so that nobody reads them."""
+    """A run as train_upt.py leaves it, in another time zone; the rows of its held-out scores are no JSON, so that
+    nobody reads them."""
     folder.mkdir(parents=True)
     config = {"data": "shapes", "model": "m", "reward": "majority", "advantage": "mean", "seed": 0, "steps": steps}
-    manifest = {"schema": SCHEMA, "stage": "train", "config": config | settings, "seed": 0, "model": None}
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"adapter": None}))
-    os.utime(folder / "manifest.json", (at, at))
+    begun = datetime.fromtimestamp(at, timezone(timedelta(hours=9))).isoformat(timespec="seconds")
+    manifest = {"schema": SCHEMA, "stage": "train", "begun": begun, "config": config | settings, "seed": 0}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"model": None, "adapter": None}))
     rows = [{"step": step, "groups": 1, "alarms": [*alarms] if step == 2 else []} for step in range(made)]
     rows[-1:] = [row | dict(last) for row in rows[-1:]]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "cut o')
@@ -68,6 +70,14 @@ def test_a_line_a_run(folder, capsys):
     assert shown[0].split() == [*runs.COLUMNS] and "50.0 → 75.0" in shown[2] and shown[1].startswith("2024-03-01  a")
     assert len({line.index("shapes") for line in shown[1:]}) == 1
     assert [row["run"] for row in runs.main(runs.Config(folder / "b"))] == ["b"]
+
+
+def test_a_run_that_does_not_say_when_it_was_begun_has_the_time_of_its_file(folder):
+    path = folder / "b" / "manifest.json"
+    path.write_text(json.dumps({name: of for name, of in json.loads(path.read_text()).items() if name != "begun"}))
+    os.utime(path, (THEN + 5000, THEN + 5000))
+    *_, last = runs.main(runs.Config(folder))
+    assert (last["run"], last["when"]) == ("b", THEN + 5000)
 
 
 def test_a_run_in_the_making_has_its_last_evaluation(folder):

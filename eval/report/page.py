@@ -21,7 +21,8 @@ from upt.run import records
 from upt.run.cli import one_line
 
 NAME = "report.html"
-SCRIPTS = ("uPlot.iife.min.js", "katex.min.js", "text.js", "view.js", "run.js", "groups.js", "changed.js", "start.js")
+LIBRARIES = ("uPlot.iife.min.js", "katex.min.js")
+SCRIPTS = (*LIBRARIES, "text.js", "view.js", "run.js", "curves.js", "groups.js", "changed.js", "start.js")
 POLICY = "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from datetime import datetime
 from importlib import metadata
 from itertools import count
 from pathlib import Path
@@ -83,9 +84,11 @@ def commit() -> dict[str, str | bool | None]:
     return {"git_commit": found, "dirty": None if changes is None else changes != ""}
 
 
-def write(folder: Path | str, *, stage: str, config: dict, seed: int | None, model, adapter=None, data=None) -> None:
+def write(
+    folder: Path | str, *, stage: str, config: dict, seed: int | None, model, adapter=None, data=None, machine=None
+) -> None:
     """Write folder/manifest.json. `model` and `adapter` are a path, a hub id, None, or the entry of an earlier stage's
-    manifest. `data` is what resuming.keep_data gives."""
+    manifest. `data` is what resuming.keep_data gives, `machine` the name of what computes."""
 
     def identity(which: Path | str | dict | None) -> dict | None:
         carried = which is None or isinstance(which, dict)
@@ -94,6 +97,8 @@ def write(folder: Path | str, *, stage: str, config: dict, seed: int | None, mod
     manifest = {
         "schema": SCHEMA,
         "stage": stage,
+        "begun": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "machine": machine,
         "config": config,
         "seed": seed,
         "versions": versions(),
@@ -122,6 +127,15 @@ def read(folder: Path | str) -> dict:
         if not isinstance(manifest.get(name, ...), kind):
             raise ShardError(f"{path}: no usable {name!r} in it; bring back the file that the stage wrote")
     return manifest
+
+
+def begun(folder: Path | str) -> float:
+    """When the manifest of a folder was first written, in seconds since 1970; the file's time where it does not say."""
+    path = Path(folder) / "manifest.json"
+    try:
+        return datetime.fromisoformat(json.loads(path.read_text("utf-8"))["begun"]).timestamp()
+    except (ValueError, KeyError, TypeError):
+        return path.stat().st_mtime
 
 
 def origin(manifest: dict, free: Iterable[str]) -> dict:

@@ -152,10 +152,10 @@ def refuse_code(role: str, spec: str | None, folder: Path) -> None:
         )
 
 
-def claim(config, taken: dict[str, dict]) -> None:
+def claim(config, taken: dict[str, dict], machine: str | None = None) -> None:
     """Write the manifests of a new run: of its folder, and of its rollouts, so that they are a stage's output too.
 
-    `taken` are the fingerprints of its data.
+    `taken` are the fingerprints of its data, `machine` the name of what computes.
     """
     settings = jsonable(config)
     identity = {"seed": config.seed, "model": config.model, "adapter": config.adapter}
@@ -163,7 +163,8 @@ def claim(config, taken: dict[str, dict]) -> None:
         if not config.from_shards and not config.rounds:
             sampling = {field.name: settings[field.name] for field in fields(Rollout)}
             manifests.write(config.out / "rollouts", stage="rollout", config=sampling, **identity)
-        manifests.write(config.out, stage="train", config=settings, data=keep_data(config.out, taken), **identity)
+        identity |= {"data": keep_data(config.out, taken), "machine": machine}
+        manifests.write(config.out, stage="train", config=settings, **identity)
 
 
 def keep_data(folder: Path, taken: dict[str, dict]) -> dict[str, dict]:
