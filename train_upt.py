@@ -284,7 +284,7 @@ def train(
             measure_kl = config.kl_coef == 0 and config.kl_every > 0 and step % config.kl_every == 0
             rate = schedule.get_last_lr()[0]
             with clock("update"):
-                bad = metrics.nonfinite_in_a_row
+                bad = health.nonfinite_in_a_row(metrics.rows)
                 pictures = config.from_shards or config.out / "rollouts"
                 own = team.here(stages.steps.placed, policy, found, groups, pictures, config, team)
                 stats = model.update.update(policy, optimizer, schedule, own, groups, config, measure_kl, bad, team)
@@ -296,7 +296,7 @@ def train(
             if config.stop_on_collapse and (alarms := health.collapses(metrics.rows[-1])):
                 progress.say(f"step {step + 1}: stopped by --stop-on-collapse, {' '.join(alarms)}")
                 break
-            if config.saves(step + 1) or metrics.nonfinite_in_a_row >= health.NONFINITE:
+            if config.saves(step + 1) or health.has_diverged(metrics.rows):
                 save(step + 1)
             run.ending.check_finite(policy, config, metrics.rows)
     return run.ending.finish(policy, config, metrics.rows, team)

@@ -106,7 +106,7 @@ def unfinished(folder: Path, planned: int) -> dict:
     rows = records.steps(folder)
     made = rows[-1]["step"] + 1 if rows else 0
     said = "running" if is_held(folder) else "stopped"
-    if rows and rows[-1].get("nonfinite_in_a_row", 0) >= health.NONFINITE:
+    if health.has_diverged(rows):
         said = "diverged"
     before = scores_in(folder / "before.json")
     later = [row["held_out"] for row in rows if row.get("held_out")][-1:]

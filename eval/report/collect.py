@@ -155,7 +155,7 @@ def unfinished(rows: list[dict], planned: int, running: bool) -> str:
     done = f"step {rows[-1]['step'] + 1} of {planned}"
     if running:
         return f"running, {done} is made"
-    why = ": its updates were not finite" if rows[-1].get("nonfinite_in_a_row", 0) >= health.NONFINITE else ""
+    why = ": its updates were not finite" if health.has_diverged(rows) else ""
     return f"stopped after {done}{why}"
 
 

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from upt.errors import Diverged
 from upt.run import checkpoints, health
-from upt.run.health import NONFINITE
 from upt.run.team import ALONE, Team
 
 if TYPE_CHECKING:
@@ -17,17 +16,17 @@ def check_finite(policy: "Policy", config, rows: list[dict]) -> None:
 
     `config` is a train_upt.Config, `rows` are the lines of metrics.jsonl.
     """
-    count = rows[-1].get("nonfinite_in_a_row", 0) if rows else 0
-    if count < NONFINITE:
+    if not health.has_diverged(rows):
         return
     found = checkpoints.checkpoints(config.out / "checkpoints")
     healthy = [path for path in found if checkpoints.step_of(path) < health.unhealthy_from(rows)]
     further = f"go on from its last healthy checkpoint, --init-adapter {healthy[-1]}/adapter" if healthy else ""
     wider = "" if policy.base.dtype.itemsize > 2 else f" or --dtype fp32 (now {config.dtype})"
     raise Diverged(
-        f"the run in {config.out} has stopped at step {rows[-1]['step'] + 1} of {config.steps}: the last {count} "
-        f"updates had a loss or gradient that is not finite, and were not made; {further or 'start again'}, with a "
-        f"lower --learning-rate (now {config.learning_rate}){wider}, into another --out"
+        f"the run in {config.out} has stopped at step {rows[-1]['step'] + 1} of {config.steps}: the last "
+        f"{health.nonfinite_in_a_row(rows)} updates had a loss or gradient that is not finite, and were not made; "
+        f"{further or 'start again'}, with a lower --learning-rate (now {config.learning_rate}){wider}, into "
+        "another --out"
     )
 
 

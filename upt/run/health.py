@@ -124,6 +124,16 @@ def is_apart(row: dict) -> bool:
     return (row.get("logprob_gap_mean") or 0.0) > GAP
 
 
+def nonfinite_in_a_row(rows: Sequence[dict]) -> int:
+    """How many of the last updates were not finite, one after the other."""
+    return rows[-1].get("nonfinite_in_a_row", 0) if rows else 0
+
+
+def has_diverged(rows: Sequence[dict]) -> bool:
+    """Whether so many of them were not that the run stops."""
+    return nonfinite_in_a_row(rows) >= NONFINITE
+
+
 def window(rows: Sequence[dict]) -> dict[str, float]:
     """Means of the signals over some steps; one that none of them measured is left out."""
     values = {name: [row[name] for row in rows if row.get(name) is not None] for name in SIGNALS}

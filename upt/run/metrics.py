@@ -62,14 +62,13 @@ class Metrics:
             write_whole(path, [f"{json.dumps(row)}\n".encode() for row in self.rows])
         self.watch = health.Watch([row for row in self.rows if row.get("groups")], own)
 
-    @property
-    def nonfinite_in_a_row(self) -> int:
-        """How many updates were not finite, one after the other, up to now."""
-        return self.rows[-1].get("nonfinite_in_a_row", 0) if self.rows else 0
-
     def leave_out(self, step: int, extra: dict) -> None:
         """Append the line of a step none of whose questions could be used: it has no group."""
-        row = {"step": step, "groups": 0, "nonfinite_in_a_row": self.nonfinite_in_a_row} | extra | {"alarms": []}
+        row = (
+            {"step": step, "groups": 0, "nonfinite_in_a_row": health.nonfinite_in_a_row(self.rows)}
+            | extra
+            | {"alarms": []}
+        )
         self._append(row, [])
 
     def write(self, step: int, groups: list[dict], update: dict, seconds: dict, extra: dict) -> str:
