@@ -64,11 +64,8 @@ class Metrics:
 
     def leave_out(self, step: int, extra: dict) -> None:
         """Append the line of a step none of whose questions could be used: it has no group."""
-        row = (
-            {"step": step, "groups": 0, "nonfinite_in_a_row": health.nonfinite_in_a_row(self.rows)}
-            | extra
-            | {"alarms": []}
-        )
+        bad = health.nonfinite_in_a_row(self.rows)
+        row = {"step": step, "groups": 0, "nonfinite_in_a_row": bad} | extra | {"alarms": []}
         self._append(row, [])
 
     def write(self, step: int, groups: list[dict], update: dict, seconds: dict, extra: dict) -> str:
