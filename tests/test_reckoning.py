@@ -236,7 +236,8 @@ def test_passes_without_gradients_take_what_the_allocator_counts(family, dtype, 
     values = torch.randn(576, sizes.vision.patch_values).to(dtype)
     with torch.no_grad():
         forward = peak(lambda: hidden(model, ids, row))
-        tower = peak(lambda: model.get_base_model().model.visual(values, grid_thw=grid, return_dict=True))
+        with torch.backends.mkldnn.flags(enabled=dtype == torch.float32):  # on some processors it repacks bf16
+            tower = peak(lambda: model.get_base_model().model.visual(values, grid_thw=grid, return_dict=True))
     assert memory.forward_bytes(128, 384, 512, dtype.itemsize) == pytest.approx(forward, rel=0.1)
     monkeypatch.setattr(memory, "PIXEL_VALUES_AT_ONCE", values.numel())
     assert memory.tower_bytes(sizes, 0, dtype.itemsize) == pytest.approx(tower + values.nbytes, rel=0.15)
