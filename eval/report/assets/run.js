@@ -12,7 +12,7 @@ function facts(run) {
     state: run.state,
     begun: run.begun,
     time: duration(total(run.seconds)) + (run.finished ? "" : " so far"),
-    "computed on": (run.machine ?? c.device) + (c.gpus > 1 ? `, ${c.gpus} processes` : ""),
+    machine: (run.machine ?? c.device) + (c.gpus > 1 ? `, ${c.gpus} processes` : ""),
     versions: Object.entries(run.versions)
       .map((pair) => pair.join(" "))
       .join(", "),
