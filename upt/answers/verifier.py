@@ -91,6 +91,7 @@ def _serve() -> None:
 
     from math_verify import parse, verify
 
+    verify(parse(r"\boxed{(x+1)^2}"), parse(r"\boxed{x^2+2x+1}"))  # what the first question imports takes its time
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # a power tower is to fail here, not to fill the machine
     replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
     print("ready", file=replies, flush=True)

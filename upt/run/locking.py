@@ -21,7 +21,7 @@ from upt.files import check_folder, writing
 from upt.run import processes
 
 LOCK = ".lock"
-TRIES, PAUSE = 50, 0.01  # to enter a folder that others let go; seconds between two tries
+TRIES, LOOKS, PAUSE = 50, 3, 0.01  # to enter a folder that others let go, that others look at; seconds between two
 
 
 def alone(main: Callable) -> Callable:
@@ -91,7 +91,7 @@ def _locked(path: Path):
     while True:
         file = open(path, "a+", encoding="utf-8")  # closed in a process that is started from here
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
         except BlockingIOError:
             file.seek(0)
             said = file.read()
@@ -111,6 +111,17 @@ def _locked(path: Path):
     json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%F %T}"}, file)
     file.flush()
     return file
+
+
+def _take(file) -> None:
+    """Lock a file. Raises BlockingIOError if somebody else holds it for longer than `is_held` does to look."""
+    for left in reversed(range(LOOKS)):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not left:
+                raise
+            time.sleep(PAUSE)
 
 
 def is_held(folder: Path) -> bool:

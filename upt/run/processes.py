@@ -15,7 +15,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 
 from upt.errors import SettingError, UserError
 
@@ -24,7 +26,7 @@ PAUSE = 0.1  # seconds between two looks at them
 # Exit statuses of a process that was started here, of which it is another one's turn to say why:
 LOST = 3  # a connection to another one is closed, and nothing else is known
 TOLD = 4  # another one has failed and said so to this one; the first process has passed it on
-STARTED = "UPT_STARTED_BY"  # in the environment of processes that were started here, by which process
+STARTED = "UPT_STARTED"  # in the environment of processes that were started here
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -43,9 +45,10 @@ def rank() -> int:
     return int(os.environ["RANK"]) if is_started() else 0
 
 
+@cache
 def is_ours() -> bool:
-    """Whether this one was started by `run`."""
-    return os.environ.get(STARTED) == str(os.getppid())
+    """Whether this one was started by `run`, which may have ended since; what it starts itself was not."""
+    return os.environ.pop(STARTED, None) is not None
 
 
 def cores() -> int:
@@ -73,7 +76,7 @@ def check(gpus: int) -> int:
 def environments(size: int, port: int) -> list[dict[str, str]]:
     """The environment of each of `size` processes, in the names that torch and accelerate read."""
     shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {STARTED: os.getpid()}
+    shared |= {STARTED: 1}
     if "OMP_NUM_THREADS" not in os.environ:  # each would take all cores
         shared["OMP_NUM_THREADS"] = max(1, cores() // size)
     ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
@@ -81,7 +84,8 @@ def environments(size: int, port: int) -> list[dict[str, str]]:
 
 
 def run(size: int, command: Sequence[str]) -> int:
-    """Run `command` as so many processes; the exit status, which is theirs. Signals are handed on to all of them.
+    """Run `command` as so many processes; the exit status, which is theirs. Signals are handed on to all of them, but
+    those that were to be ignored, as by nohup.
 
     Raises UserError for one that was killed.
     """
@@ -89,13 +93,19 @@ def run(size: int, command: Sequence[str]) -> int:
     # the others have to say is kept until it is known whether the first one says it, too.
     kept = [None, *(tempfile.TemporaryFile("w+") for _ in range(size - 1))]
     how = {"stdin": subprocess.PIPE, "start_new_session": True}
-    running, ended, handed = [], {}, []
+    running, ended, handed, taken = [], {}, [], Counter()
 
-    def hand_on(number, frame) -> None:
-        handed.append(number)
+    def hand_on() -> None:
+        """Give each process the last signal, if it has not been given as many as there were."""
         for process in running:
-            if process.poll() is None:
-                process.send_signal(number)
+            if taken[process.pid] < len(handed):
+                taken[process.pid] = len(handed)  # first: the next one may come meanwhile
+                if process.poll() is None:
+                    process.send_signal(handed[-1])
+
+    def take(number, frame) -> None:
+        handed.append(number)
+        hand_on()
 
     def look() -> bool:
         """Note who has ended since the last look, by rank and status; whether all have."""
@@ -104,7 +114,7 @@ def run(size: int, command: Sequence[str]) -> int:
         ended.update(sorted(new.items(), key=lambda of: of[1] < 0))  # one may abort because another one failed
         return len(ended) == size
 
-    before = [signal.signal(number, hand_on) for number in SIGNALS]
+    before = {n: signal.signal(n, take) for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
     try:
         with (
             socket.socket() as held
@@ -113,8 +123,7 @@ def run(size: int, command: Sequence[str]) -> int:
             held.bind(("127.0.0.1", 0))
             for of, to in zip(environments(size, held.getsockname()[1]), kept):
                 running.append(subprocess.Popen(command, env=of, stderr=to, **how))
-                if handed:  # while it was started
-                    running[-1].send_signal(handed[-1])
+                hand_on()  # what came while it was started
             while not look() and not any(ended.values()):
                 time.sleep(PAUSE)
         deadline = time.monotonic() + GRACE
@@ -124,7 +133,7 @@ def run(size: int, command: Sequence[str]) -> int:
         for process in running:
             process.kill()
             process.wait()
-        for number, handler in zip(SIGNALS, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
     return _judged(ended, handed, kept)
 

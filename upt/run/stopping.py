@@ -14,7 +14,7 @@ from upt.errors import Stopped
 def stop_on_signal(folder: Path) -> Iterator[Callable]:
     """Inside, SIGINT and SIGTERM ask the run in `folder` to stop; a second one stops it at once.
 
-    Yields a function that raises `Stopped` once a signal has come; call it where stopping is safe. Off the main thread,
+    One that was to be ignored is. Yields a function that raises `Stopped` once a signal has come; call it where stopping is safe. Off the main thread,
     where Python handles no signals, it never raises.
     """
     asked: list[int] = []
@@ -29,7 +29,8 @@ def stop_on_signal(folder: Path) -> Iterator[Callable]:
         if asked:
             raise Stopped(asked[0], signal.Signals(asked[0]).name)
 
-    handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    may = threading.current_thread() is threading.main_thread()
+    handled = [n for n in (signal.SIGINT, signal.SIGTERM) if may and signal.getsignal(n) is not signal.SIG_IGN]
     before = [signal.signal(number, ask) for number in handled]
     try:
         yield check
