@@ -116,6 +116,15 @@ def test_a_lock_whose_file_is_removed_meanwhile_is_taken_again(tmp_path, monkeyp
             pytest.fail("both have it")
 
 
+def test_a_folder_that_somebody_looks_at_can_be_had(tmp_path, monkeypatch):
+    (tmp_path / ".lock").touch()
+    look = open(tmp_path / ".lock")
+    locking.fcntl.flock(look, locking.fcntl.LOCK_SH)  # as `is_held` does, which lets go at once
+    monkeypatch.setattr(locking.time, "sleep", lambda seconds: look.close())
+    with holding(tmp_path):
+        assert look.closed
+
+
 @pytest.mark.parametrize("after", ["mkdir", "open"])
 def test_a_folder_that_another_removes_meanwhile_is_made_again(tmp_path, monkeypatch, after):
     """Whoever made it removes it when leaving, also between another's making it and opening the lock in it."""

@@ -14,8 +14,8 @@ from upt.errors import Stopped
 def stop_on_signal(folder: Path) -> Iterator[Callable]:
     """Inside, SIGINT and SIGTERM ask the run in `folder` to stop; a second one stops it at once.
 
-    One that was to be ignored is. Yields a function that raises `Stopped` once a signal has come; call it where stopping is safe. Off the main thread,
-    where Python handles no signals, it never raises.
+    One that was to be ignored is. Yields a function that raises `Stopped` once a signal has come; call it where
+    stopping is safe. Off the main thread, where Python handles no signals, it never raises.
     """
     asked: list[int] = []
 
