@@ -1,7 +1,9 @@
 """The benchmarks at small sizes: their arithmetic, and that the same job is compared (TRL, where it is there)."""
 
+import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,12 +81,13 @@ def test_sizes_of_the_loop_are_those_of_the_shape_unless_given():
         loop.Config(trl_accumulation=(1, 3)).resolve()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux's count")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux's count, which not all have")
 def test_memory_that_was_held_and_is_gone_again():
+    gc.collect()  # what is let go in between would be missing from what is counted
     resident = memory.Resident()
     del_me = bytearray(300 * 10**6)
     del del_me
-    assert resident.above() == pytest.approx(300e6, rel=0.1)
+    assert resident.above() == pytest.approx(300e6, rel=0.2)
     assert memory.Resident().above() < 50e6  # the count starts anew
     assert memory.in_own_process(os.getpid) != os.getpid()
 
@@ -264,7 +267,7 @@ def test_a_step_as_reckoned_holds_its_weights_and_fits():
     "interpreter, parts, status, last",
     [
         ("false", [], 1, "== FAILED: tests decoding step update kernels"),
-        ("true", ["update"], 0, "== update: 0 s"),
+        ("true", ["update"], 0, r"== update: \d+ s"),
         ("true", ["updates"], 1, "== FAILED: updates"),
     ],
 )
@@ -272,7 +275,7 @@ def test_parts_on_a_gpu_do_not_keep_one_another_from_running(interpreter, parts,
     script = Path(__file__).parents[1] / "bench/gpu.sh"
     env = os.environ | {"PYTHON": interpreter, "MODEL": "tiny-random"}
     done = subprocess.run(["bash", script, *parts], env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (status, last)
+    assert done.returncode == status and re.fullmatch(last, done.stdout.splitlines()[-1])
 
 
 def test_the_shares_of_a_step_add_up(tiny, capsys):

@@ -286,9 +286,9 @@ def test_time_is_bounded_on_hostile_text(text):
     reading = read(text)
     chosen(read("1"), FRUIT, "?")  # what is loaded at the first call is not counted
     for function in (letter, number, lambda reading: chosen(reading, FRUIT, "?")):
-        start = time.perf_counter()
+        start = time.process_time()  # whatever else the machine is busy with
         function(reading)
-        assert time.perf_counter() - start < 2  # seconds; it takes about 0.3
+        assert time.process_time() - start < 2  # seconds; it takes about 0.3
 
 
 def test_odd_text_raises_nothing():

@@ -10,14 +10,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 
 import export
 from tests.test_settings import no_file_over
-from tests.test_team import apart, call, done, flags, script, tokens
+from tests.test_team import apart, call, children, done, flags, script, tokens
 from tests.test_train import SMALL, same
 from train_upt import Config, main
 from upt import hub
@@ -188,7 +189,7 @@ def files(run: Path) -> tuple[int, int]:
     return len(log.read_text().splitlines()) if log.is_file() else 0, sum(path.is_file() for path in run.rglob("*"))
 
 
-def alive(pids: list[int]) -> list[int]:
+def alive(pids: Iterable[int]) -> list[int]:
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
@@ -217,26 +218,25 @@ def test_killed_at_random_moments(tiny, tmp_path):
         if killed % 2:
             until(lambda before=before: files(run)[0] > before, process, 120)
         time.sleep(draw.uniform(0, 1 if killed % 2 else 12))
-        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        children = [*map(int, found)]
+        begun = children(process)
         if process.poll() is not None:
             assert process.returncode == 0, process.stdout.read()
             shutil.rmtree(run)  # it had ended: once more from the start
             continue
-        moment, victim = files(run), draw.choice([process.pid, *children])
-        os.kill(victim, signal.SIGKILL)
+        moment, rank = files(run), draw.choice([None, *begun])
+        os.kill(process.pid if rank is None else begun[rank], signal.SIGKILL)
         killed += 1
         said = process.communicate(timeout=60)[0]
         assert "Traceback" not in said
-        if victim != process.pid and process.returncode:  # who started it lives on and says so
+        if rank is not None and process.returncode:  # who started it lives on and says so
             assert process.returncode == 2, said
-            which = f"process {children.index(victim)} of 2 was ended by SIGKILL"
+            which = f"process {rank} of 2 was ended by SIGKILL"
             assert said.splitlines()[-1] == f"error: {which}, and so the others were; the same command goes on"
             spoken += 1
         deadline = time.monotonic() + 60
-        while alive(children) and time.monotonic() < deadline:
+        while alive(begun.values()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not alive(children)
+        assert not alive(begun.values())
         if moment[0]:
             moments.add(moment)
     print(f"{killed} kills, {len(moments)} at different moments of the training, {spoken} of one process")
@@ -282,7 +282,7 @@ def test_a_hub_that_does_not_answer(tiny, tmp_path, silent, setting, answers):
     address = silent if answers is None else "http://127.0.0.1:9"  # nobody listens at the second
     given = {"model": tiny, "data": "shapes", "steps": 1} | {setting: "nobody/nothing"}
     env = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_ETAG_TIMEOUT": "1"}
-    env |= {"HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    env |= {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "NO_PROXY": "*", "no_proxy": "*"}
     made = call([sys.executable, "train_upt.py", *flags(**given, out=tmp_path / "run")], **env)
     assert made.returncode == 2 and made.stderr.startswith("error: ") and made.stderr.count("\n") == 1, made.stderr
     assert "nobody/nothing" in made.stderr and not (tmp_path / "run").exists()
@@ -290,6 +290,9 @@ def test_a_hub_that_does_not_answer(tiny, tmp_path, silent, setting, answers):
 
 
 def test_a_silent_hub_is_waited_for_once(silent, monkeypatch):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "*")
+    close_session()  # one that is open keeps to the proxy it has found
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", silent)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,14 +20,18 @@ from upt.run.cli import BY_MAKE
 ROOT = Path(__file__).parent.parent
 
 
-def make(*arguments: str) -> subprocess.CompletedProcess:
-    own = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "ARGS"}
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, env=own)
+VARIABLES = re.findall(r"^(\w+)\s*\?=", (ROOT / "Makefile").read_text(), re.M)
 
 
-def commands(*arguments: str) -> str:
+def make(*arguments: str, **extra: str) -> subprocess.CompletedProcess:
+    """Run it with nothing in its environment that it would take a variable from, but what is given as `extra`."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name not in VARIABLES}
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, env=own | extra)
+
+
+def commands(*arguments: str, **extra: str) -> str:
     """What make would run, on one line."""
-    done = make("-n", "--no-print-directory", "-o", ".venv/.ready-torch--2.13.0", *arguments)
+    done = make("-n", "--no-print-directory", "-o", ".venv/.ready-torch--2.13.0", *arguments, **extra)
     assert done.returncode == 0, done.stderr
     return " ".join(done.stdout.replace("\\\n", " ").split())
 
@@ -139,9 +144,9 @@ def test_a_target_that_is_none_is_refused():
     assert done.returncode == 2 and done.stderr.split("\n")[0] == "error: there is no target trian; make lists them"
 
 
-def test_variables_of_several_targets_and_of_the_environment_are_no_mistake(monkeypatch):
-    monkeypatch.setenv("REWARDS", "of something else")
-    assert "rewards.py" in commands("rollout", "score", "DATA=shapes", "REWARD=frequency")
+def test_variables_of_several_targets_and_of_the_environment_are_no_mistake():
+    shown = commands("rollout", "score", "DATA=shapes", "REWARD=frequency", REWARDS="of something else")
+    assert "rewards.py" in shown
 
 
 def test_lint_leaves_files_of_the_users_own_alone():

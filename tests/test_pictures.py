@@ -252,9 +252,9 @@ def test_options_count_too(folder):
     ],
 )
 def test_marks_are_found_in_bounded_time(hostile):
-    start = time.perf_counter()
+    start = time.process_time()  # whatever else the machine is busy with
     take_out(hostile * 20_000 + "<image>")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 # ---- columns that are not read

@@ -57,6 +57,22 @@ def opened(browser):
     assert wrong == []
 
 
+@pytest.fixture(scope="module")
+def expect():
+    """Playwright's assertions on what is to come: they wait for it, and fail if it does not."""
+    api = extra("playwright.sync_api")
+    api.expect.set_options(timeout=30_000)  # ms
+    return api.expect
+
+
+def load_again(shown, script: str):
+    """Run a script that loads the page again; what it gives, once the new page is there."""
+    with shown.expect_event("load"):
+        given = shown.evaluate(script)
+    shown.wait_for_selector("html[data-ready]")
+    return given
+
+
 def rewritten(run: Path, folder: Path, texts: list[str]) -> Path:
     """A copy of a run that has these texts wherever models, data and settings put any: in its last groups and its
     held-out questions one text each, and all of them as the first group's responses."""
@@ -123,7 +139,7 @@ OUTSIDE = """() => {  // what of a formula can be seen outside of its box
 }"""
 
 
-def test_hostile_text_is_text(run, tmp_path, opened):
+def test_hostile_text_is_text(run, tmp_path, opened, expect):
     named = "<b onclick=alert(1)> 50%#2? \u202e"
     folder = rewritten(run, tmp_path / named, HOSTILE)
     shown = opened(report.main(report.Config(runs=(folder,))))
@@ -143,21 +159,17 @@ def test_hostile_text_is_text(run, tmp_path, opened):
             fields = (".question", ".options li:first-child .text", ".responses .text", "details .text")
             assert [card.locator(field).first.text_content() for field in fields] == [text] * 4
         assert card.locator(".options li").count() == 26 and "and 4 more options" in card.text_content()
-    shown.locator("#cards img").first.scroll_into_view_if_needed()
-    shown.wait_for_timeout(500)
-    assert shown.locator("#cards img").first.evaluate("image => image.naturalWidth") > 0
+    picture = shown.locator("#cards img").first
+    picture.scroll_into_view_if_needed()
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
     assert shown.title() == named and shown.locator("h1 bdi").text_content() == named
     facts = shown.locator("#head td bdi").all_text_contents()
     assert texts[0] in facts[0] and texts[4] == facts[1]
-    for move in ("gained", "lost"):  # the held-out questions, all of which were gained
+    for move in ("lost", "gained"):  # the held-out questions, all of which were gained
         shown.locator("#move").select_option(move)
-        shown.wait_for_timeout(200)
-        assert shown.locator("#answers .card").count() == len(HOSTILE) * (move == "gained")
-        if move == "gained":
-            tags = shown.locator("#answers .card .tag").all_text_contents()
-            assert {*texts[:2]} <= {*tags} and max(map(len, tags)) < 150
-    shown.locator("#move").select_option("gained")
-    shown.wait_for_timeout(200)
+        expect(shown.locator("#answers .card")).to_have_count(len(HOSTILE) * (move == "gained"))
+    tags = shown.locator("#answers .card .tag").all_text_contents()
+    assert {*texts[:2]} <= {*tags} and max(map(len, tags)) < 150
     for details in shown.locator("details").all():
         details.evaluate("node => node.open = true")
     assert shown.evaluate(LOOSE) == []
@@ -174,11 +186,10 @@ def test_hostile_text_is_text(run, tmp_path, opened):
     links = [shown.locator("#cards .card").nth(1 + i).locator("h3 a").get_attribute("href") for i in range(7)]
     for link, text in zip(links, texts):
         shown.evaluate("link => (location.hash = link)", link)
-        shown.wait_for_timeout(300)
-        assert shown.locator("#cards h3 bdi").first.text_content() == text
+        expect(shown.locator("#cards h3 bdi").first).to_have_js_property("textContent", text)
 
 
-def test_hostile_tables_and_names_of_runs(run, tmp_path, opened):
+def test_hostile_tables_and_names_of_runs(run, tmp_path, opened, expect):
     folder = tmp_path / "ablate"
     names = [text.replace("/", "|").replace("\x00", "").encode("utf-8", "replace").decode() for text in HOSTILE[:7]]
     for name in names:
@@ -193,7 +204,7 @@ def test_hostile_tables_and_names_of_runs(run, tmp_path, opened):
     runs = shown.locator("#head tbody").nth(1).locator("th bdi").all_text_contents()
     assert sorted(runs) == sorted(f"{name}/seed-0" if len(name) < 150 else runs[i] for i, name in enumerate(names))
     shown.locator("#run").select_option(index=3)
-    shown.wait_for_timeout(300)
+    expect(shown.locator("#cards [data-card^='group 3 ']")).to_have_count(3)
     assert shown.locator("#run").input_value() == parts(folder / "report.html")["about"]["runs"][3]["name"]
     assert shown.title() == "ablate: 7 runs"
 
@@ -214,7 +225,7 @@ def test_latex_can_be_read(run, tmp_path, opened):
     assert "$5 or 6$" in said.nth(6).text_content()
 
 
-def test_groups_are_found(run, tmp_path, opened):
+def test_groups_are_found(run, tmp_path, opened, expect):
     copy = shutil.copytree(run, tmp_path / "r")
     named = []
     for step in range(3):
@@ -229,41 +240,41 @@ def test_groups_are_found(run, tmp_path, opened):
         shards.write_shard(shards.shard_path(copy / "rollouts", step), groups)
     shown = opened(report.main(report.Config(runs=(copy,))))
 
-    def uids() -> list[str]:
-        return shown.locator("#cards h3 bdi").all_text_contents()
+    def there_are(*uids: str):
+        expect(shown.locator("#cards h3 bdi")).to_have_text(uids)
 
-    def after(action) -> list[str]:
-        action()
-        shown.wait_for_timeout(400)
-        return uids()
-
-    shown.locator("#cards .card").first.wait_for()
-    assert uids() == named[2]
-    assert after(lambda: shown.locator("#step").fill("0")) == named[0]
+    there_are(*named[2])
+    shown.locator("#step").fill("0")
+    there_are(*named[0])
     counts = ["all groups (3)", "majority wrong (1)", "split: half or less agree (1)", "skipped (0)"]
     assert shown.locator("#flag option").all_text_contents()[:4] == counts
-    assert after(lambda: shown.locator("#flag").select_option("wrong")) == ["q02"]
-    assert after(lambda: shown.get_by_label("in every step").check()) == ["q02", "q12", "q22"]
-    assert after(lambda: shown.locator("#flag").select_option("")) == sum(named, [])
-    assert after(lambda: shown.locator("#order").select_option("least agreed first"))[:3] == ["q00", "q10", "q20"]
-    assert after(lambda: shown.locator("#search").fill("sound Reasoning in 2")) == ["q21"]  # what the judge wrote
-    assert after(lambda: shown.locator("#search").fill("QUESTION 11")) == ["q11"]
+    shown.locator("#flag").select_option("wrong")
+    there_are("q02")
+    shown.get_by_label("in every step").check()
+    there_are("q02", "q12", "q22")
+    shown.locator("#flag").select_option("")
+    there_are(*sum(named, []))
+    shown.locator("#order").select_option("least agreed first")
+    there_are("q00", "q10", "q20", "q02", "q12", "q22", "q01", "q11", "q21")
+    shown.locator("#search").fill("sound Reasoning in 2")  # what the judge wrote
+    there_are("q21")
+    shown.locator("#search").fill("QUESTION 11")
+    there_are("q11")
     assert "1 of 9 groups" in shown.locator("#found").text_content()
     # A link to a card leads to it, here and from outside.
     shown.locator("#cards h3 a").click()
-    shown.wait_for_timeout(400)
-    assert "uid=q11" in shown.url and uids()[0] == "q11"
+    there_are("q11", "q10", "q12")
+    expect(shown).to_have_url(re.compile("uid=q11"))
     again = opened(copy / "report.html", address="#" + shown.url.split("#")[1])
     again.locator("#cards .card").first.wait_for()
     assert again.locator("#cards h3 bdi").first.text_content() == "q11"
     # By keyboard alone: an arrow moves the step.
     shown.locator("#step").focus()
     shown.keyboard.press("ArrowLeft")
-    shown.wait_for_timeout(400)
-    assert uids() == ["q00", "q02", "q01"]  # still by agreement
+    there_are("q00", "q02", "q01")  # still by agreement
 
 
-def test_what_changed(run, tmp_path, opened):
+def test_what_changed(run, tmp_path, opened, expect):
     copy = shutil.copytree(run, tmp_path / "r")
     verdicts = {"before": [0, 1, 0, 0], "after": [1, 0, 0, 1]}
     for name, right in verdicts.items():
@@ -277,44 +288,38 @@ def test_what_changed(run, tmp_path, opened):
         (copy / f"{name}.json").write_text(json.dumps(scores))
     shown = opened(report.main(report.Config(runs=(copy,))))
     answers = shown.locator("#answers .card")
+    after = answers.locator(".pair > div:last-child > .text")  # of each card
     answers.first.wait_for()
     assert "2 of 4 gained" in shown.locator("#moved").text_content() and answers.count() == 2
     assert answers.first.locator(".pair .text").all_text_contents()[0] == "before 3"
     assert ["✗ wrong", "✓ right"] == answers.first.locator("h4 span").all_text_contents()
     shown.locator("#kind").select_option("odd")
-    shown.wait_for_timeout(200)
-    assert answers.count() == 1 and "after 3" in answers.first.text_content()
+    expect(after).to_have_text(["after 3"])
     shown.locator("#move").select_option("lost")
-    shown.wait_for_timeout(200)
-    assert answers.count() == 1 and "after 1" in answers.first.text_content()
+    expect(after).to_have_text(["after 1"])
     cells = shown.locator("#kinds tbody tr").first.locator("td").all_text_contents()
     assert cells == ["2", "1", "0", "1", "0"]  # even: questions 0 and 2; gained, lost, missed, kept
     shown.locator("#kind").select_option("")
     shown.locator("#move").select_option("gained")
-    shown.wait_for_timeout(200)
     # The samples of question 0 went from 1 to 2 right, of 2; those of question 3 from 2 to none: it changed more.
-    assert [text[:7] for text in answers.locator(".pair > div:last-child > .text").all_text_contents()] == [
-        "after 3", "after 0",
-    ]  # fmt: skip
+    expect(after).to_have_text(["after 3", "after 0"])
     facts = answers.first.locator(".pair .facts").all_text_contents()
     assert facts == ["2 samples: 2 × yes\u00a0✓", "2 samples: 1 × no\u00a0✗, 1 × maybe\u00a0✗"]
     shown.locator("#find").fill("AFTER 0")
-    shown.wait_for_timeout(400)
-    assert answers.count() == 1 and "after 0" in answers.first.text_content()
+    expect(after).to_have_text(["after 0"])
     assert "1 of 4 gained; those whose samples changed most come first." in shown.locator("#moved").text_content()
     # A card has a link of its own, and one to what training asked in the same words.
     shown.locator("#find").fill("")
-    shown.wait_for_timeout(400)
+    expect(answers).to_have_count(2)
     link = answers.nth(1).get_by_role("link", name="link").get_attribute("href")
     again = opened(copy / "report.html", address=link)
     again.locator("#answers .card").first.wait_for()
     assert again.locator("#answers .card").count() == 1 and again.evaluate("scrollY") > 500
     question = answers.first.locator(".question").text_content()
     answers.first.get_by_role("link", name="asked in training").click()
-    shown.wait_for_timeout(600)
-    assert shown.locator("#search").input_value() == question and shown.locator("#everywhere").is_checked()
     asked = [g["question"] for path in shards.list_shards(run / "rollouts") for g in shards.read_shard(path)]
-    assert shown.locator("#found").text_content() == f"{asked.count(question)} of {len(asked)} groups"
+    expect(shown.locator("#found")).to_have_text(f"{asked.count(question)} of {len(asked)} groups")
+    assert shown.locator("#search").input_value() == question and shown.locator("#everywhere").is_checked()
 
 
 def test_answers_without_gold(run, tmp_path, opened):
@@ -352,7 +357,7 @@ def test_what_changed_so_far(run, tmp_path, opened):
     assert "Those after training come when it has ended." in shown.locator("#head").text_content()
 
 
-def test_curves_show_their_values(run, opened):
+def test_curves_show_their_values(run, opened, expect):
     shown = opened(run / "report.html")
     figures = shown.locator("#plots figure")
     captions = figures.locator("figcaption").all_text_contents()
@@ -364,14 +369,12 @@ def test_curves_show_their_values(run, opened):
         shown.get_by_label("Smoothing").fill(str(smoothing))
         over = chart.locator(".u-over")
         over.scroll_into_view_if_needed()
-        shown.wait_for_timeout(200)
         for y in (20, 30):
             over.hover(position={"x": over.bounding_box()["width"] - 2, "y": y})
-        shown.wait_for_timeout(200)
-        assert f"{value:.4f}" in chart.locator(".u-legend").text_content()
+        expect(chart.locator(".u-legend")).to_contain_text(f"{value:.4f}")
 
 
-def test_curves_are_gone_along_by_keys(run, tmp_path, opened):
+def test_curves_are_gone_along_by_keys(run, tmp_path, opened, expect):
     for i in range(2):
         copy = shutil.copytree(run, tmp_path / "x" / f"r{i}")
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -388,18 +391,17 @@ def test_curves_are_gone_along_by_keys(run, tmp_path, opened):
         values = [f"{i + (step - 1) / 10:.4f}" for i in range(2)]
         assert chart.get_attribute("aria-valuetext") == f"step {step}: r0 {values[0]}, r1 {values[1]}"
         assert chart.get_attribute("aria-valuenow") == f"{step}"
-        shown.wait_for_timeout(100)
-        assert values[1] in legend.text_content()  # as under the mouse
+        expect(legend).to_contain_text(values[1])  # as under the mouse
     assert shown.evaluate("scrollY") == top
     for key, name in (("ArrowDown", "r1"), ("ArrowDown", "r0"), ("ArrowUp", "r1")):
         shown.keyboard.press(key)
         shown.keyboard.press("Enter")
-        shown.wait_for_timeout(300)
-        assert (shown.locator("#run").input_value(), shown.locator("#stepped").text_content()) == (name, "2 of 3")
+        expect(shown.locator("#run")).to_have_value(name)
+        expect(shown.locator("#stepped")).to_have_text("2 of 3")
         chart.focus()
 
 
-def test_what_is_looked_at_stays_over_loading_again(run, tmp_path, opened):
+def test_what_is_looked_at_stays_over_loading_again(run, tmp_path, opened, expect):
     begun = shutil.copytree(run, tmp_path / "begun")
     (begun / "summary.json").unlink()
     config = report.Config(runs=(begun,), out=begun / "report.html", watch=True, every=3600)
@@ -410,42 +412,48 @@ def test_what_is_looked_at_stays_over_loading_again(run, tmp_path, opened):
     shown.locator("#step").fill("1")
     shown.locator("#order").select_option("most agreed first")
     shown.locator("#smooth").fill("3")
-    shown.locator("#find").fill("?")
     shown.locator("#move").select_option("missed")
-    shown.wait_for_timeout(400)
+    for words in ("what no card has", "?"):  # a search that has been waited for draws no cards later on
+        shown.locator("#find").fill(words)
+        expect(shown.locator("#answers .card")).to_have_count(4 * (words == "?"))
     shown.locator("#answers details").nth(3).locator("summary").click()
-    card = shown.locator("#answers .card").nth(1)
-    card.evaluate("node => scrollTo(0, node.getBoundingClientRect().top + scrollY + 30)")
-    shown.wait_for_timeout(100)
-    top = card.evaluate("node => node.getBoundingClientRect().top")
     taller = '<div style="height: 500px"></div><div id="plots"></div>'  # what is new since may stand further above
     text = (begun / "report.html").read_text()
     (begun / "report.html").write_text(text.replace('<div id="plots"></div>', taller))
-    shown.evaluate("() => (remember(), location.reload())")  # as the page does by itself
-    shown.wait_for_selector("html[data-ready]")
-    shown.wait_for_timeout(300)
+    top = load_again(
+        shown,
+        """() => {  // as the page does by itself
+      const top = () => document.querySelectorAll("#answers .card")[1].getBoundingClientRect().top;
+      scrollTo(0, top() + scrollY + 30);
+      remember();
+      location.reload();
+      return top();
+    }""",
+    )
     assert "step=2" in shown.url and "smooth=3" in shown.url and "move=missed" in shown.url
     assert shown.locator("#stepped").text_content() == "2 of 3" and shown.locator("#smoothed").text_content() == "3"
     assert shown.locator("#order").input_value() == "most agreed first" and shown.locator("#find").input_value() == "?"
     opened_now = shown.locator("#answers details").evaluate_all("nodes => nodes.map((node) => node.open)")
     assert opened_now.index(True) == 3 and sum(opened_now) == 1
-    assert top < 0 and abs(card.evaluate("node => node.getBoundingClientRect().top") - top) < 3
+    assert top < 0
+    place = 'document.querySelectorAll("#answers .card")[1].getBoundingClientRect().top'
+    shown.wait_for_function(f"top => Math.abs({place} - top) < 3", arg=top)
     # The same address elsewhere is the same view; a part of the page does not take it away.
     again = opened(begun / "report.html", address="#" + shown.url.split("#")[1])
     assert again.locator("#stepped").text_content() == "2 of 3"
+    again.evaluate("() => addEventListener('hashchange', () => (window.went = true))")  # after the page's own
     again.get_by_role("link", name="Curves").click()
-    again.wait_for_timeout(300)
-    assert "step=2" in again.url and again.locator("#stepped").text_content() == "2 of 3"
+    again.wait_for_function("() => window.went")
+    assert "step=2" in again.evaluate("location.hash") and again.locator("#stepped").text_content() == "2 of 3"
     # And it does load itself again, unless it is told not to.
     with locking.holding(begun):
         report.make(replace(config, every=1))
     quick = opened(begun / "report.html", address="#follow=no")
     quick.evaluate("() => (window.mine = true)")
-    quick.wait_for_timeout(1300)
+    quick.wait_for_timeout(1300)  # longer than the second after which it would
     assert quick.evaluate("() => window.mine") is True
-    quick.get_by_label("loads itself again").check()
-    quick.wait_for_timeout(1300)
-    assert quick.evaluate("() => window.mine") is None
+    with quick.expect_event("load"):
+        quick.get_by_label("loads itself again").check()
 
 
 @pytest.mark.parametrize(("address", "said"), [
@@ -453,7 +461,7 @@ def test_what_is_looked_at_stays_over_loading_again(run, tmp_path, opened):
     ("#step=99", "to step 99, which is not here"),
     ("#run=none&step=1", "to the run none, which is not here"),
 ])  # fmt: skip
-def test_a_link_to_what_is_not_there_says_so(run, opened, address, said):
+def test_a_link_to_what_is_not_there_says_so(run, opened, expect, address, said):
     leave = {
         "slider": (lambda: shown.locator("#step").fill("1"), 3),
         "search": (lambda: shown.locator("#search").fill("?"), 3),
@@ -464,15 +472,13 @@ def test_a_link_to_what_is_not_there_says_so(run, opened, address, said):
         assert f"This link is {said}" in shown.locator("#found").text_content()
         assert shown.locator("#cards .card").count() == 0
         choose()
-        shown.wait_for_timeout(400)
-        assert shown.locator("#cards .card").count() == count
+        expect(shown.locator("#cards .card")).to_have_count(count)
         assert "This link" not in shown.locator("#found").text_content()
 
 
 def test_a_link_to_a_part_of_the_page(run, opened):
     shown = opened(run / "report.html", address="#changed")
-    shown.wait_for_timeout(300)
-    assert abs(shown.locator("#changed").bounding_box()["y"]) < 30
+    shown.wait_for_function("() => Math.abs(document.querySelector('#changed').getBoundingClientRect().top) < 30")
 
 
 def test_groups_that_are_not_there_any_more(run, tmp_path, opened):
@@ -486,7 +492,7 @@ def test_groups_that_are_not_there_any_more(run, tmp_path, opened):
     assert "No groups yet" not in shown.locator("#groups").text_content()
 
 
-def test_what_cannot_be_unpacked_is_said(run, tmp_path, browser, opened):
+def test_what_cannot_be_unpacked_is_said(run, tmp_path, browser, opened, expect):
     text = (run / "report.html").read_text()
     broken = run / "broken.html"
     broken.write_text(re.sub(r'(id="(?:groups-0-2|answers-0)">)[^<]{40}', r"\1" + "A" * 40, text))
@@ -494,8 +500,7 @@ def test_what_cannot_be_unpacked_is_said(run, tmp_path, browser, opened):
     for part in ("#cards", "#answers"):
         assert "the file is damaged: make the page again with report.py" in shown.locator(part).text_content()
     shown.locator("#step").fill("0")  # the others are whole
-    shown.wait_for_timeout(300)
-    assert shown.locator("#cards .card").count() == 3
+    expect(shown.locator("#cards .card")).to_have_count(3)
     context = browser.new_context()
     context.add_init_script("delete self.DecompressionStream")
     old = context.new_page()
@@ -549,7 +554,7 @@ def test_colours_can_be_told_apart_and_seen(run, tmp_path, opened, scheme):
     assert len({*found}) == 9 and all("--quiet" in found[i] for i in (8, 9))
 
 
-def test_runs_beside_each_other(run, tmp_path, opened):
+def test_runs_beside_each_other(run, tmp_path, opened, expect):
     """Two rewards, two seeds each: one colour a reward, and what one run answers beside another's."""
     folder = tmp_path / "ablate"
     for i, name in enumerate(("majority/seed-0", "majority/seed-1", "random/seed-0", "random/seed-1")):
@@ -573,22 +578,17 @@ def test_runs_beside_each_other(run, tmp_path, opened):
     shown.locator("#changed-run").select_option("random/seed-1")
     shown.locator("#against").select_option("majority/seed-1")
     shown.locator("#move").select_option("gained")
-    shown.wait_for_timeout(300)
     cards = shown.locator("#answers .card")
+    expect(cards.first.locator(".pair > div > .text")).to_have_text(["majority/seed-1 says 1", "random/seed-1 says 1"])
     assert cards.count() == 2  # the one has question 0 right, the other 0, 1 and 2
-    assert cards.first.locator(".pair > div > .text").all_text_contents() == [
-        "majority/seed-1 says 1", "random/seed-1 says 1",
-    ]  # fmt: skip
     heads = cards.first.locator("h4").all_text_contents()
     assert heads == ["majority/seed-1 ✗ wrong", "random/seed-1 ✓ right"]
-    said = shown.locator("#moved").text_content()
-    assert "changed-run=random" in shown.url and "after one run and after the other: 2 of 4 gained" in said
+    assert "after one run and after the other: 2 of 4 gained" in shown.locator("#moved").text_content()
+    expect(shown).to_have_url(re.compile("changed-run=random"))
     shown.locator("#against").select_option("random/seed-0")
-    shown.wait_for_timeout(300)
-    assert " of 3 gained" in shown.locator("#moved").text_content()  # the fourth is another question there
+    expect(shown.locator("#moved")).to_contain_text(" of 3 gained")  # the fourth is another question there
     shown.locator("#run").select_option("random/seed-0")
-    shown.wait_for_timeout(300)
-    assert shown.locator("#cards h3 a").first.get_attribute("href").startswith("#run=random%2Fseed-0&")
+    expect(shown.locator("#cards h3 a").first).to_have_attribute("href", re.compile("^#run=random%2Fseed-0&"))
     # Runs that were asked other questions.
     for name in ("before", "after"):
         path = folder / "random" / "seed-1" / f"{name}.json"
@@ -599,7 +599,7 @@ def test_runs_beside_each_other(run, tmp_path, opened):
     shown.locator("#moved").filter(has_text="have no held-out question in common").wait_for()
 
 
-def test_a_click_on_a_curve_leads_to_the_groups_of_its_run(run, tmp_path, opened):
+def test_a_click_on_a_curve_leads_to_the_groups_of_its_run(run, tmp_path, opened, expect):
     """The nearest run of those that have the step; one of them has made but two of the three."""
     for i, (name, steps) in enumerate({"short": 2, "long": 3, "top": 3}.items()):
         copy = shutil.copytree(run, tmp_path / "x" / name)
@@ -615,9 +615,9 @@ def test_a_click_on_a_curve_leads_to_the_groups_of_its_run(run, tmp_path, opened
     for x, y, name, step in clicks:
         over.scroll_into_view_if_needed()
         over.click(position={"x": size["width"] * x, "y": size["height"] * y})
-        shown.wait_for_timeout(300)
-        assert (shown.locator("#run").input_value(), shown.locator("#stepped").text_content()) == (name, f"{step} of 3")
-        assert shown.locator("#cards .card").count() == 3
+        expect(shown.locator("#run")).to_have_value(name)
+        expect(shown.locator("#stepped")).to_have_text(f"{step} of 3")
+        expect(shown.locator("#cards .card")).to_have_count(3)
 
 
 def test_names_that_are_long_unfold(run, tmp_path, opened):
@@ -626,8 +626,8 @@ def test_names_that_are_long_unfold(run, tmp_path, opened):
         shutil.copytree(run, tmp_path / "x" / name)
     shown = opened(report.main(report.Config(runs=(tmp_path / "x",))))
     shown.locator("#against").select_option(names[1])
-    shown.wait_for_timeout(300)
     head = shown.locator("#answers .card").first.locator("h4").first
+    head.get_by_role("button").wait_for()
     assert names[1] not in head.text_content()
     head.get_by_role("button").click()
     assert names[1] in head.text_content()
@@ -646,8 +646,7 @@ def test_a_comparison_that_grows(run, tmp_path, opened):
         shown.locator("#head details", has_text="majority/seed-1").locator("summary").click()
         shutil.copytree(run, folder / "alike/seed-0")
         report.make(config)
-    shown.evaluate("() => (remember(), location.reload())")
-    shown.wait_for_selector("html[data-ready]")
+    load_again(shown, "() => (remember(), location.reload())")
     assert shown.locator("#run option").count() == 3 and shown.locator("#run").input_value() == "majority/seed-1"
     assert shown.locator("#head details[open] summary").all_text_contents() == ["majority/seed-1"]
 
@@ -697,12 +696,12 @@ def test_pictures_of_the_page(run, tmp_path, opened):
     shown = opened(made, width=1000)
     shown.locator("#answers .card").first.wait_for()
     shown.locator("#flag").select_option("split" if of else "")
-    shown.wait_for_timeout(400)
     places = {"page": "#scores", "curves": "#curves", "group": "#cards .card", "changed": "#answers .card"}
     for name, selector in places.items():
-        shown.locator(selector).first.scroll_into_view_if_needed()
-        shown.wait_for_timeout(300)
-        shown.locator(selector).first.screenshot(path=folder / f"{name}.png")
+        place = shown.locator(selector).first
+        place.scroll_into_view_if_needed()
+        place.evaluate("node => Promise.all([...node.querySelectorAll('img')].map((image) => image.decode()))")
+        place.screenshot(path=folder / f"{name}.png")
         with Image.open(folder / f"{name}.png") as picture:
             assert picture.width > 800 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
 

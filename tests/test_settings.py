@@ -435,12 +435,14 @@ def test_a_full_disk_is_known_by_the_room_that_is_left(tmp_path, monkeypatch):
 @contextmanager
 def no_file_over(size: int):
     """A limit of the operating system that stands for a full disk: the writer meets it in the middle of a file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, as_it_was = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # of a module first imported here it would be cut short, and stay so
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sys.dont_write_bytecode = as_it_was
 
 
 def test_a_run_whose_disk_is_full_goes_on_once_there_is_room(tiny, tmp_path):

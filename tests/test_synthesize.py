@@ -234,7 +234,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path, tiny):
 @pytest.mark.parametrize("stage", ["asked", "answered"])
 def test_a_killed_run_loses_and_repeats_nothing(tmp_path, tiny, stage):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    settings = {"limit": 8, "filters": "agreement", "min_agreement": 0.0, "questions_per_step": 1, "per_image": 1}
+    settings = {"limit": 24, "filters": "agreement", "min_agreement": 0.0, "questions_per_step": 1, "per_image": 1}
     synthesize.main(config(whole, tiny, **settings))
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     command = [sys.executable, "synthesize.py", "--data=shapes", f"--model={tiny}", f"--out={killed}", *flags]
@@ -251,9 +251,9 @@ def test_a_killed_run_loses_and_repeats_nothing(tmp_path, tiny, stage):
     synthesize.main(config(killed, tiny, **settings))
     assert done and all(path.stat().st_ino == inode for path, inode in done.items())
     files = {path.relative_to(whole) for path in whole.rglob("*") if path.suffix in (".jsonl", ".parquet", ".png")}
-    assert len(files) > 16 and all((whole / file).read_bytes() == (killed / file).read_bytes() for file in files)
+    assert len(files) > 48 and all((whole / file).read_bytes() == (killed / file).read_bytes() for file in files)
     uids = [row["uid"] for row in provenance(killed)]
-    assert uids == [f"{uid}/in-context-0" for uid in data.load("shapes", limit=8).uids]
+    assert uids == [f"{uid}/in-context-0" for uid in data.load("shapes", limit=24).uids]
 
 
 def test_what_is_there_is_not_sampled_again(tmp_path, tiny, monkeypatch):

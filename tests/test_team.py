@@ -112,6 +112,18 @@ def done(*command: str, size: int, **extra: str) -> str:
     return made.stdout
 
 
+def children(process: subprocess.Popen) -> dict[int, int]:
+    """The ids of the processes that this one has started, by their rank; without one that has ended."""
+    found = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        try:
+            own = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        found |= {int(of.removeprefix(b"RANK=")): int(pid) for of in own if of.startswith(b"RANK=")}
+    return found
+
+
 def tokens(folder: Path) -> list:
     """Of every step the uids and the token ids of the responses, in the order of the shard."""
     return [
@@ -506,13 +518,13 @@ class Begun:
         while "step 2/12" not in self.log.read_text():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
-        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
-        self.children = [int(pid) for pid in found]
+        self.children = children(self.process)
+        assert {*self.children} == {0, 1}
 
     def ended(self, within: float) -> tuple[int, str]:
         """Its exit status and what it has said, when all of it is gone."""
         status = self.process.wait(timeout=within)
-        assert not any(Path(f"/proc/{pid}").exists() for pid in self.children)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in self.children.values())
         return status, self.log.read_text()
 
     def goes_on(self, whole: Path) -> int:
@@ -562,9 +574,9 @@ def test_processes_end_with_the_one_that_started_them(tiny, tmp_path):
     run = Begun(tiny, tmp_path / "run")
     run.process.kill()
     deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in run.children) and time.monotonic() < deadline:
+    while any(Path(f"/proc/{pid}").exists() for pid in run.children.values()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in run.children)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in run.children.values())
     assert "goes on from" in run.log.read_text()
 
 

@@ -217,7 +217,7 @@ def two(tmp_path_factory) -> dict[str, list]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(folder / "process.py"), json.dumps(CASES), str(folder)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     told = [json.loads(path.read_text()) for path in sorted(folder.glob("said-*"))]
     return {how: [of[i] for of in told] for i, (how, _, _) in enumerate(CASES)}
