@@ -114,8 +114,8 @@ def done(*command: str, size: int, **extra: str) -> str:
 
 def children(process: subprocess.Popen) -> dict[int, int]:
     """The ids of the processes that this one has started, by their rank; without one that has ended."""
-    found = {}
-    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+    found, listed = {}, Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    for pid in listed.read_text().split() if process.poll() is None else ():
         try:
             own = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except OSError:
