@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import threading
 
 import pytest
 import torch
@@ -9,6 +11,11 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a network
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+# Whoever starts the tests may have some signals ignored (nohup, a script's `&`), and processes inherit that.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 

@@ -86,8 +86,8 @@ def card(found: Trained, dtype: str | None, error: float | None = None) -> str:
         "## Use",
         "The prompt, in the user's turn behind the picture:",
         indented(prompts.template(settings["prompt"])),
-        "With plain transformers, started in this folder (where torchvision is installed, AutoProcessor does in one "
-        "call what the lines about `look` and `text` do):",
+        "With plain transformers, started in this folder. Before 5.18 it takes torchvision, too; where that is "
+        "installed, AutoProcessor does in one call what the lines about `look` and `text` do:",
         f"```python\n{ask(found, adapter_only)}\n```",
         "With vLLM, started in this folder:",
         f"```sh\n{serve(found, dtype)}\n```",
