@@ -49,7 +49,6 @@ from upt.model.origin import check_base, origin_of
 from upt.ranges import Count, Name
 from upt.run import cli, health, progress, tracking
 from upt.run.locking import alone
-from upt.run.machine import machine
 from upt.run.metrics import Clock, Metrics, peak_memory_gib
 from upt.run.resuming import STORED, claim, fingerprints, jsonable, prepare
 from upt.run.settings import Evaluation, Judge, Reward, Rollout, Rounds, Tracking, Update
@@ -408,7 +407,7 @@ def learn(
     with clock("setup"):
         judges = config.reward != STORED and rewards.needs_judge(config.reward)
         policy = run.starting.starting_policy(config, judges, team)
-        team.once(claim, config, taken, machine(policy.device))
+        team.once(claim, config, taken, policy.device)
         told = tracking.Listeners(config, on_step, team.first)
     with stop_on_signal(config.out) as check, closing(told):
         summary = {}

@@ -709,7 +709,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text(name):
-    """Neither an exception nor a wait. The bound is wide for slow machines: super-linear work would take minutes."""
+    """Neither an exception nor much work. The bound is wide for slow machines: super-linear work would take minutes."""
     text = HOSTILE[name]
     begin = time.process_time()
     for candidate in (text, f"\\boxed{{{text}}}", f"<answer>{text}</answer>"):

@@ -18,8 +18,6 @@ from upt.groups import shards
 from upt.run.cli import BY_MAKE
 
 ROOT = Path(__file__).parent.parent
-
-
 VARIABLES = re.findall(r"^(\w+)\s*\?=", (ROOT / "Makefile").read_text(), re.M)
 
 

@@ -378,7 +378,7 @@ def test_curves_are_gone_along_by_keys(run, tmp_path, opened, expect):
     for i in range(2):
         copy = shutil.copytree(run, tmp_path / "x" / f"r{i}")
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        rows = [row | {"entropy": i + row["step"] / 10} for row in rows]
+        rows = [row | {"entropy": i + row["step"] / 10, "kl": [i, None, i + 2][row["step"]]} for row in rows]
         (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shown = opened(report.main(report.Config(runs=(tmp_path / "x",))))
     chart = shown.get_by_role("slider", name="entropy, nats")
@@ -395,10 +395,28 @@ def test_curves_are_gone_along_by_keys(run, tmp_path, opened, expect):
     assert shown.evaluate("scrollY") == top
     for key, name in (("ArrowDown", "r1"), ("ArrowDown", "r0"), ("ArrowUp", "r1")):
         shown.keyboard.press(key)
+        assert chart.get_attribute("aria-valuetext").startswith(f"step 2: {name} ")
         shown.keyboard.press("Enter")
         expect(shown.locator("#run")).to_have_value(name)
         expect(shown.locator("#stepped")).to_have_text("2 of 3")
         chart.focus()
+    # A step at which nothing was measured; keys that are the browser's; Enter before any other.
+    chart = shown.get_by_role("slider", name="KL to the start, nats")
+    chart.focus()
+    said = []
+    for key in ("Control+Home", "ArrowLeft", "ArrowDown", "ArrowLeft", "ArrowDown"):
+        shown.keyboard.press(key)
+        said.append(chart.get_attribute("aria-valuetext"))
+    assert said == [
+        "step 3: r0 2.0000, r1 3.0000", "step 2: no value", "step 2: no value", "step 1: r0 0.0000, r1 1.0000",
+        "step 1: r1 1.0000, r0 0.0000",
+    ]  # fmt: skip
+    shown.locator("#run").select_option("r0")
+    shown.get_by_label("Smoothing").fill("2")  # draws them anew
+    chart.focus()
+    shown.keyboard.press("Enter")
+    expect(shown.locator("#run")).to_have_value("r1")
+    expect(shown.locator("#stepped")).to_have_text("1 of 3")
 
 
 def test_what_is_looked_at_stays_over_loading_again(run, tmp_path, opened, expect):

@@ -48,12 +48,12 @@ def script(*command: str, size: int) -> list[str]:
 
 
 # Runs a script whose processes note in a file what they sample, judge and update on, by step and tokens. The last of
-# them is slow at step 0, and says that it needs much memory.
+# them is slow at step 0, and says that it needs much memory; each has another card.
 SPY = """
 import json, os, runpy, sys, time
 if "RANK" in os.environ:
     from upt.model import update
-    from upt.run import metrics
+    from upt.run import metrics, resuming
     from upt.stages import judging, sampling
     rank, last = os.environ["RANK"], int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     def note(**what):
@@ -72,6 +72,7 @@ if "RANK" in os.environ:
         return old(policy, prompts, groups, *rest)
     sampling.sample_groups, judging.judge, update.accumulate = sample, judge, accumulate
     metrics.peak_memory_gib = lambda: 1000 + 1000 * last
+    resuming.machine = lambda device: f"card {rank}"
 sys.path.insert(0, ".")
 runpy.run_path(os.environ["SCRIPT"], run_name="__main__")
 """
@@ -401,8 +402,11 @@ def test_a_run_of_one_process_ignores_what_is_to_be_ignored(tmp_path):
     assert went_on == [signal.SIGINT]
 
 
-def test_processes_end_though_who_started_them_ended_before_they_looked():
-    work = "import time; print('up', flush=True); time.sleep(2)\n"
+@pytest.mark.parametrize("usual", ["SIG_DFL", "SIG_IGN"])
+def test_processes_end_though_who_started_them_ended_before_they_looked(usual):
+    work = (
+        f"import signal, time; signal.signal(signal.SIGTERM, signal.{usual}); print('up', flush=True); time.sleep(2)\n"
+    )
     work += "from upt.run import processes; processes.end_with_parent(); time.sleep(60)"
     code = f"import sys; from upt.run import processes; processes.run(2, [sys.executable, '-c', {work!r}])"
     run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, text=True)
@@ -463,6 +467,7 @@ def test_a_run_is_the_same_by_several(run_by, size):
         ours, theirs = (json.loads((run / name).read_text()) for run in (one, several))
         assert [row["uid"] for row in ours["rows"]] == [row["uid"] for row in theirs["rows"]]
         assert ours["mean"] == theirs["mean"] and ours["greedy"] == theirs["greedy"]
+    assert json.loads((several / "manifest.json").read_text())["machine"] == "card 0"
     files = [{str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} for run in (one, several)]
     assert files[0] == files[1]
     for ours, theirs in zip(

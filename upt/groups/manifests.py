@@ -88,7 +88,7 @@ def write(
     folder: Path | str, *, stage: str, config: dict, seed: int | None, model, adapter=None, data=None, machine=None
 ) -> None:
     """Write folder/manifest.json. `model` and `adapter` are a path, a hub id, None, or the entry of an earlier stage's
-    manifest. `data` is what resuming.keep_data gives, `machine` the name of what computes."""
+    manifest. `data` is what resuming.keep_data gives, `machine` what it is begun on, where that is known."""
 
     def identity(which: Path | str | dict | None) -> dict | None:
         carried = which is None or isinstance(which, dict)
@@ -98,7 +98,7 @@ def write(
         "schema": SCHEMA,
         "stage": stage,
         "begun": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "machine": machine,
+        **({} if machine is None else {"machine": machine}),
         "config": config,
         "seed": seed,
         "versions": versions(),

@@ -14,7 +14,7 @@ def processor() -> str:
     """The processor's name and the number of its cores."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
-    return f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores"
+    return f"{(names or [platform.processor() or platform.machine()])[0]}, {os.cpu_count()} cores"
 
 
 def machine(device: "torch.device | str") -> str:

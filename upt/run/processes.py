@@ -47,7 +47,10 @@ def rank() -> int:
 
 @cache
 def is_ours() -> bool:
-    """Whether this one was started by `run`, which may have ended since; what it starts itself was not."""
+    """Whether this one was started by `run`, which may have ended since.
+
+    The mark is taken out of the environment, so that what this one starts is not taken for another.
+    """
     return os.environ.pop(STARTED, None) is not None
 
 
@@ -169,7 +172,8 @@ def end_with_parent() -> None:
     def wait() -> None:
         while os.read(0, 1):
             pass
-        os.kill(os.getpid(), signal.SIGTERM)
+        ignored = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # then nothing milder ends it
+        os.kill(os.getpid(), signal.SIGKILL if ignored else signal.SIGTERM)
 
     if is_ours():
         threading.Thread(target=wait, daemon=True).start()

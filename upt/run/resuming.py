@@ -9,14 +9,19 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from upt import data
 from upt.errors import DataError, SettingError, ShardError
 from upt.files import read_json, write_whole
 from upt.groups import manifests, shards, variants
 from upt.run import presets
+from upt.run.machine import machine
 from upt.run.settings import Rollout
 from upt.run.typed import flag
+
+if TYPE_CHECKING:
+    import torch
 
 STORED = "stored"  # the rewards and advantages that the shards carry
 # Settings that may change when a run goes on. The token budgets change the last bits of what follows.
@@ -152,10 +157,10 @@ def refuse_code(role: str, spec: str | None, folder: Path) -> None:
         )
 
 
-def claim(config, taken: dict[str, dict], machine: str | None = None) -> None:
+def claim(config, taken: dict[str, dict], device: "torch.device | None" = None) -> None:
     """Write the manifests of a new run: of its folder, and of its rollouts, so that they are a stage's output too.
 
-    `taken` are the fingerprints of its data, `machine` the name of what computes.
+    `taken` are the fingerprints of its data; on `device` it begins.
     """
     settings = jsonable(config)
     identity = {"seed": config.seed, "model": config.model, "adapter": config.adapter}
@@ -163,7 +168,7 @@ def claim(config, taken: dict[str, dict], machine: str | None = None) -> None:
         if not config.from_shards and not config.rounds:
             sampling = {field.name: settings[field.name] for field in fields(Rollout)}
             manifests.write(config.out / "rollouts", stage="rollout", config=sampling, **identity)
-        identity |= {"data": keep_data(config.out, taken), "machine": machine}
+        identity |= {"data": keep_data(config.out, taken), "machine": machine(device) if device else None}
         manifests.write(config.out, stage="train", config=settings, **identity)
 
 

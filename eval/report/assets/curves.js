@@ -113,25 +113,34 @@ function figure(title, lines, points = false) {
 function takeKeys(plot, title, keys, enter) {
   const [steps, ...columns] = plot.data;
   const { over, series } = plot;
+  const there = () => [...columns.keys()].filter((i) => columns[i][keys.at] != null);
 
+  // The line that the keys are on comes first.
   function tell() {
-    const values = columns.map((y, i) => [series[i + 1], y[keys.at]]);
-    const thick = values.filter(([line, y]) => line.width > 1 && y != null);
-    const said = thick.map(([line, y]) => `${line.label} ${compact(y)}`).join(", ");
+    const others = there().filter((i) => i !== keys.on && series[i + 1].width > 1);
+    const shown = [...there().filter((i) => i === keys.on), ...others];
+    const said = shown.map((i) => `${series[i + 1].label} ${compact(columns[i][keys.at])}`).join(", ");
     over.setAttribute("aria-valuenow", steps[keys.at]);
-    over.setAttribute("aria-valuetext", plain(`${series[0].label} ${steps[keys.at]}: ${said}`, 300));
+    over.setAttribute("aria-valuetext", plain(`${series[0].label} ${steps[keys.at]}: ${said || "no value"}`, 300));
+  }
+
+  function point() {
+    const y = columns[keys.on][keys.at];
+    plot.setCursor({ left: plot.valToPos(steps[keys.at], "x"), top: y == null ? 0 : plot.valToPos(y, "y") });
   }
 
   over.onkeydown = (event) => {
     const sides = { ArrowLeft: keys.at - 1, ArrowRight: keys.at + 1, Home: 0, End: steps.length - 1 };
     const lines = { ArrowUp: -1, ArrowDown: 1 };
-    if (event.key === "Enter") return enter();
+    if (event.altKey || event.ctrlKey || event.metaKey) return; // the browser's own
+    if (event.key === "Enter") return (point(), enter());
     if (!(event.key in sides || event.key in lines)) return;
     event.preventDefault(); // the page would scroll
     keys.at = Math.min(Math.max(sides[event.key] ?? keys.at, 0), steps.length - 1);
-    const values = columns.map((y) => y[keys.at]).filter((y) => y != null);
-    keys.on = (keys.on + (lines[event.key] ?? 0) + values.length) % values.length;
-    plot.setCursor({ left: plot.valToPos(steps[keys.at], "x"), top: plot.valToPos(values[keys.on], "y") });
+    const found = there();
+    if (event.key in lines && found.length)
+      keys.on = found.at((found.indexOf(keys.on) + lines[event.key]) % found.length);
+    point();
     tell();
   };
   const range = { "aria-valuemin": steps[0], "aria-valuemax": steps.at(-1) };
