@@ -404,9 +404,8 @@ def test_a_run_of_one_process_ignores_what_is_to_be_ignored(tmp_path):
 
 @pytest.mark.parametrize("usual", ["SIG_DFL", "SIG_IGN"])
 def test_processes_end_though_who_started_them_ended_before_they_looked(usual):
-    work = (
-        f"import signal, time; signal.signal(signal.SIGTERM, signal.{usual}); print('up', flush=True); time.sleep(2)\n"
-    )
+    work = f"import signal, time; signal.signal(signal.SIGTERM, signal.{usual})\n"
+    work += "print('up', flush=True); time.sleep(2)\n"
     work += "from upt.run import processes; processes.end_with_parent(); time.sleep(60)"
     code = f"import sys; from upt.run import processes; processes.run(2, [sys.executable, '-c', {work!r}])"
     run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, text=True)
