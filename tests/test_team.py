@@ -402,7 +402,7 @@ def test_a_run_of_one_process_ignores_what_is_to_be_ignored(tmp_path):
     assert went_on == [signal.SIGINT]
 
 
-@pytest.mark.parametrize("usual", ["SIG_DFL", "SIG_IGN"])
+@pytest.mark.parametrize("usual", ["SIG_DFL", pytest.param("SIG_IGN", marks=pytest.mark.slow)])
 def test_processes_end_though_who_started_them_ended_before_they_looked(usual):
     work = f"import signal, time; signal.signal(signal.SIGTERM, signal.{usual})\n"
     work += "print('up', flush=True); time.sleep(2)\n"
