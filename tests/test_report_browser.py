@@ -497,6 +497,7 @@ def test_a_link_to_what_is_not_there_says_so(run, opened, expect, address, said)
 def test_a_link_to_a_part_of_the_page(run, opened):
     shown = opened(run / "report.html", address="#changed")
     shown.wait_for_function("() => Math.abs(document.querySelector('#changed').getBoundingClientRect().top) < 30")
+    assert abs(shown.locator("#changed").bounding_box()["y"]) < 30 < shown.evaluate("scrollY")
 
 
 def test_groups_that_are_not_there_any_more(run, tmp_path, opened):
@@ -636,6 +637,7 @@ def test_a_click_on_a_curve_leads_to_the_groups_of_its_run(run, tmp_path, opened
         expect(shown.locator("#run")).to_have_value(name)
         expect(shown.locator("#stepped")).to_have_text(f"{step} of 3")
         expect(shown.locator("#cards .card")).to_have_count(3)
+        assert f"run={name}" in shown.locator("#cards h3 a").first.get_attribute("href")
 
 
 def test_names_that_are_long_unfold(run, tmp_path, opened):
